@@ -1,0 +1,174 @@
+"""
+The one tree of errors, and its edge maps (exit code, errno).
+
+Split by who is at fault: the bytes (FormatError, IntegrityError), the place they come from (SourceError), this
+machine (HostError, CacheError), the caller (UsageError, TargetError), or us (BugError). A message is one line: what,
+where, expected, found; `hint` is the next step for the reader. Neither ever holds a secret or a query string.
+Exit codes: docs/reference.md; a test keeps the two alike.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class LazyfsError(Exception):
+    """Root of all errors that a user may see. `str(error)` is one line without the hint."""
+
+    exit_code: ClassVar[int] = 1
+    errno: ClassVar[int] = errno.EIO
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(LazyfsError):
+    """The command's words are off (a malformed reference, an option out of range)."""
+
+    exit_code = 2
+
+
+class FormatError(LazyfsError):
+    """Bytes from outside do not follow their format: archive, manifest, bootstrap, table, blob."""
+
+    exit_code = 10
+
+
+class UnsupportedError(FormatError):
+    """Well-formed, but of a kind or version that this lazyfs does not know."""
+
+    exit_code = 11
+
+
+class IntegrityError(LazyfsError):
+    """Bytes do not have the digest or size that was promised for them."""
+
+    exit_code = 12
+
+
+class SourceError(LazyfsError):
+    """A registry or directory did not deliver. `transient`: trying again may help."""
+
+    exit_code = 20
+
+    def __init__(self, message: str, *, hint: str = "", transient: bool = True) -> None:
+        super().__init__(message, hint=hint)
+        self.transient = transient
+
+
+class NotFoundError(SourceError):
+    """The image, manifest or blob is not there."""
+
+    exit_code = 21
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, transient=False)
+
+
+class AuthError(SourceError):
+    """The registry wants credentials, or others than it was given."""
+
+    exit_code = 22
+    errno = errno.EACCES
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, transient=False)
+
+
+class RateLimitedError(SourceError):
+    """The registry asks us to slow down (429, 503 with Retry-After)."""
+
+    exit_code = 23
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(SourceError):
+    """The deadline of the operation passed before the bytes were there."""
+
+    exit_code = 24
+    errno = errno.ETIMEDOUT
+
+
+class CacheError(LazyfsError):
+    """The local cache cannot be used."""
+
+    exit_code = 30
+
+
+class DiskFullError(CacheError):
+    """No space (or quota) left where lazyfs must write."""
+
+    exit_code = 31
+    errno = errno.ENOSPC
+
+
+class CacheOwnedError(CacheError):
+    """Another process owns this cache directory."""
+
+    exit_code = 32
+
+
+class HostError(LazyfsError):
+    """This machine lacks what is needed: root, /dev/fuse, a kernel new enough."""
+
+    exit_code = 40
+
+
+class TargetError(LazyfsError):
+    """The directory to mount on, or the file to write, cannot be used."""
+
+    exit_code = 41
+
+
+class BusyError(TargetError):
+    """Something still uses the mount."""
+
+    exit_code = 42
+    errno = errno.EBUSY
+
+
+class CheckError(LazyfsError):
+    """`lazyfs check` found a difference; the subclasses say of which kind."""
+
+    exit_code = 50
+
+
+class ChunkDamagedError(CheckError):
+    """A stored chunk is missing, cannot be decoded, or has another digest."""
+
+    exit_code = 51
+
+
+class TreeDiffersError(CheckError):
+    """Names or types are not those of the source image."""
+
+    exit_code = 52
+
+
+class MetadataDiffersError(CheckError):
+    """Mode, owner, time, xattr, link target, device number or hard-link group differs."""
+
+    exit_code = 53
+
+
+class ContentDiffersError(CheckError):
+    """Bytes of a file differ."""
+
+    exit_code = 54
+
+
+class ConfigDiffersError(CheckError):
+    """The image's configuration (command, environment, platform ...) differs."""
+
+    exit_code = 55
+
+
+class BugError(LazyfsError):
+    """This should never happen; please report it."""
+
+    exit_code = 70
