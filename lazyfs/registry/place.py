@@ -1,4 +1,5 @@
-"""Where images are: the contracts of a source and a destination, whatever the transport.
+"""
+Where images are: the contracts of a source and a destination, whatever the transport.
 
 `docker://` (a registry), `oci:` (an OCI image-layout directory), `oci-archive:` and `docker-archive:` (a tar of one)
 all look alike from here. Everything is blocking and thread-safe: the converter and the worker's fetch threads call
@@ -9,35 +10,18 @@ Who calls: converter, fetch, cli. Formats: OCI image-spec v1.1, distribution-spe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self
 
+from lazyfs.image.descriptor import Descriptor, Document
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
     from lazyfs.image.digest import Digest
 
-
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """OCI descriptor: what bytes, how many, of which kind. `platform` is the raw JSON object, if any."""
-
-    media_type: str
-    digest: Digest
-    size: int
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    platform: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A manifest or index, with the exact bytes its digest was checked against."""
-
-    data: bytes
-    media_type: str
-    digest: Digest
+__all__ = ["ByteStream", "Descriptor", "Document", "ImageDestination", "ImageSource"]
 
 
 class ByteStream(Protocol):
@@ -73,8 +57,10 @@ class ImageSource(Protocol):
         ...
 
     def open_blob(self, digest: Digest, size: int) -> ByteStream:
-        """A whole blob, from its start. Resumes by itself after a transient fault. The digest is NOT checked here:
-        the caller hashes what it reads; but never more than `size` bytes come."""
+        """
+        A whole blob, from its start. Resumes by itself after a transient fault. The digest is NOT checked here:
+        the caller hashes what it reads; but never more than `size` bytes come.
+        """
         ...
 
     def read_blob(self, digest: Digest, size: int) -> bytes:
@@ -82,10 +68,10 @@ class ImageSource(Protocol):
         ...
 
     def read_range(self, digest: Digest, offset: int, size: int, deadline: float) -> ByteStream:
-        """Exactly bytes [offset, offset + size) of a blob, or an error; no retries inside.
+        """
+        Exactly bytes [offset, offset + size) of a blob, or an error; no retries inside.
 
-        Args:
-            deadline: absolute, time.monotonic() seconds; also bounds every later read() of the stream.
+        The deadline is absolute, in time.monotonic() seconds; it also bounds every later read() of the stream.
         """
         ...
 
@@ -100,8 +86,10 @@ class ImageDestination(Protocol):
 
     @property
     def identity(self) -> str:
-        """The place without the tag, for example `docker://host:5000/repo` or `oci:/abs/dir`: key of the local
-        journal of conversions."""
+        """
+        The place without the tag, for example `docker://host:5000/repo` or `oci:/abs/dir`: key of the local
+        journal of conversions.
+        """
         ...
 
     @property
@@ -110,8 +98,10 @@ class ImageDestination(Protocol):
         ...
 
     def documents(self) -> Iterator[Document]:
-        """Manifests and indexes already here, the reference's own first, then others, newest known first, at most
-        64: places to look for layers to reuse. Never raises for an absent or unreadable one: it is skipped."""
+        """
+        Manifests and indexes already here, the reference's own first, then others, newest known first, at most
+        64: places to look for layers to reuse. Never raises for an absent or unreadable one: it is skipped.
+        """
         ...
 
     def reader(self) -> ImageSource:
@@ -129,8 +119,10 @@ class ImageDestination(Protocol):
         ...
 
     def mount_blob(self, digest: Digest, size: int, other_identity: str) -> bool:
-        """Try to get a blob from another place of the same registry without moving its bytes (cross-repository
-        mount) or by hard link. False: not possible, put it."""
+        """
+        Try to get a blob from another place of the same registry without moving its bytes (cross-repository
+        mount) or by hard link. False: not possible, put it.
+        """
         ...
 
     def put_document(self, document: Document) -> None:
