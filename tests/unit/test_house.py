@@ -1,0 +1,78 @@
+"""The house rules that a machine can check: sizes, layers, documents that must agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lazyfs import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE_LINES_MAX = 420
+FUNCTION_LINES_MAX = 70
+PRODUCT = [path for package in ("lazyfs", "converter", "benchmarks") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def tracked_files() -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    return [ROOT / name for name in listing.stdout.decode().splitlines() if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= FILE_LINES_MAX
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    source = path.read_text()
+    assert not source.strip() or ast.get_docstring(ast.parse(source)), "module docstring is missing"
+
+
+def test_exit_codes_are_unique_and_documented() -> None:
+    found: dict[int, str] = {}
+    pending: list[type[errors.LazyfsError]] = [errors.LazyfsError]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        if kind.__module__ == "lazyfs.errors":
+            assert kind.exit_code not in found, f"{kind.__name__} and {found[kind.exit_code]} share an exit code"
+            found[kind.exit_code] = kind.__name__
+    documented = set(map(int, re.findall(r"^\| (\d+) \|", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)))
+    assert set(found) <= documented
+
+
+def test_every_promise_has_a_test() -> None:
+    promises = re.findall(r"^\| (S-\d+) \|.*\| `(tests/[^`:]+)(?:::([^`]+))?` \|$",
+                          (ROOT / "docs/semantics.md").read_text(), re.MULTILINE)
+    assert len(promises) >= 10
+    assert len({promise for promise, _, _ in promises}) == len(promises)
+    for promise, file, function in promises:
+        path = ROOT / file
+        assert path.is_file(), f"{promise}: no file {file}"
+        assert not function or f"def {function}(" in path.read_text(), f"{promise}: no test {function} in {file}"
+
+
+def test_no_package_registry_is_named() -> None:
+    forbidden = re.compile(rb"(pypi|pythonhosted|crates|npmjs|golang|maven)\.(org|io|com)|deb\.debian\.org", re.IGNORECASE)
+    for path in tracked_files():
+        if path != Path(__file__):
+            hit = forbidden.search(path.read_bytes())
+            assert hit is None, f"{path.relative_to(ROOT)} names {hit and hit.group().decode()}"
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
