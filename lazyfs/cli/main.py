@@ -1,0 +1,177 @@
+"""
+The `lazyfs` command: finds the subcommand, and turns whatever happens into one clear line and an exit code.
+
+Subcommands are imported only when they are asked for (start-up time counts: `lazyfs mount` must not import what
+`lazyfs convert` needs). Who calls: the console script, `python -m lazyfs`. Exit codes: lazyfs.errors; 130 after ^C,
+143 after SIGTERM, 141 when nobody reads our output any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from lazyfs import __version__
+from lazyfs.errors import BugError, DiskFullError, LazyfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+# name -> (module:attribute, one line for the overview; told here so that --help imports none of them)
+COMMANDS = {
+    "convert": ("lazyfs.cli.convert:convert_command", "Make a lazy image out of an OCI or Docker image."),
+    "mount": ("lazyfs.cli.mount:mount_command", "Mount a lazy image on a directory."),
+    "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
+    "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
+    "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. No LazyfsError, no Exception: only clean-up (`finally`, `with`) runs on its way out."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module when the subcommand is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    name="lazyfs",
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="'lazyfs COMMAND --help' shows a command's options, with examples.",
+)
+@click.version_option(__version__, "--version", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, envvar="LAZYFS_DEBUG", help="Show tracebacks of errors.")
+def group(debug: bool) -> None:
+    """
+    Start containers before their image is there.
+
+    IMAGE, SRC and DST are written as for skopeo: docker://HOST/REPO:TAG (or without docker://),
+    oci:DIR:TAG, oci-archive:FILE, docker-archive:FILE.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit the process with its code."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        code = group.main(args, prog_name="lazyfs", standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001  (the last frame: everything becomes an exit code)
+        code = report(error, debug=_wants_debug(args))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def report(error: BaseException, *, debug: bool) -> int:
+    """Tell the user about `error` on stderr; returns the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if debug and not isinstance(error, click.exceptions.Exit):
+        traceback.print_exception(error)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return EXIT_INTERRUPTED
+    if isinstance(error, Terminated):
+        return EXIT_TERMINATED
+    if isinstance(error, BrokenPipeError):
+        _forget_stdout()
+        return EXIT_BROKEN_PIPE
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    known = as_lazyfs_error(error)
+    print_error(known)
+    return known.exit_code
+
+
+def as_lazyfs_error(error: BaseException) -> LazyfsError:
+    """What is not yet of our tree: click's errors, the operating system's, and bugs."""
+    if isinstance(error, LazyfsError):
+        return error
+    if isinstance(error, click.ClickException):
+        return _usage_error(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        text = f"{where}{os.strerror(error.errno)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFullError(text, hint="free some space there, then run the same command again")
+        return LazyfsError(text, hint="run with --debug before the command to see where this comes from")
+    if isinstance(error, MemoryError):
+        return LazyfsError("out of memory", hint="try again with --jobs 1")
+    return _bug_error(error)
+
+
+def print_error(error: LazyfsError) -> None:
+    """Write the error line, and its hint, to stderr."""
+    print(f"lazyfs: error: {_one_line(str(error))}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def _usage_error(error: click.ClickException) -> LazyfsError:
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lazyfs"
+    known = LazyfsError(error.format_message(), hint=f"'{command} --help' shows what is possible")
+    known.exit_code = error.exit_code  # type: ignore[misc]
+    return known
+
+
+def _bug_error(error: BaseException) -> BugError:
+    """An exception that nobody expected: keep its traceback where the user can find it."""
+    text = f"unexpected {type(error).__name__}: {str(error)[:200]}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="lazyfs-bug-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"lazyfs {__version__}, Python {sys.version}\n")
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return BugError(text, hint="please report this; run again with 'lazyfs --debug' to see where it comes from")
+    return BugError(text, hint=f"please report this, with the file {path}")
+
+
+def _one_line(text: str) -> str:
+    """Names from archives may hold line ends and terminal codes: show them escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _wants_debug(args: Sequence[str]) -> bool:
+    """The group's own options come before the subcommand's name."""
+    own = args[: next((index for index, word in enumerate(args) if not word.startswith("-")), len(args))]
+    return "--debug" in own or os.environ.get("LAZYFS_DEBUG", "").lower() in ("1", "true", "yes", "on")
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # once is enough: a second one must not cut the clean-up short
+    raise Terminated
+
+
+def _forget_stdout() -> None:
+    """Nobody reads it any more: the interpreter's own flush at exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
