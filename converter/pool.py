@@ -1,0 +1,160 @@
+"""
+Chunks in, blob out: a thread pool compresses and digests, the caller's thread writes in order.
+
+A *run* of neighbouring chunks is one task, so that handing it over costs little beside the work in it (compression
+and BLAKE3 release the GIL). The layer's own thread adds runs and, when its window is full, writes the oldest finished
+one: no writer thread, bounded memory, and an order that does not depend on the number of threads.
+
+Who calls: converter.layer (and converter.device through the Sink protocol). Layer: converter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lazyfs import limits
+from lazyfs.errors import UnsupportedError
+from lazyfs.image.codec import Codec, compress
+from lazyfs.image.digest import Digest, chunk_digest
+from lazyfs.image.table import ROW, ROW_BYTES, Rows
+
+if TYPE_CHECKING:
+    from typing import BinaryIO, Self
+
+RUN_BYTES = 2 * limits.MIB      # 8 chunks of 256 KiB: about 6 ms of zstd, a thousand times what the hand-over costs
+RUNS_PER_JOB = 2                # one being compressed, one waiting
+_ROW = struct.Struct("<QIHBB32s")   # image.table.ROW
+assert _ROW.size == ROW_BYTES
+assert RUN_BYTES % limits.CHUNK_SIZE_MAX_BYTES == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How chunks are stored: what, with the layer and the tool's version, decides every byte of a blob."""
+
+    codec: Codec
+    level: int
+    chunk_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredChunk:
+    codec: Codec
+    digest: bytes
+    data: bytes | memoryview
+
+
+_Encoded = list[_StoredChunk]
+
+
+class CompressionPool:
+    """The threads that all layers of a conversion share."""
+
+    def __init__(self, jobs: int, layers_at_once: int) -> None:
+        """`layers_at_once`: how many windows share the memory budget."""
+        self._executor = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
+        self.window = max(2, -(-(jobs * RUNS_PER_JOB + 2) // layers_at_once))
+
+    def submit(self, run: memoryview, encoding: Encoding) -> Future[_Encoded]:
+        return self._executor.submit(_encode_run, run, encoding)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class BlobWriter:
+    """
+    Writes one blob's chunks and remembers their rows.
+
+    Use from one thread. `blob_size` and `sha256` grow with everything written, also by write().
+    """
+
+    def __init__(self, pool: CompressionPool, file: BinaryIO, encoding: Encoding) -> None:
+        self._pool = pool
+        self._file = file
+        self._encoding = encoding
+        self._pending: deque[tuple[Future[_Encoded], bytearray] | int] = deque()
+        self._free: list[bytearray] = []
+        self._rows = bytearray()
+        self._sha256 = hashlib.sha256()
+        self.blob_size = 0
+
+    def take_buffer(self) -> bytearray:
+        """RUN_BYTES of memory with any content, to be filled and given to add_run()."""
+        return self._free.pop() if self._free else bytearray(RUN_BYTES)
+
+    def add_run(self, buffer: bytearray, size: int) -> None:
+        """Store the first `size` bytes as the next chunks; a multiple of the chunk size, but for the device's end."""
+        run = memoryview(buffer)[:size]
+        self._pending.append((self._pool.submit(run, self._encoding), buffer))
+        self._check_count(size // self._encoding.chunk_size)
+        while len(self._pending) >= self._pool.window:
+            self._write_oldest()
+
+    def add_zero_chunks(self, count: int) -> None:
+        """The next `count` whole chunks are zeros."""
+        self._check_count(count)
+        self._pending.append(count)
+        while len(self._pending) >= self._pool.window:
+            self._write_oldest()
+
+    def finish(self) -> Rows:
+        """Wait for all chunks; returns their rows."""
+        while self._pending:
+            self._write_oldest()
+        self._free.clear()
+        return np.frombuffer(bytes(self._rows), dtype=ROW)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes as they are (the tail; a stored chunk's copy)."""
+        self._file.write(data)
+        self._sha256.update(data)
+        self.blob_size += len(data)
+
+    def digest(self) -> Digest:
+        """Of everything written so far."""
+        return Digest("sha256:" + self._sha256.hexdigest())
+
+    def abandon(self) -> None:
+        """Take no more results: the layer failed."""
+        for item in self._pending:
+            if not isinstance(item, int):
+                item[0].cancel()
+        self._pending.clear()
+
+    def _write_oldest(self) -> None:
+        item = self._pending.popleft()
+        if isinstance(item, int):
+            zeros = bytes(self._encoding.chunk_size)
+            self._rows += _ROW.pack(0, 0, 0, Codec.ZERO, 0, chunk_digest(zeros)) * item
+            return
+        future, buffer = item
+        for chunk in future.result():
+            offset = self.blob_size if len(chunk.data) else 0
+            self._rows += _ROW.pack(offset, len(chunk.data), 0, chunk.codec, 0, chunk.digest)
+            self.write(chunk.data)
+        self._free.append(buffer)   # only now: with codec none the stored bytes are the buffer's
+
+    def _check_count(self, added: int) -> None:
+        if len(self._rows) // ROW_BYTES + added > limits.CHUNK_COUNT_MAX:
+            raise UnsupportedError(f"more than {limits.CHUNK_COUNT_MAX} chunks in one layer",
+                                   hint="a larger --chunk-size makes fewer")
+
+
+def _encode_run(run: memoryview, encoding: Encoding) -> _Encoded:
+    stored = []
+    for start in range(0, len(run), encoding.chunk_size):
+        chunk = run[start : start + encoding.chunk_size]
+        codec, data = compress(chunk, encoding.codec, encoding.level)
+        stored.append(_StoredChunk(codec, chunk_digest(chunk), data))
+    return stored
