@@ -1,0 +1,58 @@
+"""One container, run by runc on overlayfs: any directory as its lower layer, a fresh upper layer each time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+from benchmarks.kit.proc import attempt, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.kit.workspace import Workspace
+
+RUN_TIMEOUT_S = 300.0
+_TIMEOUT_S = 30.0
+_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
+
+
+class Container:
+    """A bundle made ahead, so that `run` does only what containerd's `run` also does: mount the overlay, call runc."""
+
+    def __init__(self, place: Workspace, lower: Path) -> None:
+        self._top = place.folder("container")
+        self._lower = lower
+        self._name = f"{place.net_name}c"
+        for name in ("upper", "work", "rootfs"):
+            (self._top / name).mkdir()
+        run(["runc", "spec"], timeout_s=_TIMEOUT_S, cwd=self._top)
+        place.stack.callback(self.close)
+
+    def run(self, command: list[str]) -> str:
+        """Returns what the program printed. Raises ToolError."""
+        config = self._top / "config.json"
+        spec = json.loads(config.read_text())
+        spec["process"].update(terminal=False, args=command, env=_ENV)
+        spec["root"].update(path=str(self._top / "rootfs"), readonly=False)
+        config.write_text(json.dumps(spec))
+        top = self._top
+        options = f"lowerdir={self._lower},upperdir={top / 'upper'},workdir={top / 'work'}"
+        run(["mount", "-t", "overlay", "overlay", "-o", options, top / "rootfs"], timeout_s=_TIMEOUT_S)
+        words = [*self._runc(), "run", "--bundle", str(top), self._name]
+        return run(words, timeout_s=RUN_TIMEOUT_S).stdout
+
+    def _runc(self) -> list[str]:
+        return ["runc", "--root", str(self._top / "runc")]
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._top.exists():
+            return
+        if (self._top / "runc" / self._name).exists():
+            attempt([*self._runc(), "delete", "--force", self._name])
+        if (self._top / "rootfs").is_mount():
+            attempt(["umount", self._top / "rootfs"])
+        if not (self._top / "rootfs").is_mount():
+            shutil.rmtree(self._top)

@@ -1,0 +1,94 @@
+"""docker-registry, anywhere: on loopback, or at the far end of a link."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.kit.proc import Daemon, ToolError, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.kit.link import Link
+
+_START_TIMEOUT_S = 20.0
+PUSH_TIMEOUT_S = 600.0
+_PORT = 5000  # at the far end of a link, where nothing else listens
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A running registry."""
+
+    host: str  # with port
+    daemon: Daemon
+
+    def reference(self, repository: str, tag: str = "latest") -> str:
+        """As lazyfs and skopeo want it."""
+        return f"docker://{self.host}/{repository}:{tag}"
+
+    def push(self, layout: Path, repository: str, tag: str = "latest") -> str:
+        """Copy an OCI layout's `latest` here; returns its reference."""
+        target = self.reference(repository, tag)
+        words = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:latest", target]
+        run(words, timeout_s=PUSH_TIMEOUT_S)
+        return target
+
+    def close(self) -> None:
+        self.daemon.close()
+
+
+def start_registry(storage: Path, *, link: Link | None = None) -> Registry:
+    """
+    Start a registry over `storage` (shared with an earlier one, if that has ended); ready when this returns.
+
+    Raises:
+        ToolError: it ended at once, or did not answer in time.
+
+    """
+    storage.mkdir(parents=True, exist_ok=True)
+    address, port = (link.address, _PORT) if link else ("127.0.0.1", _free_port())
+    config = storage / f"config-{address}.json"  # JSON is YAML
+    config.write_text(
+        json.dumps(
+            {
+                "version": 0.1,
+                "log": {"level": "warn", "accesslog": {"disabled": True}},
+                "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
+                "http": {"addr": f"{address}:{port}"},
+            }
+        )
+    )
+    words: list[str | Path] = [*(link.inside() if link else []), "docker-registry", "serve", config]
+    daemon = Daemon(words, log=storage / "registry.log", env={"OTEL_TRACES_EXPORTER": "none"})
+    limit = time.monotonic() + _START_TIMEOUT_S
+    while not _answers(address, port):
+        daemon.check()
+        if time.monotonic() > limit:
+            daemon.close()
+            raise ToolError(f"docker-registry does not answer at {address}:{port}")
+        time.sleep(0.05)
+    return Registry(f"{address}:{port}", daemon)
+
+
+def _answers(address: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(address, port, timeout=2)
+    try:
+        connection.request("GET", "/v2/")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
