@@ -1,0 +1,131 @@
+"""
+The two drivers: what is mounted on the user's directory, and the kernel's knobs for it.
+
+`erofs`: the kernel's EROFS on the bootstrap, its extra devices being files of our FUSE mount (or, where a layer
+device is completely cached, the cache's own file: native speed, no Python). File-backed: Linux >= 6.12.
+`fuse`: a bind mount of the tree that our FUSE mount serves itself.
+
+Layer: fs. Who calls: fs.mounter runs mount_erofs and mount_tree in its children; node.worker chooses. Light to import
+(the mounter is forked before anything heavy is loaded). Measurements: docs/design.md, feasibility/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+from pathlib import Path
+
+from lazyfs.errors import HostError, LazyfsError
+from lazyfs.fs import mountapi
+
+EROFS_KERNEL_MIN = (6, 12)       # file-backed mounts
+BDI_DIR = Path("/sys/class/bdi")
+# While an image is fetched on demand, large read-ahead fetches more than a start needs; 128 KiB was the optimum for a
+# cold start of tensorflow. Once all is on the node, large requests read big files twice as fast.
+READ_AHEAD_STARTING_KIB = 128
+READ_AHEAD_LOCAL_KIB = 4096
+# FUSE's default lets 12 read-ahead requests wait at a time; a dozen that wait for the network would then hold up
+# reads of cached data. pyfuse3 cannot set it at INIT; fusectl can, later.
+MAX_BACKGROUND = 256
+SESSION_TASKS_MAX = 512          # handlers at a time: above MAX_BACKGROUND + the foreground ones of many processes
+
+
+class Driver(enum.StrEnum):
+    EROFS = "erofs"
+    FUSE = "fuse"
+
+
+def choose_driver(wanted: str) -> Driver:
+    """
+    Turn auto|erofs|fuse into a driver of this kernel.
+
+    Raises:
+        HostError: erofs was asked for by name and this kernel cannot.
+
+    """
+    if wanted == "fuse":
+        return Driver.FUSE
+    reason = erofs_obstacle()
+    if reason and wanted == "erofs":
+        raise HostError(f"driver erofs: {reason}", hint="use --driver fuse, or auto")
+    return Driver.FUSE if reason else Driver.EROFS
+
+
+def erofs_obstacle() -> str:
+    """Why driver erofs cannot work here, or ""."""
+    version = mountapi.kernel_version()
+    if version < EROFS_KERNEL_MIN:
+        need = ".".join(map(str, EROFS_KERNEL_MIN))
+        return f"Linux {os.uname().release} is older than {need}, the first to mount EROFS from a file"
+    if not mountapi.kernel_knows("erofs"):
+        return "this kernel has no EROFS"
+    return ""
+
+
+def mount_erofs(source: str, target: str, devices: list[str], directio: bool) -> list[str]:
+    """
+    Mount a bootstrap's EROFS image file on `target`.
+
+    Args:
+        source: the image file.
+        target: an existing directory.
+        devices: the layer devices' files, in order.
+        directio: read data past the page cache of the device files (or every page is kept twice).
+
+    Returns:
+        Names under /sys/class/bdi that are new: this mount's (of two mounted at the same time maybe both).
+
+    """
+    before = set(_bdi_names())
+    options: list[tuple[str, str | None]] = [("device", device) for device in devices]
+    if directio:
+        options.append(("directio", None))
+    mountapi.mount_by_context("erofs", source, target, options)
+    return sorted(set(_bdi_names()) - before)
+
+
+def mount_tree(source: str, target: str) -> list[str]:
+    """Bind `source`, the tree of an image on our FUSE mount, to `target`. (suid, dev, ro: the FUSE mount's.)"""
+    mountapi.mount(source, target, "", mountapi.MS_BIND)
+    return []
+
+
+def set_read_ahead(bdi_names: list[str], size_kib: int) -> None:
+    """Set read-ahead; a name that is gone is skipped. A hint, so failure is silent."""
+    for name in bdi_names:
+        with contextlib.suppress(OSError):
+            (BDI_DIR / name / "read_ahead_kb").write_text(str(size_kib), encoding="ascii")
+
+
+def set_max_background(device: str, private_dir: str) -> bool:
+    """
+    Raise a FUSE connection's limit of waiting background requests to MAX_BACKGROUND.
+
+    Args:
+        device: major:minor of the FUSE mount; the connection's name is the minor number.
+        private_dir: an empty directory to mount fusectl on for a moment (/sys/fs/fuse/connections may lack it).
+
+    Returns:
+        Whether it worked; the mount is right without it, only slower while the network is.
+
+    """
+    try:
+        mountapi.mount("fusectl", private_dir, "fusectl", 0)
+    except LazyfsError:
+        return False
+    try:
+        connection = Path(private_dir) / device.partition(":")[2]
+        (connection / "max_background").write_text(str(MAX_BACKGROUND), encoding="ascii")
+        (connection / "congestion_threshold").write_text(str(MAX_BACKGROUND * 3 // 4), encoding="ascii")
+    except OSError:
+        return False
+    finally:
+        mountapi.unmount(private_dir, mountapi.MNT_DETACH)
+    return True
+
+
+def _bdi_names() -> list[str]:
+    with contextlib.suppress(OSError):
+        return [path.name for path in BDI_DIR.iterdir()]
+    return []

@@ -1,0 +1,106 @@
+"""
+The mounter: a small process beside the worker that mounts and unmounts for it.
+
+It is forked before the worker imports anything heavy or opens /dev/fuse, has one thread, and runs each request in a
+child of its own with a deadline (fs.isolate says why a worker must not do this itself). It ends when the worker's end
+of the socket closes, and deliberately unmounts nothing then: whoever still reads sees errors, not an empty directory.
+
+Layer: fs. Who calls: node.launch starts it, node.worker uses the client. Protocol: one JSON object a line each way,
+one request at a time: {"call": name, "arguments": [...], "timeout_s": s} -> {"result": ...} or {"error": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.errors import BugError
+from lazyfs.fs import drivers, mountapi
+from lazyfs.fs.isolate import call_isolated, error_from, error_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "mount_erofs": drivers.mount_erofs,
+    "mount_tree": drivers.mount_tree,
+    "unmount": mountapi.unmount,
+    "set_max_background": drivers.set_max_background,
+}
+
+
+def start_mounter() -> tuple[int, socket.socket]:
+    """
+    Fork the mounter. Call it while the process has one thread and no descriptor that must not be kept open.
+
+    Returns:
+        Its process id and the worker's end of the socket.
+
+    """
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child:
+        theirs.close()
+        return child, ours
+    ours.close()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)   # a terminal's ^C is for the worker; we end with it
+        serve(theirs)
+    finally:
+        os._exit(0)
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer requests until the other end closes."""
+    with connection, connection.makefile("rwb") as stream:
+        for line in stream:
+            try:
+                request = json.loads(line)
+                function = _CALLS[request["call"]]
+                result = call_isolated(function, *request["arguments"], timeout_s=request["timeout_s"])
+                reply = {"result": result}
+            except Exception as error:  # noqa: BLE001 - the worker is told
+                reply = {"error": error_to(error)}
+            stream.write(json.dumps(reply).encode() + b"\n")
+            stream.flush()
+
+
+class MounterClient:
+    """The worker's end. Blocking; call it from a thread, one call at a time (the caller holds a lock)."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("rwb")
+
+    def call(self, name: str, *arguments: Any, timeout_s: float) -> Any:
+        """
+        Have `name` (a key of the mounter's table) called.
+
+        Raises:
+            LazyfsError: what the call raised; DeadlineError after `timeout_s`.
+            BugError: the mounter process is gone.
+
+        """
+        try:
+            self._connection.settimeout(timeout_s + 5)   # it answers at timeout_s; this is for a dead one
+            request = {"call": name, "arguments": arguments, "timeout_s": timeout_s}
+            self._stream.write(json.dumps(request).encode() + b"\n")
+            self._stream.flush()
+            line = self._stream.readline()
+        except OSError as error:
+            raise BugError(f"the mounter process does not answer: {error}") from error
+        if not line:
+            raise BugError("the mounter process has died")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise error_from(reply["error"])
+        return reply["result"]
+
+    def close(self) -> None:
+        """Let the mounter end."""
+        self._stream.close()
+        self._connection.close()

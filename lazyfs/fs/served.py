@@ -1,0 +1,109 @@
+"""
+What the FUSE session serves: layer devices, and images made of them. Bookkeeping only, no FUSE, no I/O.
+
+Layer: fs. Who calls: node.worker adds and removes, fs.operations looks up. All on the trio thread. A slot or a device
+index is used once; after `remove_*` its inodes answer ESTALE.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lazyfs.fs import inodes
+
+if TYPE_CHECKING:
+    from lazyfs.image.erofs import ErofsImage
+
+
+class DeviceReader(Protocol):
+    """The bytes of a layer device, wherever they are."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        ...
+
+    @property
+    def read_timeout_s(self) -> float:
+        """How long a read of it may take."""
+        ...
+
+    async def read(self, offset: int, size: int, deadline: float) -> bytes:
+        """
+        Exactly `size` bytes, or an error by `deadline` (time.monotonic() seconds).
+
+        Raises:
+            LazyfsError: the bytes cannot be had, or are not the right ones.
+
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedImage:
+    """An image's tree. `devices` in the order in which the EROFS image numbers them (from 0)."""
+
+    slot: int
+    name: bytes
+    tree: ErofsImage
+    devices: tuple[DeviceReader, ...]
+
+
+class Served:
+    """All that is served now."""
+
+    def __init__(self) -> None:
+        self.devices: dict[int, DeviceReader] = {}
+        self.images: dict[int, ServedImage] = {}
+        self.image_slots: dict[bytes, int] = {}
+        self._open_counts: Counter[int] = Counter()
+        self._next_device = 0
+        self._next_slot = 1
+
+    def add_device(self, reader: DeviceReader) -> int:
+        """Serve a device as file dev/<index>; returns the index."""
+        index = self._next_device
+        self._next_device += 1
+        self.devices[index] = reader
+        return index
+
+    def remove_device(self, index: int) -> None:
+        del self.devices[index]
+
+    def new_slot(self) -> int:
+        """A number for a mount."""
+        slot = self._next_slot
+        self._next_slot += 1
+        return slot
+
+    def add_image(self, slot: int, tree: ErofsImage, devices: tuple[DeviceReader, ...]) -> ServedImage:
+        """Serve a tree as directory tree/<slot>."""
+        image = ServedImage(slot, str(slot).encode(), tree, devices)
+        self.images[slot] = image
+        self.image_slots[image.name] = slot
+        return image
+
+    def remove_image(self, slot: int) -> None:
+        del self.image_slots[self.images.pop(slot).name]
+
+    def count_open(self, inode: int, change: int) -> None:
+        """
+        Note that a file was opened (1) or released (-1).
+
+        A hint about who still uses a mount that was detached lazily; nothing that is served depends on it.
+        """
+        slot, number = inodes.split(inode)
+        key = slot or -1 - number
+        self._open_counts[key] += change
+        if self._open_counts[key] <= 0:
+            del self._open_counts[key]
+
+    def device_in_use(self, index: int) -> bool:
+        """Whether the kernel has dev/<index> open: an EROFS mount does as long as it lives, attached or not."""
+        return -1 - inodes.device_inode(index) in self._open_counts
+
+    def image_in_use(self, slot: int) -> bool:
+        """Whether a file or directory of tree/<slot> is open."""
+        return slot in self._open_counts

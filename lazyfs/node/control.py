@@ -1,0 +1,177 @@
+"""
+The worker's side of the control protocol (node.protocol): who may ask, what is called, how an answer is written.
+
+Layer: node. Who calls: node.worker. A request is cancelled when its connection closes before the answer: a mount whose
+client was interrupted is undone. A mount may be `attached`: it then lasts as long as its connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.fs.isolate import error_to
+from lazyfs.node import protocol
+from lazyfs.node.order import MountOrder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_log = logging.getLogger("lazyfs.node")
+_CREDENTIALS = struct.Struct("3i")   # struct ucred: pid, uid, gid (unix(7))
+_CONNECTION_COUNT_MAX = 64
+
+
+class Controlled(Protocol):
+    """What the requests act on."""
+
+    @property
+    def closing(self) -> bool: ...
+
+    async def mount(self, order: MountOrder) -> dict[str, Any]: ...
+
+    async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]: ...
+
+    def list_mounts(self) -> list[dict[str, Any]]: ...
+
+    def statistics(self) -> dict[str, Any]: ...
+
+    def shut_down(self) -> None: ...
+
+
+def listen(path: Path) -> trio.SocketListener:
+    """Listen at `path` (replaced if it is there: the caller holds the directory's lock). Mode 0600."""
+    path.unlink(missing_ok=True)
+    server = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mask = os.umask(0o177)
+    try:
+        server._sock.bind(f"/proc/self/fd/{directory}/{path.name}")  # type: ignore[attr-defined]  # noqa: SLF001
+    finally:
+        os.umask(mask)
+        os.close(directory)
+    server.listen(_CONNECTION_COUNT_MAX)
+    return trio.SocketListener(server)
+
+
+def allowed(connection: trio.SocketStream) -> bool:
+    """Whether the peer is root or our own user."""
+    raw = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    return uid in {0, os.geteuid()}
+
+
+async def serve_connection(connection: trio.SocketStream, worker: Controlled) -> None:
+    """Answer one connection's requests until it closes. Never raises an Exception."""
+    attached: list[str] = []
+    try:
+        async with connection:
+            if not allowed(connection):
+                _log.warning("control connection of a foreign user refused")
+                return
+            await _serve_lines(connection, worker, attached)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
+    except Exception:  # noqa: BLE001 - one bad connection must not end the worker
+        _log.exception("control connection failed")
+    finally:
+        if attached:
+            with trio.CancelScope(shield=True):
+                await _detach(worker, attached)
+
+
+async def _serve_lines(connection: trio.SocketStream, worker: Controlled, attached: list[str]) -> None:
+    buffer = bytearray()
+    while True:
+        while b"\n" not in buffer:
+            part = await connection.receive_some(65536)
+            if not part or len(buffer) > protocol.LINE_BYTES_MAX:
+                return
+            buffer += part
+        line, _, rest = bytes(buffer).partition(b"\n")
+        buffer = bytearray(rest)
+        reply = await _answer_while_connected(connection, worker, line, attached)
+        if reply is None:
+            return
+        await connection.send_all(json.dumps(reply).encode() + b"\n")
+
+
+async def _answer_while_connected(
+    connection: trio.SocketStream, worker: Controlled, line: bytes, attached: list[str]
+) -> dict[str, Any] | None:
+    """The reply; None if the connection closed first (the request has then been cancelled)."""
+    reply: dict[str, Any] | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_when_closed, connection, nursery.cancel_scope)
+        reply = await _answer(worker, line, attached)
+        nursery.cancel_scope.cancel()
+    return reply
+
+
+async def _cancel_when_closed(connection: trio.SocketStream, scope: trio.CancelScope) -> None:
+    """Watch without reading: what comes next belongs to the next request."""
+    while True:
+        await trio.lowlevel.wait_readable(connection.socket)
+        try:
+            data = await connection.socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            data = b""
+        if not data:
+            scope.cancel()
+            return
+        await trio.sleep(0.05)   # a client that does not wait for its answer
+
+
+async def _answer(worker: Controlled, line: bytes, attached: list[str]) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+        if worker.closing:
+            return {"closing": True}
+        return {"result": await _dispatch(worker, request, attached)}
+    except LazyfsError as error:
+        return {"error": error_to(error)}
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        kind = "DiskFullError" if full else "HostError"
+        where = f"{error.filename}: " if error.filename else ""
+        return {"error": {"kind": kind, "message": f"{where}{error.strerror or error}", "hint": ""}}
+    except Exception as error:  # noqa: BLE001 - the client is told, the worker goes on
+        _log.exception("control request failed")
+        return {"error": error_to(error)}
+
+
+async def _dispatch(worker: Controlled, request: dict[str, Any], attached: list[str]) -> Any:
+    operation = request.get("op")
+    if operation == protocol.MOUNT:
+        order = MountOrder.from_json(request["order"])
+        result = await worker.mount(order)
+        if request.get("attached"):
+            attached.append(order.target)
+        return result
+    if operation == protocol.UNMOUNT:
+        lazy, force = bool(request.get("lazy")), bool(request.get("force"))
+        return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
+    if operation == protocol.LIST:
+        return worker.list_mounts()
+    if operation == protocol.STATS:
+        return worker.statistics()
+    if operation == protocol.SHUTDOWN:
+        worker.shut_down()
+        return True
+    raise UsageError(f"unknown control operation {operation!r:.40}")
+
+
+async def _detach(worker: Controlled, targets: list[str]) -> None:
+    for target in targets:
+        try:
+            await worker.unmount(target, lazy=True, force=False)
+        except LazyfsError as error:
+            _log.info("%s: %s", target, error)

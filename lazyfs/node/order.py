@@ -1,0 +1,60 @@
+"""
+A mount order: what is to be mounted where, as it travels from the command line (or the snapshotter) to the worker.
+
+Layer: node; light to import. It may hold a password: it goes over the control socket only, and has no repr.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from lazyfs import limits
+from lazyfs.errors import UsageError
+
+READ_TIMEOUT_S_MIN, READ_TIMEOUT_S_MAX = 0.1, 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountOrder:
+    """
+    One mount.
+
+    Attributes:
+        image: as the user wrote it.
+        target: absolute, resolved.
+        driver: auto, erofs or fuse.
+        platform: os/arch[/variant]; None: this machine's.
+        prefetch: whether to fetch the hot blob at once.
+        read_timeout_s: a read without its bytes by then ends with an errno.
+        registry: keyword arguments of registry.RegistryOptions, paths as text.
+
+    """
+
+    image: str
+    target: str
+    driver: str = "auto"
+    platform: str | None = None
+    prefetch: bool = True
+    read_timeout_s: float = limits.READ_DEADLINE_S
+    registry: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.driver not in {"auto", "erofs", "fuse"}:
+            raise UsageError(f"unknown driver {self.driver!r:.40}: expected auto, erofs or fuse")
+        if not READ_TIMEOUT_S_MIN <= self.read_timeout_s <= READ_TIMEOUT_S_MAX:
+            raise UsageError(f"read timeout {self.read_timeout_s} s: expected "
+                             f"{READ_TIMEOUT_S_MIN:g} to {READ_TIMEOUT_S_MAX:g}")
+        if not self.target.startswith("/"):
+            raise UsageError(f"mount target {self.target!r:.100} is not absolute")
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Raises UsageError: not a mount order."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise UsageError(f"malformed mount order: {error}") from error

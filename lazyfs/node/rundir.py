@@ -1,0 +1,211 @@
+"""
+The run directory: who serves what, for everybody who comes later (umount, the next mount, a person).
+
+    /run/lazyfs/<worker id>/          one a cache directory; the id is made of its path
+        lock                          flock: who starts or ends a worker here
+        control.sock                  the worker's control socket (node.protocol)
+        worker.json                   which process it is
+        worker.log                    its messages
+        fuse/  ctl/                   its FUSE mount; where fusectl is mounted for a moment
+        mounts/<slot>.json            one record a mount
+
+Layer: node. Nothing here is trusted further than root is: mode 0700. A record outlives its worker; whether the worker
+lives is told by pid, start time and boot, never by the pid alone. LAZYFS_RUN_DIR names another place (for tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from lazyfs.errors import HostError
+
+_DEFAULT = "/run/lazyfs"
+_RECORD_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, not to be mistaken for a later one with the same pid. `start_ticks`: field 22 of proc(5) stat."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessIdentity | None:
+        """None: no such process, or one that has ended and was not collected yet."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        except OSError:
+            return None
+        rest = text.rpartition(")")[2].split()
+        return None if rest[0] in "ZX" else cls(pid, int(rest[19]), boot_id)
+
+    @property
+    def alive(self) -> bool:
+        return ProcessIdentity.of(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """One mount. `image`: as the user wrote it; `bootstrap`: digest of its bootstrap layer."""
+
+    target: str
+    image: str
+    driver: str
+    bootstrap: str
+    cache_dir: str
+    slot: int
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+    @property
+    def worker(self) -> ProcessIdentity:
+        return ProcessIdentity(self.pid, self.start_ticks, self.boot_id)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDir:
+    """The directory of the worker of one cache directory."""
+
+    root: Path
+
+    @classmethod
+    def of_cache(cls, cache_dir: str) -> WorkerDir:
+        """`cache_dir`: absolute and resolved, so that one directory has one worker."""
+        return cls(run_root() / hashlib.sha256(os.fsencode(cache_dir)).hexdigest()[:12])
+
+    @property
+    def socket(self) -> Path:
+        return self.root / "control.sock"
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "worker.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "worker.log"
+
+    @property
+    def fuse(self) -> Path:
+        return self.root / "fuse"
+
+    @property
+    def control_mount(self) -> Path:
+        return self.root / "ctl"
+
+    @property
+    def mounts(self) -> Path:
+        return self.root / "mounts"
+
+    def create(self) -> None:
+        """
+        Make the directories.
+
+        Raises:
+            HostError: not possible here.
+
+        """
+        try:
+            run_root().mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (self.root, self.control_mount, self.mounts):
+                path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):   # a dead FUSE mount on it: exists, but cannot be looked at
+                os.mkdir(self.fuse, 0o700)   # noqa: PTH102 - Path.mkdir(exist_ok) would look
+        except OSError as error:
+            raise HostError(f"cannot make {error.filename}: {error.strerror}", hint="mounting needs root") from error
+
+    def try_lock(self) -> int | None:
+        """
+        Take the directory's lock without waiting: the right to start a worker here, or to remove the directory.
+
+        Returns:
+            A descriptor that holds the lock until it is closed; None: somebody else has it.
+
+        """
+        path = self.root / "lock"
+        self.create()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass   # the second: its last holder has removed the directory meanwhile
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
+
+    def worker(self) -> ProcessIdentity | None:
+        """The process that serves here, if it lives."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            identity = ProcessIdentity(**json.loads(self.identity.read_bytes()))
+            return identity if identity.alive else None
+        return None
+
+    def write_worker(self, identity: ProcessIdentity) -> None:
+        self.identity.write_text(json.dumps(asdict(identity)), encoding="ascii")
+
+    def remove(self) -> None:
+        """
+        Remove the directory, if no mount is on record; its lock is held by the caller.
+
+        Files go one by one: nothing here may ever reach into a mount that is still there.
+        """
+        if list(self.mounts.glob("*.json")):
+            return
+        with contextlib.suppress(OSError):
+            for path in (self.fuse, self.control_mount, self.mounts):
+                os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
+            for path in (self.socket, self.identity, self.log, self.root / "lock"):
+                path.unlink(missing_ok=True)
+            self.root.rmdir()
+
+    def write_record(self, record: MountRecord) -> None:
+        """Store atomically. Raises OSError."""
+        path = self.mounts / f"{record.slot}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        temporary.replace(path)
+
+    def remove_record(self, slot: int) -> None:
+        (self.mounts / f"{slot}.json").unlink(missing_ok=True)
+
+    def records(self) -> list[MountRecord]:
+        """All readable records, whoever wrote them."""
+        found = []
+        for path in sorted(self.mounts.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                data = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
+                found.append(MountRecord(**{field.name: data[field.name] for field in fields(MountRecord)}))
+        return found
+
+
+def run_root() -> Path:
+    return Path(os.environ.get("LAZYFS_RUN_DIR") or _DEFAULT)
+
+
+def all_worker_dirs() -> list[WorkerDir]:
+    """Every worker's directory that exists, of live and dead workers."""
+    with contextlib.suppress(OSError):
+        return [WorkerDir(path) for path in sorted(run_root().iterdir()) if (path / "mounts").is_dir()]
+    return []
+
+
+def find_record(target: str) -> tuple[WorkerDir, MountRecord] | None:
+    """The newest record of a mount on `target` (absolute, resolved); of a live worker if there is one."""
+    found = [(directory, record) for directory in all_worker_dirs() for record in directory.records()
+             if record.target == target]
+    found.sort(key=lambda pair: (pair[1].worker.alive, pair[1].slot))
+    return found[-1] if found else None
