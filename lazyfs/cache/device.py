@@ -1,0 +1,272 @@
+"""
+One layer device in the cache.
+
+Invariants: a chunk's present byte is set only after all its bytes are in the data file; it is durable (in the
+checkpoint) only after they are. Bytes given to write() were checked by the caller. Everything is thread-safe:
+`present`, `missing` and reads take no lock; writes of different chunks need none; checkpoint and drop take one.
+
+Who calls: lazyfs.fetch (read, write), lazyfs.node (checkpoint, complete), through lazyfs.cache.store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lazyfs.cache import files
+from lazyfs.cache.presence import HEADER_BYTES, Identity, Record
+from lazyfs.errors import CacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from lazyfs.image.digest import Digest
+
+_log = logging.getLogger(__name__)
+# A disk whose fsync fails this often is not trusted again before the device is opened anew.
+_DROP_COUNT_MAX = 4
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Since the device was opened. Approximate under races of threads; for people, not for decisions."""
+
+    chunks_stored: int = 0
+    store_errors: int = 0        # write() could not store: disk full, I/O error
+    chunks_forgotten: int = 0    # present, but could not be read back
+    checkpoints: int = 0
+    checkpoint_errors: int = 0
+    drops: int = 0               # fsync failed: all data dropped
+
+
+class CachedDevice:
+    """Reference-counted; made by CacheDir.device() only. `retain` before use in a thread, `release` after it."""
+
+    def __init__(
+        self, directory: Path, identity: Identity, boot_id: bytes, on_unused: Callable[[CachedDevice], None]
+    ) -> None:
+        """Raises OSError: the files cannot be made."""
+        self.digest: Digest = identity.digest
+        self.chunk_size = identity.chunk_size
+        self.device_size = identity.device_size
+        self.chunk_count = identity.chunk_count
+        self.counters = CacheCounters()
+        self._identity = identity
+        self._directory = directory
+        self._boot_id = boot_id
+        self._on_unused = on_unused
+        self._shift = identity.chunk_size.bit_length() - 1
+        self._generation, self._durable = files.open_generation(directory, identity, boot_id)
+        self._dropped: list[files.Generation] = []
+        self._reference_count = 1
+        self._reference_lock = threading.Lock()
+        self._checkpoint_lock = threading.Lock()
+        self._storing = True
+
+    @property
+    def data_path(self) -> Path:
+        """The file of uncompressed bytes; another one after a drop."""
+        return self._generation.data_path
+
+    @property
+    def fd(self) -> int:
+        """Open on data_path."""
+        return self._generation.data_fd
+
+    @property
+    def present_count(self) -> int:
+        return self._generation.present.count(1)
+
+    @property
+    def complete(self) -> bool:
+        """All chunks are in the data file (durable or not: see make_durable)."""
+        return self._generation.present.find(0) < 0
+
+    def present(self, first: int, last: int) -> bool:
+        """Whether all chunks from `first` to `last`, inclusive, can be read."""
+        return self._generation.present.find(0, first, last + 1) < 0
+
+    def missing(self, first: int, last: int) -> list[int]:
+        """The chunks from `first` to `last`, inclusive, that are not present; ascending."""
+        present = self._generation.present
+        found: list[int] = []
+        index = present.find(0, first, last + 1)
+        while index >= 0:
+            found.append(index)
+            index = present.find(0, index + 1, last + 1)
+        return found
+
+    def read_if_present(self, offset: int, size: int) -> bytes | None:
+        """Exactly `size` bytes (> 0, within the device), or None: some chunk is not there, or cannot be read back."""
+        generation = self._generation
+        first, last = offset >> self._shift, (offset + size - 1) >> self._shift
+        if generation.present.find(0, first, last + 1) >= 0:
+            return None
+        try:
+            data = os.pread(generation.data_fd, size, offset)
+        except OSError as error:
+            self._forget(generation, first, last, str(error))
+            return None
+        if len(data) != size:
+            self._forget(generation, first, last, f"file ends at {offset + len(data)}")
+            return None
+        return data
+
+    def read(self, offset: int, size: int) -> bytes:
+        """
+        Exactly `size` bytes of present chunks.
+
+        Raises:
+            CacheError: not present (any more).
+
+        """
+        data = self.read_if_present(offset, size) if size else b""
+        if data is None:
+            raise CacheError(f"cached device {self.digest.short}: bytes {offset} + {size} are not there")
+        return data
+
+    def write(self, index: int, data: bytes | memoryview) -> bool:
+        """
+        Store chunk `index`: exactly its bytes, already checked.
+
+        Returns:
+            False if it could not be stored (disk full, I/O error): the chunk is then not present.
+
+        """
+        generation = self._generation
+        expected = min(self.chunk_size, self.device_size - index * self.chunk_size)
+        assert len(data) == expected, "a chunk is stored whole or not at all"
+        if not self._storing:
+            self.counters.store_errors += 1
+            return False
+        try:
+            files.pwrite_all(generation.data_fd, data, index << self._shift)
+        except OSError as error:
+            self._store_failed(error)
+            return False
+        self._set_present(generation, index)
+        self.counters.chunks_stored += 1
+        return True
+
+    def mark_zeros(self, indexes: Iterable[int]) -> None:
+        """Chunks that are all zeros: present without storing, for the data file has a hole there."""
+        generation = self._generation
+        for index in indexes:
+            if not generation.present[index]:
+                self._set_present(generation, index)
+
+    def checkpoint(self) -> bool:
+        """
+        Make durable what is present now. Blocking (fdatasync); nothing to do is quick.
+
+        Returns:
+            False if it could not be done. When syncing the data failed, all of it has been dropped: after a failed
+            fsync the kernel calls the pages clean, and a second fsync would succeed without them (fsync(2)).
+
+        """
+        with self._checkpoint_lock:
+            generation = self._generation
+            snapshot = bytearray(generation.present)    # before the sync: these chunks' data was written before it
+            if bytes(snapshot) == self._durable or not (self._durable or snapshot.count(1)):
+                return True
+            try:
+                os.fdatasync(generation.data_fd)
+            except OSError as error:
+                self._drop(error)
+                return False
+            try:
+                files.write_checkpoint(self._directory, self._identity, Record(generation.name, snapshot))
+                if not self._durable:
+                    files.sync_directory(self._directory.parent)    # the first one: the directory itself is new
+            except OSError as error:
+                self.counters.checkpoint_errors += 1
+                _log.warning("cached device %s: no checkpoint: %s", self.digest.short, error)
+                return False
+            self._durable = bytes(snapshot)
+            self.counters.checkpoints += 1
+            return True
+
+    def make_durable(self) -> bool:
+        """Checkpoint; whether the data file now holds the whole device, durably."""
+        return self.complete and self.checkpoint() and self._durable.count(1) == self.chunk_count
+
+    def retain(self) -> None:
+        with self._reference_lock:
+            assert self._reference_count > 0, "retained after its last release"
+            self._reference_count += 1
+
+    def release(self) -> None:
+        """Give one reference back; the last one closes the files."""
+        with self._reference_lock:
+            self._reference_count -= 1
+            last = self._reference_count == 0
+        if last:
+            self._on_unused(self)
+
+    def try_retain(self) -> bool:
+        """Retain, unless the last reference is already gone."""
+        with self._reference_lock:
+            if self._reference_count == 0:
+                return False
+            self._reference_count += 1
+            return True
+
+    def close_files(self) -> None:
+        """For CacheDir: after the last release."""
+        for generation in (*self._dropped, self._generation):
+            generation.close()
+
+    def _set_present(self, generation: files.Generation, index: int) -> None:
+        generation.present[index] = 1
+        try:
+            os.pwrite(generation.live_fd, b"\1", HEADER_BYTES + index)
+        except OSError:
+            self.counters.store_errors += 1    # costs one fetch after a restart, nothing now
+
+    def _forget(self, generation: files.Generation, first: int, last: int, reason: str) -> None:
+        _log.warning("cached device %s: chunks %d to %d unreadable: %s", self.digest.short, first, last, reason)
+        self.counters.chunks_forgotten += last - first + 1
+        for index in range(first, last + 1):
+            generation.present[index] = 0
+        try:
+            os.pwrite(generation.live_fd, bytes(last - first + 1), HEADER_BYTES + first)
+        except OSError:
+            self.counters.store_errors += 1
+
+    def _store_failed(self, error: OSError) -> None:
+        if self.counters.store_errors == 0:
+            _log.warning("cached device %s: not stored, served from memory: %s", self.digest.short, error)
+        self.counters.store_errors += 1
+
+    def _drop(self, error: OSError) -> None:
+        """Forget everything and begin a new data file. The old one stays open for reads that have begun."""
+        _log.error("cached device %s: data dropped, fsync failed: %s", self.digest.short, error)
+        self.counters.drops += 1
+        old = self._generation
+        old.present[:] = bytes(len(old.present))
+        self._durable = b""
+        self._storing = False
+        try:
+            self._generation = files.create_generation(self._directory, self._identity, self._boot_id)
+        except OSError as failure:
+            _log.warning("cached device %s: no new data file: %s", self.digest.short, failure)
+            self._disown(old)
+            return
+        self._dropped.append(old)
+        self._storing = self.counters.drops < _DROP_COUNT_MAX
+
+    def _disown(self, old: files.Generation) -> None:
+        # The live record on disk still names the bad data: without it, a restart begins anew.
+        for name in ("live", "checkpoint"):
+            try:
+                (self._directory / name).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("cached device %s: stale %s stays: %s", self.digest.short, name, error)
+        try:
+            os.ftruncate(old.live_fd, 0)
+        except OSError as error:
+            _log.warning("cached device %s: stale record stays: %s", self.digest.short, error)

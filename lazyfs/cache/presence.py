@@ -1,0 +1,137 @@
+"""
+The two records of which chunks a device's data file holds.
+
+*Live* (file `live`): one byte a chunk, 0 or 1, written with pwrite(2) right after the chunk's data. Both then are in
+the page cache, so that a killed worker loses nothing; but nothing orders them on the disk, so it is good for the boot
+it names only. Bytes, not bits: setting one needs no lock; pwrite, not mmap: a full or truncated disk gives an error
+instead of SIGBUS.
+
+*Checkpoint* (file `checkpoint`): one bit a chunk, written only after fdatasync(2) of the data; good for ever.
+
+Both begin with the same header (little-endian), and name the data file by a random *generation*: a record is never
+taken for another data file than the one it was made for, whatever order a crash leaves directory entries in.
+
+    offset size field
+         0    8 magic          "lzfsLIVE" or "lzfsCKPT"
+         8    4 version
+        12    4 chunk_size     bytes
+        16    8 device_size    bytes
+        24   32 device_digest
+        56   16 boot_id        /proc/sys/kernel/random/boot_id; zeros in a checkpoint
+        72    8 generation     of the data file, `data.<16 hex>`
+        80    4 crc32          of bytes 0..79
+
+A checkpoint ends with the BLAKE3 digest of all before it. Anything in doubt is no record. Who calls: cache.device.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lazyfs.image.digest import CHUNK_DIGEST_BYTES, chunk_digest
+from lazyfs.image.table import chunk_count
+
+if TYPE_CHECKING:
+    from lazyfs.image.digest import Digest
+
+VERSION = 1
+GENERATION_BYTES = 8
+_HEADER = struct.Struct("<8sIIQ32s16s8s")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CRC.size
+_LIVE_MAGIC, _CHECKPOINT_MAGIC = b"lzfsLIVE", b"lzfsCKPT"
+_NO_BOOT = bytes(16)
+_BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a data file must be: the device's digest, and the sizes in bytes."""
+
+    digest: Digest
+    chunk_size: int
+    device_size: int
+
+    @property
+    def chunk_count(self) -> int:
+        return chunk_count(self.device_size, self.chunk_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A parsed record: whose data file it describes, and one byte (0 or 1) a chunk."""
+
+    generation: bytes
+    present: bytearray
+
+
+def read_boot_id() -> bytes:
+    """16 bytes that change with every boot. Without /proc: random, so that only checkpoints count."""
+    try:
+        return uuid.UUID(_BOOT_ID_PATH.read_text().strip()).bytes
+    except (OSError, ValueError):
+        return os.urandom(16)
+
+
+def encode_live(identity: Identity, record: Record, boot_id: bytes) -> bytes:
+    return _header(_LIVE_MAGIC, identity, boot_id, record.generation) + bytes(record.present)
+
+
+def encode_checkpoint(identity: Identity, record: Record) -> bytes:
+    packed = np.packbits(np.frombuffer(record.present, dtype=np.uint8)).tobytes()
+    body = _header(_CHECKPOINT_MAGIC, identity, _NO_BOOT, record.generation) + packed
+    return body + chunk_digest(body)
+
+
+def decode_live(data: bytes, identity: Identity, boot_id: bytes) -> Record | None:
+    """The record, or None: of another boot, another device, another version, or damaged."""
+    generation = _generation(data, _header(_LIVE_MAGIC, identity, boot_id, bytes(GENERATION_BYTES)))
+    present = bytearray(data[HEADER_BYTES:])
+    if generation is None or len(present) != identity.chunk_count or present.translate(None, b"\0\1"):
+        return None
+    return Record(generation, present)
+
+
+def decode_checkpoint(data: bytes, identity: Identity) -> Record | None:
+    """The record, or None: of another device, another version, or damaged."""
+    generation = _generation(data, _header(_CHECKPOINT_MAGIC, identity, _NO_BOOT, bytes(GENERATION_BYTES)))
+    count = identity.chunk_count
+    body_bytes = HEADER_BYTES + -(-count // 8)
+    if generation is None or len(data) != body_bytes + CHUNK_DIGEST_BYTES:
+        return None
+    if chunk_digest(data[:body_bytes]) != data[body_bytes:]:
+        return None
+    packed = np.frombuffer(data, dtype=np.uint8, count=body_bytes - HEADER_BYTES, offset=HEADER_BYTES)
+    return Record(generation, bytearray(np.unpackbits(packed, count=count).tobytes()))
+
+
+def record_bytes_max(identity: Identity) -> int:
+    """No record of this device is longer; what is, is damaged, and is not read into memory."""
+    return HEADER_BYTES + identity.chunk_count + CHUNK_DIGEST_BYTES
+
+
+def _header(magic: bytes, identity: Identity, boot_id: bytes, generation: bytes) -> bytes:
+    digest = bytes.fromhex(identity.digest.hex)
+    head = _HEADER.pack(magic, VERSION, identity.chunk_size, identity.device_size, digest, boot_id, generation)
+    return head + _CRC.pack(zlib.crc32(head))
+
+
+def _generation(data: bytes, expected: bytes) -> bytes | None:
+    """The generation that a record names, if its header is else as expected."""
+    fixed_bytes = _HEADER.size - GENERATION_BYTES
+    if len(data) < HEADER_BYTES or data[:fixed_bytes] != expected[:fixed_bytes]:
+        return None
+    if _CRC.unpack_from(data, _HEADER.size)[0] != zlib.crc32(data[: _HEADER.size]):
+        return None
+    return data[fixed_bytes : _HEADER.size]
+
+
+assert HEADER_BYTES == 84

@@ -1,0 +1,109 @@
+"""
+The cache directory of a node: owned by one process, one CachedDevice object a layer device.
+
+    <path>/lock                           flock, holder's pid
+    <path>/v1/<device digest, 64 hex>/    cache.files
+
+The version is in the path: another version finds nothing and touches nothing. Layer: lazyfs.cache. Who calls:
+lazyfs.node (open, device, checkpoint, close), lazyfs.fetch (CachedDevice).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Self
+
+from lazyfs.cache.device import CacheCounters, CachedDevice
+from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
+from lazyfs.cache.presence import VERSION, Identity, read_boot_id
+from lazyfs.errors import BugError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lazyfs.image.digest import Digest
+
+__all__ = ["CacheCounters", "CacheDir", "CachedDevice"]
+
+
+class CacheDir:
+    """All cached devices of one directory. Thread-safe."""
+
+    def __init__(self, path: Path, lock: DirectoryLock, boot_id: bytes) -> None:
+        self.path = path
+        self._root = path / f"v{VERSION}"
+        self._lock = lock
+        self._boot_id = boot_id
+        self._devices: dict[Digest, CachedDevice] = {}
+        self._devices_lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path, *, boot_id: bytes | None = None) -> CacheDir:
+        """
+        Create the directory (mode 0700) if needed and take ownership of it.
+
+        Args:
+            path: of the directory; missing parents are made too.
+            boot_id: 16 bytes that name this boot of the machine; None asks the kernel (others: for tests).
+
+        Raises:
+            CacheOwnedError: another process has it. CacheError, DiskFullError: it cannot be used.
+
+        """
+        path = prepare_directory(path)
+        lock = DirectoryLock(path)
+        try:
+            (path / f"v{VERSION}").mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            lock.close()
+            raise_cache_error(path, "create its layout", error)
+        return cls(path, lock, boot_id or read_boot_id())
+
+    def device(self, digest: Digest, chunk_size: int, device_size: int) -> CachedDevice:
+        """
+        The one object of a layer device, with a reference that the caller releases. Blocking (small files).
+
+        Raises:
+            CacheError, DiskFullError: its files cannot be made. What is damaged is dropped without an error.
+
+        """
+        with self._devices_lock:
+            known = self._devices.get(digest)
+            if known is not None and known.try_retain():
+                if (known.chunk_size, known.device_size) != (chunk_size, device_size):
+                    known.release()
+                    raise BugError(f"device {digest.short} opened with other sizes than before")
+                return known
+            directory = self._root / digest.hex
+            try:
+                device = CachedDevice(directory, Identity(digest, chunk_size, device_size), self._boot_id, self._unused)
+            except OSError as error:
+                raise_cache_error(self.path, f"open device {digest.short}", error)
+            self._devices[digest] = device
+            return device
+
+    def checkpoint(self) -> None:
+        """Make everything present in all open devices durable. Blocking; run it in a thread, now and then."""
+        with self._devices_lock:
+            devices = [device for device in self._devices.values() if device.try_retain()]
+        for device in devices:
+            try:
+                device.checkpoint()
+            finally:
+                device.release()
+
+    def close(self) -> None:
+        """Give up ownership. Devices still referenced stay usable until released; nothing is synced here."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unused(self, device: CachedDevice) -> None:
+        with self._devices_lock:
+            if self._devices.get(device.digest) is device:
+                del self._devices[device.digest]
+        device.close_files()

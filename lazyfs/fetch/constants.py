@@ -1,0 +1,52 @@
+"""Bounds and policy constants of the fetch engine, with their origin. Sizes of the format are in lazyfs.limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyfs import limits
+from lazyfs.limits import KIB, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """
+    How much the engine does at once.
+
+    Memory: a transfer holds at most one stored and one decoded chunk, whatever its size, so the threads together
+    hold `2 * thread_count * CHUNK_SIZE_MAX_BYTES` at most: asserted below to fit `IN_FLIGHT_BYTES_MAX`.
+    """
+
+    foreground_per_source: int = 8     # a dead registry must not take all slots from the others
+    foreground_total: int = 16
+    prefetch_streams: int = 2          # the second one starts when the first is nearly through
+    background_streams: int = 2        # read-ahead of sequential readers
+    merge_bytes_max: int = 4 * MIB     # one range request of queued chunks that are neighbours, stored bytes
+    window_bytes_max: int = 2 * MIB    # one range request of the hot blob: 17 ms of a 1 Gbit/s link
+    readahead: bool = True
+
+    @property
+    def thread_count(self) -> int:
+        return self.foreground_total + self.prefetch_streams + self.background_streams
+
+
+IN_FLIGHT_BYTES_MAX = 64 * MIB
+SPILL_BYTES_MAX = 16 * MIB       # chunks that could not be stored, kept for the neighbouring reads of 128 KiB
+ERROR_MEMORY_S = 2.0             # the kernel repeats a failed read at once, page by page (reference: faults.md §2)
+ERROR_MEMORY_COUNT_MAX = 1024
+BAD_CHUNK_TRY_COUNT = 2          # a digest that does not match: once more from the source, then an error
+# An attempt gets half of the time that is left, so that a connection gone dead leaves time for another one ...
+ATTEMPT_SHARE = 0.5
+ATTEMPT_WHOLE_S = 4.0            # ... but is not cut into slices too thin to be of use.
+PREFETCH_OVERLAP_BYTES = 512 * KIB   # the next window is asked for when less than this of the current one is to come
+PREFETCH_SCAN_COUNT_MAX = 2048   # plan entries looked at before the loop gets a turn
+PREFETCH_FAILURE_COUNT_MAX = 6   # consecutive; then chunks come when they are read
+READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
+READAHEAD_TOUCH_COUNT_MIN = 3    # chunks in a row that make a sequential reader
+READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read in a row so far
+TOUCH_ORDER_COUNT_MAX = 1 << 20  # first touches remembered, a device
+READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often
+CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
+
+assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES + SPILL_BYTES_MAX <= IN_FLIGHT_BYTES_MAX
+assert FetchLimits().merge_bytes_max <= limits.RANGE_REQUEST_BYTES_MAX

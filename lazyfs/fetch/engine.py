@@ -1,0 +1,210 @@
+"""
+Exact reads of layer devices: out of the cache when it is there, else fetched, once, whoever asks.
+
+One Fetcher a worker. Everything here runs on the trio loop; the blocking work is in fetch.transfer, in threads. Who
+calls: lazyfs.fs (read), lazyfs.node (prefetch, statistics). Concurrency, state by state: docs/concurrency.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Self
+
+import trio
+
+from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError
+from lazyfs.fetch.constants import CLOSE_GRACE_S, ERROR_MEMORY_S, READ_ROUND_COUNT_MAX, FetchLimits
+from lazyfs.fetch.prefetch import PrefetchHandle
+from lazyfs.fetch.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.flight import Flight
+    from lazyfs.fetch.statistics import FetchStatistics
+
+    Memory = dict[int, bytes | memoryview]
+
+__all__ = ["FetchLimits", "Fetcher", "PrefetchHandle"]
+
+
+class Fetcher:
+    """`async with Fetcher() as fetcher`: nothing of it outlives the block, but threads that hang in a source."""
+
+    def __init__(self, bounds: FetchLimits | None = None) -> None:
+        self._bounds = bounds or FetchLimits()
+        self._manager: AbstractAsyncContextManager[trio.Nursery] = trio.open_nursery()
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._manager.__aenter__()
+        self._scheduler = Scheduler(self._bounds, self._nursery)
+        self._statistics = self._scheduler.statistics
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        self._scheduler.close()
+        with trio.move_on_after(CLOSE_GRACE_S, shield=True):
+            await self._scheduler.drained()
+        self._nursery.cancel_scope.cancel()
+        return await self._manager.__aexit__(kind, error, trace)
+
+    @property
+    def statistics(self) -> FetchStatistics:
+        return self._statistics
+
+    async def read(self, device: FetchDevice, offset: int, size: int, *, deadline: float) -> bytes | memoryview:
+        """
+        Exactly `size` bytes of the device from `offset`.
+
+        Checkpoint: only when something must be fetched. On cancel: what is on its way goes on.
+
+        Args:
+            device: whose table, cache and blobs are used.
+            offset: bytes.
+            size: bytes; offset + size <= device.size.
+            deadline: absolute, time.monotonic() seconds.
+
+        Raises:
+            DeadlineError: not there in time. SourceError, IntegrityError, FormatError: the source did not deliver, or
+            not these bytes. CacheError: this machine does not keep them. BugError: the range is not in the device.
+
+        """
+        end = offset + size
+        if offset < 0 or size < 0 or end > device.size:
+            raise BugError(f"read of {size} bytes at {offset} of a device of {device.size}")
+        if not size:
+            return b""
+        first, last = offset >> device.shift, (end - 1) >> device.shift
+        if device.touched.find(0, first, last + 1) >= 0:
+            self._first_touch(device, first, last)
+        data = device.cached.read_if_present(offset, size)
+        if data is not None:
+            self._statistics.hits += 1
+            return data
+        return await self._read_missing(device, offset, size, deadline)
+
+    def prefetch(self, plan: Sequence[tuple[FetchDevice, int]]) -> PrefetchHandle:
+        """
+        Fetch chunks in this order, below foreground reads: few large requests where they are neighbours in a blob.
+
+        Args:
+            plan: (device, chunk index); those present are skipped.
+
+        """
+        handle = PrefetchHandle(plan)
+        self._scheduler.add_prefetch(handle)
+        return handle
+
+    # --- reads that wait ------------------------------------------------------------------------------------------
+
+    async def _read_missing(
+        self, device: FetchDevice, offset: int, size: int, deadline: float
+    ) -> bytes | memoryview:
+        self._statistics.misses += 1
+        if not device.cached.try_retain():
+            raise CacheError(f"cached device {device.cached.digest.short}: already closed")
+        try:
+            # More than one round only when chunks vanish again: an I/O error on the cache's disk.
+            for _ in range(READ_ROUND_COUNT_MAX):
+                data = await self._read_once(device, offset, size, deadline)
+                if data is not None:
+                    return data
+        except LazyfsError:
+            self._statistics.errors += 1
+            raise
+        finally:
+            device.cached.release()
+        self._statistics.errors += 1
+        raise CacheError(f"cached device {device.cached.digest.short}: chunks at {offset} + {size} do not stay")
+
+    async def _read_once(
+        self, device: FetchDevice, offset: int, size: int, deadline: float
+    ) -> bytes | memoryview | None:
+        first, last = offset >> device.shift, (offset + size - 1) >> device.shift
+        memory = await self._arrive(device, first, last, deadline)
+        data = device.cached.read_if_present(offset, size)
+        return _assemble(device, offset, size, memory) if data is None else data
+
+    async def _arrive(self, device: FetchDevice, first: int, last: int, deadline: float) -> Memory:
+        """Until all chunks are there; returns those that could not be stored."""
+        memory: Memory = {}
+        flights: list[Flight] = []
+        for index in device.cached.missing(first, last):
+            spilled = self._scheduler.spill.get(device.cached, index)
+            if spilled is not None:
+                memory[index] = spilled
+                continue
+            error = device.remembered_error(index)
+            if error is not None:
+                raise copy.copy(error)
+            flights.append(self._scheduler.join(device, index, deadline))
+        self._scheduler.dispatch()
+        for flight in flights:
+            landed = await self._wait(device, flight, deadline)
+            if landed.data is not None:
+                memory[landed.index] = landed.data
+        return memory
+
+    async def _wait(self, device: FetchDevice, flight: Flight, deadline: float) -> Flight:
+        while True:
+            began = time.monotonic()
+            with trio.move_on_after(max(0.0, deadline - began)):
+                await flight.wait()
+            if not flight.done:
+                index = flight.index
+                late = DeadlineError(
+                    f"{flight.source.name}: blob {flight.blob.short}: chunk {index} did not arrive within its deadline",
+                    hint="is the registry reachable, and the link not overloaded?",
+                )
+                if time.monotonic() - began > ERROR_MEMORY_S:    # not for callers in a hurry
+                    device.remember_error(index, late)
+                raise late
+            if flight.error is None:
+                return flight
+            if flight.device is device:
+                raise copy.copy(flight.error)
+            # It was another image's source that failed: ours may be better.
+            if not device.cached.present(flight.index, flight.index):
+                flight = self._scheduler.join(device, flight.index, deadline)
+                self._scheduler.dispatch()
+
+    def _first_touch(self, device: FetchDevice, first: int, last: int) -> None:
+        """Count, and read ahead. The read's own missing chunks go first."""
+        before = device.touched_stored_bytes
+        fresh = device.touch(first, last)
+        self._statistics.touched_stored_bytes += device.touched_stored_bytes - before
+        if not self._bounds.readahead or self._scheduler.prefetches:
+            return
+        missing = set(device.cached.missing(first, last))
+        for index in fresh:
+            ahead = device.readahead.advance(index, missing=index in missing)
+            last_ahead = min(ahead.stop, device.table.chunk_count) - 1
+            if ahead.start <= last_ahead:
+                self._scheduler.read_ahead(device, device.cached.missing(ahead.start, last_ahead))
+                if not missing:
+                    self._scheduler.dispatch()
+
+
+def _assemble(device: FetchDevice, offset: int, size: int, memory: Memory) -> bytes | None:
+    """The range out of chunks in memory and in the cache; None if one is in neither (any more)."""
+    parts: list[bytes | memoryview] = []
+    position, end = offset, offset + size
+    while position < end:
+        index = position >> device.shift
+        base = index << device.shift
+        upto = min(end, base + device.table.chunk_size)
+        if index in memory:
+            parts.append(memoryview(memory[index])[position - base : upto - base])
+        else:
+            data = device.cached.read_if_present(position, upto - position)
+            if data is None:
+                return None
+            parts.append(data)
+        position = upto
+    return b"".join(parts)

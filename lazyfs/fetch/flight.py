@@ -1,0 +1,86 @@
+"""
+A chunk on its way: the one object that all its waiters and its transfer share.
+
+Life: queued (in a FlightQueue, or in a prefetch window about to start) -> in a transfer (a thread works on it) ->
+done (landed, or failed), perhaps after rounds of trying again. It is in Fetcher's map from its making to its end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from lazyfs.errors import LazyfsError
+    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.image.digest import Digest
+    from lazyfs.registry.place import ImageSource
+
+
+class Flight:
+    """
+    Written by the loop, but for `done`, `data` and `bad`, which the transfer's thread sets.
+
+    No lost wake-up: the thread sets `done` and then looks at `waiters`; a waiter counts itself and then looks at
+    `done`. Under the interpreter lock one of them sees the other.
+
+    :stored_start, stored_size: where in `blob`, bytes.
+    :deadline: the latest of all its waiters', time.monotonic() seconds.
+    :data: the chunk's bytes, when it is done but could not be stored.
+    :bad: what was wrong with the bytes of the last attempt.
+    """
+
+    __slots__ = (
+        "attempt_count", "bad", "bad_count", "blob", "codec", "data", "deadline", "device", "digest", "done", "error",
+        "event", "index", "size", "source", "stored_size", "stored_start", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, device: FetchDevice, index: int, deadline: float) -> None:
+        row = device.table.rows[index].item()
+        self.stored_start: int
+        self.stored_size: int
+        self.codec: int
+        self.digest: bytes
+        self.stored_start, self.stored_size, blob_index, self.codec, _, self.digest = row
+        self.source: ImageSource
+        self.blob: Digest
+        self.source, self.blob, _ = device.blobs[blob_index]
+        self.device = device
+        self.index = index
+        self.size = device.table.chunk_bytes(index)
+        self.deadline = deadline
+        self.waiters = 0
+        self.done = False
+        self.data: bytes | memoryview | None = None
+        self.error: LazyfsError | None = None
+        self.bad: LazyfsError | None = None
+        self.bad_count = 0
+        self.attempt_count = 0
+        self.event: trio.Event | None = None
+
+    @property
+    def stored_end(self) -> int:
+        return self.stored_start + self.stored_size
+
+    def wake(self) -> None:
+        """On the loop, once done."""
+        if self.event is not None:
+            self.event.set()
+
+    def fail(self, error: LazyfsError) -> None:
+        """On the loop."""
+        self.error = error
+        self.done = True
+        self.wake()
+
+    async def wait(self) -> None:
+        """Until done. Checkpoint: only if it is not done yet; on cancel: the transfer goes on."""
+        self.waiters += 1
+        try:
+            if self.event is None:
+                self.event = trio.Event()
+            if not self.done:
+                await self.event.wait()
+        finally:
+            self.waiters -= 1

@@ -1,0 +1,117 @@
+"""
+The plan of a prefetch: chunks in the order of the hot blob, cut into windows when they start. Who calls: fetch.engine.
+
+A window is one range request: entries of the plan that are neighbours in a blob, skipping those that are present or
+on their way when it starts, so that no byte is sent twice. Pure, but for PrefetchHandle.wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.fetch.constants import PREFETCH_FAILURE_COUNT_MAX, PREFETCH_SCAN_COUNT_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lazyfs.errors import LazyfsError
+    from lazyfs.fetch.device import FetchDevice
+
+    Entry = tuple[FetchDevice, int]
+
+
+class PrefetchHandle:
+    """
+    A running prefetch, as its caller sees it.
+
+    :fetched_count, skipped_count: chunks; skipped ones were there or on their way already.
+    :error: why it gave up, if it did; its chunks then come when they are read.
+    """
+
+    def __init__(self, plan: Sequence[Entry]) -> None:
+        self._plan = plan
+        self._cursor = 0
+        self._again: deque[Entry] = deque()    # of windows that failed; before the rest of the plan
+        self._ended = trio.Event()
+        self._cancelled = False
+        self.running_count = 0     # windows under way
+        self.paused_until = 0.0    # trio's clock; after a failure
+        self.failure_count = 0     # consecutive
+        self.fetched_count = 0
+        self.skipped_count = 0
+        self.error: LazyfsError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    async def wait(self) -> None:
+        """Until all chunks are there, or it gave up, or was cancelled. Checkpoint: yes; on cancel: goes on."""
+        await self._ended.wait()
+
+    def cancel(self) -> None:
+        """Start no further window; those under way finish."""
+        self._cancelled = True
+        self._again.clear()
+        self._plan = ()
+        self.check_end()
+
+    def failed(self, error: LazyfsError, entries: list[Entry]) -> None:
+        """A window failed; `entries` of it are wanted still."""
+        self.failure_count += 1
+        if self.failure_count >= PREFETCH_FAILURE_COUNT_MAX:
+            self.error = error
+            self.cancel()
+        if not self._cancelled:
+            self._again.extendleft(reversed(entries))
+
+    def check_end(self) -> None:
+        if not self.running_count and not self._again and self._cursor >= len(self._plan):
+            self._ended.set()
+
+    def next_window(
+        self, bytes_max: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]
+    ) -> tuple[list[Entry], bool]:
+        """
+        Take the next window out of the plan.
+
+        Args:
+            bytes_max: stored bytes of it.
+            wanted: of a chunk: (blob, start, stored bytes), or None if it is there or on its way.
+
+        Returns:
+            The window, empty at the end; and whether it is empty only because the scan stopped for others' sake.
+
+        """
+        window: list[Entry] = []
+        blob: object = None
+        end = total = 0
+        for _ in range(PREFETCH_SCAN_COUNT_MAX):
+            entry = self._peek()
+            if entry is None:
+                return window, False
+            place = wanted(*entry)
+            if place is not None:
+                if window and ((blob, end) != place[:2] or total + place[2] > bytes_max):
+                    return window, False
+                blob, end = place[0], place[1] + place[2]
+                total += place[2]
+                window.append(entry)
+            else:
+                self.skipped_count += 1
+            self._advance()
+        return window, not window
+
+    def _peek(self) -> Entry | None:
+        if self._again:
+            return self._again[0]
+        return self._plan[self._cursor] if self._cursor < len(self._plan) else None
+
+    def _advance(self) -> None:
+        if self._again:
+            self._again.popleft()
+        else:
+            self._cursor += 1

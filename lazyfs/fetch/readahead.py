@@ -1,0 +1,53 @@
+"""
+Which chunks a sequential reader will want next. Pure; one object a device. Who calls: fetch.engine.
+
+A reader is sequential when it touches chunks in a row; what is read ahead is never more than it has read in a row so
+far, so that a wrong guess costs at most as much again. A start from a prefetch list does not read ahead at all (the
+engine asks only while no prefetch runs): the list knows better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyfs.fetch.constants import READAHEAD_STREAM_COUNT_MAX, READAHEAD_TOUCH_COUNT_MIN
+
+
+@dataclass(slots=True)
+class _Stream:
+    touch_count: int = 0
+    ahead_end: int = 0    # the chunk after the last one read ahead
+
+
+class Readahead:
+    """`advance` is called once for each chunk, when it is touched for the first time."""
+
+    def __init__(self, window_count_max: int) -> None:
+        self._window_count_max = window_count_max
+        self._streams: dict[int, _Stream] = {}    # by the chunk expected next; oldest first
+
+    def advance(self, index: int, *, missing: bool) -> range:
+        """
+        The chunks to fetch ahead now that chunk `index` is touched (often none; may reach beyond the device).
+
+        Args:
+            index: of the chunk.
+            missing: it was not in the cache. A reader that finds everything there needs no help.
+
+        """
+        stream = self._streams.pop(index, None)
+        if stream is None:
+            stream = _Stream()
+            if len(self._streams) >= READAHEAD_STREAM_COUNT_MAX:
+                del self._streams[next(iter(self._streams))]
+        stream.touch_count += 1
+        helped = missing or index < stream.ahead_end
+        self._streams[index + 1] = stream
+        if not helped or stream.touch_count < READAHEAD_TOUCH_COUNT_MIN:
+            return range(0)
+        window = min(stream.touch_count, self._window_count_max)
+        begin = max(index + 1, stream.ahead_end)
+        if begin - (index + 1) > window // 2:
+            return range(0)    # more than half of it is still to be read
+        stream.ahead_end = index + 1 + window
+        return range(begin, stream.ahead_end)

@@ -1,0 +1,334 @@
+"""
+Which transfer starts next, and what becomes of its flights. All on the loop, all synchronous but `_later`.
+
+Order: foreground (oldest first, the sources in turn), then prefetch windows, then read-ahead; each within its bound.
+Invariants: a chunk that is wanted has exactly one flight in `flights`, from its making until it landed or failed; a
+flight is in at most one of: a queue, a transfer, a pause. Who calls: fetch.engine. See docs/concurrency.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs import limits
+from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
+from lazyfs.fetch import retry
+from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, FetchLimits
+from lazyfs.fetch.flight import Flight
+from lazyfs.fetch.lane import Lane
+from lazyfs.fetch.spill import Spill
+from lazyfs.fetch.statistics import FetchStatistics
+from lazyfs.fetch.transfer import Priority, Transfer
+from lazyfs.fetch.workers import Workers
+from lazyfs.image.codec import Codec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lazyfs.cache.store import CachedDevice
+    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.prefetch import Entry, PrefetchHandle
+
+_log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """
+    :flights: chunks on their way, by (cached device, index).
+    :lanes: by id() of their source; a lane without work is removed.
+    """
+
+    def __init__(self, bounds: FetchLimits, nursery: trio.Nursery) -> None:
+        self.bounds = bounds
+        self.statistics = FetchStatistics()
+        self.spill = Spill(SPILL_BYTES_MAX)
+        self.flights: dict[tuple[CachedDevice, int], Flight] = {}
+        self.lanes: dict[int, Lane] = {}
+        self.prefetches: list[PrefetchHandle] = []
+        self._windows: dict[Transfer, PrefetchHandle] = {}
+        self._running = dict.fromkeys(Priority, 0)
+        self._nursery = nursery
+        self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
+        self._closed = False
+
+    async def drained(self) -> None:
+        """Until no thread works any more. Checkpoint: perhaps."""
+        await self._workers.drained()
+
+    def join(self, device: FetchDevice, index: int, deadline: float) -> Flight:
+        """The flight of a missing chunk that a read wants: the one under way, or a new one. Call dispatch() after."""
+        flight = self.flights.get((device.cached, index))
+        if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
+            flight = self._new_flight(device, index, deadline)
+            if flight.codec != Codec.ZERO:
+                self._lane(flight).foreground.push(flight)
+            return flight
+        self.statistics.waits += 1
+        flight.deadline = max(flight.deadline, deadline)
+        lane = self.lanes.get(id(flight.source))
+        if lane is not None:
+            lane.promote(flight)
+        return flight
+
+    def read_ahead(self, device: FetchDevice, indexes: Iterable[int]) -> None:
+        """Fetch chunks that a sequential reader will want. Call dispatch() after."""
+        deadline = time.monotonic() + limits.READ_DEADLINE_S
+        for index in indexes:
+            if (device.cached, index) not in self.flights:
+                flight = self._new_flight(device, index, deadline)
+                if flight.codec != Codec.ZERO:
+                    self._lane(flight).background.push(flight)
+
+    def add_prefetch(self, handle: PrefetchHandle) -> None:
+        self.prefetches.append(handle)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Start what may start."""
+        if self._closed:
+            return
+        while self._start_foreground() or self._start_window() or self._start_background():
+            pass
+
+    def close(self) -> None:
+        """Fail all that waits and tell the threads to end."""
+        self._closed = True
+        self._workers.close()
+        for flight in list(self.flights.values()):
+            if not flight.done:
+                flight.fail(SourceError(f"{flight.source.name}: the worker is stopping"))
+        self.flights.clear()
+        self.lanes.clear()
+        for handle in self.prefetches:
+            handle.cancel()
+
+    # --- what starts ----------------------------------------------------------------------------------------------
+
+    def _start_foreground(self) -> bool:
+        if self._running[Priority.FOREGROUND] >= self.bounds.foreground_total:
+            return False
+        now = trio.current_time()
+        for key, lane in self.lanes.items():
+            if not len(lane.foreground) or lane.running_count >= self.bounds.foreground_per_source:
+                continue
+            if lane.paused_until > now:
+                continue
+            flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
+            if flights and self._start(Transfer(flights, Priority.FOREGROUND)):
+                lane.running_count += 1
+            self.lanes[key] = self.lanes.pop(key)    # the others' turn
+            return True
+        return False
+
+    def _alive(self, flights: list[Flight]) -> list[Flight]:
+        """Without those nobody can wait for any more. Cuts the run at a gap; the rest is queued again."""
+        now = time.monotonic()
+        for position, flight in enumerate(flights):
+            if flight.deadline <= now:
+                self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: no slot in time"))
+                for later in flights[position + 1 :]:
+                    self._lane(later).foreground.push(later)
+                return flights[:position]
+        return flights
+
+    def _start_window(self) -> bool:
+        if self._running[Priority.PREFETCH] >= self.bounds.prefetch_streams:
+            return False
+        if any(not transfer.is_nearly_done() for transfer in self._windows):
+            return False
+        now = trio.current_time()
+        for handle in self.prefetches:
+            if handle.paused_until > now:
+                continue
+            window, stopped = handle.next_window(self.bounds.window_bytes_max, self._wanted)
+            if stopped:
+                self._workers.wake(self.dispatch)    # scan on after the others had a turn
+                return False
+            if window:
+                self._start_prefetch(handle, window)
+                return True
+            handle.check_end()
+        self.prefetches = [handle for handle in self.prefetches if not handle.done]
+        return False
+
+    def _start_prefetch(self, handle: PrefetchHandle, window: list[Entry]) -> None:
+        deadline = time.monotonic() + limits.READ_DEADLINE_S
+        transfer = Transfer([self._new_flight(*entry, deadline) for entry in window], Priority.PREFETCH)
+        if self._start(transfer):
+            handle.running_count += 1
+            self._windows[transfer] = handle
+        else:
+            handle.cancel()    # its image is unmounted
+
+    def _wanted(self, device: FetchDevice, index: int) -> tuple[object, int, int] | None:
+        """See PrefetchHandle.next_window."""
+        if device.cached.present(index, index) or (device.cached, index) in self.flights:
+            return None
+        start, size, blob_index, codec, *_ = device.table.rows[index].item()
+        if codec == Codec.ZERO:
+            device.cached.mark_zeros([index])
+            return None
+        source, blob, _ = device.blobs[blob_index]
+        return (id(source), blob), start, size
+
+    def _start_background(self) -> bool:
+        if self._running[Priority.BACKGROUND] >= self.bounds.background_streams:
+            return False
+        now = trio.current_time()
+        for lane in self.lanes.values():
+            if len(lane.background) and lane.paused_until <= now:
+                self._start(Transfer(lane.background.pop_run(self.bounds.merge_bytes_max), Priority.BACKGROUND))
+                return True
+        return False
+
+    def _start(self, transfer: Transfer) -> bool:
+        """Hand it to a thread, which gives the references back. False: a cached device is closed already."""
+        for position, flight in enumerate(transfer.flights):
+            if not flight.device.cached.try_retain():
+                for retained in transfer.flights[:position]:
+                    retained.device.cached.release()
+                error = CacheError(f"cached device {flight.device.cached.digest.short}: already closed")
+                for failed in transfer.flights:
+                    self._fail(failed, error)
+                return False
+        self._running[transfer.priority] += 1
+        self.statistics.requests += 1
+        self._workers.start(transfer)
+        return True
+
+    # --- what ends ------------------------------------------------------------------------------------------------
+
+    def _finished(self, transfer: Transfer) -> None:
+        """The thread is through with it."""
+        self._running[transfer.priority] -= 1
+        self._count(transfer)
+        again: list[Flight] = []
+        for flight in transfer.flights:
+            if flight.done and flight.error is None:
+                self._land(flight)
+            elif not flight.done:
+                again.extend(self._not_landed(flight, transfer))
+        handle = self._windows.pop(transfer, None)
+        if handle is not None:
+            handle.running_count -= 1
+            handle.fetched_count += transfer.landed_count
+            again = self._give_back(handle, transfer, again)
+            handle.check_end()
+        lane = self.lanes.get(id(transfer.source))
+        if lane is not None and transfer.priority is Priority.FOREGROUND:
+            lane.running_count -= 1
+        if not self._closed:
+            self._try_again(again, transfer)
+        if lane is not None and lane.is_idle(trio.current_time()):
+            del self.lanes[id(transfer.source)]
+        self.dispatch()
+
+    def _count(self, transfer: Transfer) -> None:
+        statistics = self.statistics
+        statistics.fetched_stored_bytes += transfer.received_bytes
+        statistics.chunks_fetched += transfer.landed_count
+        if transfer.priority is Priority.PREFETCH:
+            statistics.chunks_prefetched += transfer.landed_count
+        elif transfer.priority is Priority.BACKGROUND:
+            statistics.chunks_read_ahead += transfer.landed_count
+
+    def _land(self, flight: Flight) -> None:
+        self._remove(flight)
+        if flight.data is not None:
+            self.statistics.not_stored += 1
+            self.spill.put(flight.device.cached, flight.index, flight.data)
+        flight.wake()
+
+    def _not_landed(self, flight: Flight, transfer: Transfer) -> list[Flight]:
+        """The flight, if it is to be tried again; else it has failed."""
+        if flight.bad is not None:
+            error, flight.bad = flight.bad, None
+            flight.bad_count += 1
+            self.statistics.bad_chunks += 1
+            again = flight.bad_count < BAD_CHUNK_TRY_COUNT
+        else:
+            error = transfer.error or BugError(f"{flight.source.name}: chunk {flight.index} was left out")
+            if not transfer.landed_count:
+                flight.attempt_count += 1
+            again = retry.is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
+            pause = retry.pause_s(error, max(1, flight.attempt_count))
+            again = again and time.monotonic() + pause < flight.deadline
+        if again and not self._closed:
+            return [flight]
+        self._fail(flight, error)
+        return []
+
+    def _give_back(self, handle: PrefetchHandle, transfer: Transfer, again: list[Flight]) -> list[Flight]:
+        """Of a failed window, those that nobody waits for go back into the plan; returns the others."""
+        if transfer.error is None:
+            handle.failure_count = 0
+            return again
+        unwanted = [flight for flight in again if not flight.waiters]
+        for flight in unwanted:
+            self._remove(flight)
+        handle.failed(transfer.error, [(flight.device, flight.index) for flight in unwanted])
+        pause = retry.pause_s(transfer.error, max(1, handle.failure_count))
+        handle.paused_until = trio.current_time() + pause
+        if not self._closed:
+            self._nursery.start_soon(self._later, handle.paused_until, [])
+        return [flight for flight in again if flight.waiters]
+
+    def _try_again(self, flights: list[Flight], transfer: Transfer) -> None:
+        """Queue them: at once after bad bytes, after a pause when the source failed."""
+        error = transfer.error
+        if error is None:
+            self.statistics.retries += bool(flights)
+            self._queue(flights)
+            return
+        attempt_count = max((flight.attempt_count for flight in flights), default=1)
+        until = trio.current_time() + retry.pause_s(error, max(1, attempt_count))
+        if isinstance(error, RateLimitedError) and error.retry_after_s is not None:
+            self._lane(transfer.flights[0]).paused_until = until    # for all who want something of this source
+        elif not flights:
+            return
+        self.statistics.retries += 1
+        _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
+        self._nursery.start_soon(self._later, until, flights)
+
+    async def _later(self, until: float, flights: list[Flight]) -> None:
+        """Checkpoint: yes; on cancel: the engine is closing and has failed the flights. `until`: trio's clock."""
+        await trio.sleep_until(until)
+        self._queue(flights)
+        self.dispatch()
+
+    def _queue(self, flights: list[Flight]) -> None:
+        for flight in flights:
+            lane = self._lane(flight)
+            (lane.foreground if flight.waiters else lane.background).push(flight)
+
+    def _fail(self, flight: Flight, error: LazyfsError) -> None:
+        self._remove(flight)
+        flight.device.remember_error(flight.index, error)
+        flight.fail(error)
+
+    # --- small helpers --------------------------------------------------------------------------------------------
+
+    def _new_flight(self, device: FetchDevice, index: int, deadline: float) -> Flight:
+        flight = Flight(device, index, deadline)
+        if flight.codec == Codec.ZERO:
+            device.cached.mark_zeros([index])
+            flight.done = True
+        else:
+            self.flights[device.cached, index] = flight
+        return flight
+
+    def _lane(self, flight: Flight) -> Lane:
+        key = id(flight.source)
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(flight.source)
+        return lane
+
+    def _remove(self, flight: Flight) -> None:
+        key = (flight.device.cached, flight.index)
+        if self.flights.get(key) is flight:
+            del self.flights[key]

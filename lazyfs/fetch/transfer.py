@@ -1,0 +1,136 @@
+"""
+One range request of neighbouring chunks, from the source into the cache; blocking, in a thread.
+
+Never wrong bytes: a chunk is decoded into exactly its size, then its digest is checked, then it is stored or handed
+on. A bad chunk does not end the run: the sizes of its neighbours are known from the table. Who calls: fetch.workers.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import BugError, DeadlineError, FormatError, IntegrityError, LazyfsError, SourceError
+from lazyfs.fetch.constants import ATTEMPT_SHARE, ATTEMPT_WHOLE_S, PREFETCH_OVERLAP_BYTES
+from lazyfs.image.codec import Codec, decompress
+from lazyfs.image.digest import chunk_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazyfs.fetch.flight import Flight
+    from lazyfs.registry.place import ByteStream
+
+_log = logging.getLogger(__name__)
+
+
+class Priority(enum.IntEnum):
+    FOREGROUND = 0    # a read waits
+    PREFETCH = 1      # a window of the hot blob
+    BACKGROUND = 2    # read-ahead
+
+
+class Transfer:
+    """
+    :flights: neighbours in one blob of one source, in its order.
+    :received_bytes, remaining_bytes: stored bytes; written by the thread.
+    :cancelled: set by the loop; the thread gives up at the next piece.
+    """
+
+    def __init__(self, flights: list[Flight], priority: Priority) -> None:
+        self.flights = flights
+        self.priority = priority
+        first = flights[0]
+        self.source, self.blob, self.start = first.source, first.blob, first.stored_start
+        self.size = flights[-1].stored_end - self.start
+        self.received_bytes = 0
+        self.remaining_bytes = self.size
+        self.landed_count = 0
+        self.cancelled = False
+        self.error: LazyfsError | None = None
+
+    def is_nearly_done(self) -> bool:
+        return self.remaining_bytes <= PREFETCH_OVERLAP_BYTES
+
+    def attempt_deadline(self) -> float:
+        """Absolute, time.monotonic(): see constants.ATTEMPT_SHARE."""
+        now = time.monotonic()
+        left = max(flight.deadline for flight in self.flights) - now
+        return now + (left * ATTEMPT_SHARE if left > ATTEMPT_WHOLE_S else left)
+
+    def execute(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
+        """
+        Fetch all flights; never raises. Those that did not land are not `done` afterwards; `error` says why.
+
+        Args:
+            wake: has a function called on the loop; used only for chunks that somebody waits for.
+            nearly_done: called on the loop when PREFETCH_OVERLAP_BYTES are left.
+
+        """
+        try:
+            self._receive(wake, nearly_done)
+        except LazyfsError as error:
+            self.error = error
+        except Exception as error:    # noqa: BLE001 - it must end this transfer, not the thread
+            _log.exception("transfer from %s failed in an unforeseen way", self.source.name)
+            self.error = BugError(f"{self.source.name}: blob {self.blob.short}: {type(error).__name__}")
+        finally:
+            for flight in self.flights:
+                flight.device.cached.release()
+
+    def _receive(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
+        deadline = self.attempt_deadline()
+        if deadline <= time.monotonic():
+            raise DeadlineError(f"{self.source.name}: blob {self.blob.short}: no time left to fetch it")
+        told = False
+        with self.source.read_range(self.blob, self.start, self.size, deadline) as stream:
+            for flight in self.flights:
+                stored = self._read_exactly(stream, flight.stored_size)
+                if not told and self.priority is Priority.PREFETCH and self.is_nearly_done():
+                    told = True
+                    wake(nearly_done)
+                if settle(flight, stored):
+                    self.landed_count += 1
+                    if flight.waiters:
+                        wake(flight.wake)
+
+    def _read_exactly(self, stream: ByteStream, size: int) -> bytes:
+        pieces: list[bytes] = []
+        left = size
+        while left:
+            if self.cancelled:
+                raise SourceError(f"{self.source.name}: transfer cancelled")
+            piece = stream.read(left)
+            if not piece or len(piece) > left:
+                found = "too many bytes" if piece else f"the end after {self.received_bytes} bytes"
+                raise SourceError(
+                    f"{self.source.name}: blob {self.blob.short}: expected {self.size} bytes from {self.start}, "
+                    f"found {found}"
+                )
+            left -= len(piece)
+            self.received_bytes += len(piece)
+            self.remaining_bytes -= len(piece)
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def settle(flight: Flight, stored: bytes) -> bool:
+    """Decode, check and store one chunk. False: the bytes are not the chunk's, and `flight.bad` says why."""
+    try:
+        data = decompress(stored, Codec(flight.codec), flight.size)
+    except FormatError as error:
+        flight.bad = error
+        return False
+    if chunk_digest(data) != flight.digest:
+        where = f"blob {flight.blob.short} at {flight.stored_start}"
+        flight.bad = IntegrityError(
+            f"{flight.source.name}: {where}: chunk {flight.index} has another digest than promised",
+            hint="the registry or something on the way damages data; lazyfs check finds all such chunks",
+        )
+        return False
+    if not flight.device.cached.write(flight.index, data):
+        flight.data = data
+    flight.done = True
+    return True
