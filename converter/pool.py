@@ -72,22 +72,35 @@ class CompressionPool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-class BlobWriter:
-    """
-    Writes one blob's chunks and remembers their rows.
+class BlobFile:
+    """A blob being written: its size and digest grow with it."""
 
-    Use from one thread. `blob_size` and `sha256` grow with everything written, also by write().
-    """
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.blob_size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes as they are."""
+        self._file.write(data)
+        self._sha256.update(data)
+        self.blob_size += len(data)
+
+    def digest(self) -> Digest:
+        """Of everything written so far."""
+        return Digest("sha256:" + self._sha256.hexdigest())
+
+
+class BlobWriter(BlobFile):
+    """Writes one layer blob's chunks and remembers their rows. Use from one thread."""
 
     def __init__(self, pool: CompressionPool, file: BinaryIO, encoding: Encoding) -> None:
+        super().__init__(file)
         self._pool = pool
-        self._file = file
         self._encoding = encoding
         self._pending: deque[tuple[Future[_Encoded], bytearray] | int] = deque()
         self._free: list[bytearray] = []
         self._rows = bytearray()
-        self._sha256 = hashlib.sha256()
-        self.blob_size = 0
 
     def take_buffer(self) -> bytearray:
         """RUN_BYTES of memory with any content, to be filled and given to add_run()."""
@@ -114,16 +127,6 @@ class BlobWriter:
             self._write_oldest()
         self._free.clear()
         return np.frombuffer(bytes(self._rows), dtype=ROW)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes as they are (the tail; a stored chunk's copy)."""
-        self._file.write(data)
-        self._sha256.update(data)
-        self.blob_size += len(data)
-
-    def digest(self) -> Digest:
-        """Of everything written so far."""
-        return Digest("sha256:" + self._sha256.hexdigest())
 
     def abandon(self) -> None:
         """Take no more results: the layer failed."""

@@ -1,0 +1,157 @@
+"""
+One image from its converted layers: tree, tables, hot blob, bootstrap, config, manifest.
+
+Who calls: converter.build. Layer: converter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from converter.hot import StoredBlobs, write_hot_blob
+from converter.overlay import merge
+from converter.report import HotReport, ImageReport, LayerReport
+from lazyfs.errors import IntegrityError
+from lazyfs.image import prefetch
+from lazyfs.image.bootstrap import BlobRef, Bootstrap, Device, compress_layer, pack_bootstrap
+from lazyfs.image.config import parse_config
+from lazyfs.image.descriptor import Document
+from lazyfs.image.digest import Digest
+from lazyfs.image.erofs import write_image
+from lazyfs.image.manifest import (
+    OCI_MANIFEST,
+    HotBlob,
+    LayerBlob,
+    LazyBootstrap,
+    LazyParts,
+    build_lazy_manifest,
+    check_source,
+    parse_manifest,
+)
+from lazyfs.image.table import ChunkTable
+from lazyfs.registry.select import Platform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from converter.reuse import LayerContent
+    from lazyfs.image.descriptor import Descriptor
+    from lazyfs.image.manifest import Manifest
+    from lazyfs.image.model import Inode
+    from lazyfs.registry.place import ImageDestination, ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """An image to convert, read so far as its manifest and config."""
+
+    document: Document
+    manifest: Manifest
+    config: bytes
+    diff_ids: tuple[Digest, ...]
+    platform: str
+
+    @property
+    def layers(self) -> tuple[Descriptor, ...]:
+        return self.manifest.layers
+
+
+def read_source_image(source: ImageSource, document: Document) -> SourceImage:
+    """
+    Read what an image is; refuses what cannot be converted before any layer is read.
+
+    Raises:
+        FormatError, UnsupportedError: see image.manifest.check_source().
+
+    """
+    manifest = parse_manifest(document.data, document.media_type)
+    check_source(manifest)
+    config = source.read_blob(manifest.config.digest, manifest.config.size)
+    parsed = parse_config(config, len(manifest.layers))
+    platform = Platform(parsed.os, parsed.architecture, parsed.variant)
+    return SourceImage(document, manifest, config, parsed.diff_ids, str(platform))
+
+
+def check_diff_ids(image: SourceImage, layers: Sequence[LayerContent]) -> None:
+    """Raises IntegrityError unless each layer's archive is the one that the config promises."""
+    for number, (promised, layer) in enumerate(zip(image.diff_ids, layers, strict=True), 1):
+        if layer.blob.source_diff_id != promised:
+            raise IntegrityError(
+                f"layer {number} ({layer.blob.source_digest.short}) unpacks to {layer.blob.source_diff_id.short}, "
+                f"the image config promises {promised.short}",
+                hint="the image is damaged or was put together wrongly; build and push it again",
+            )
+
+
+def put_image(
+    image: SourceImage, layers: Sequence[LayerContent], reports: Sequence[LayerReport],
+    destination: ImageDestination, *, stored: StoredBlobs, wanted: bytes | None,
+) -> tuple[Document, ImageReport]:
+    """
+    Put everything of an image but its manifest at the destination; the layers' blobs are there already.
+
+    Args:
+        image: the source image.
+        layers: its converted layers, lowest first.
+        reports: of those layers.
+        destination: where to.
+        stored: reads the blobs' bytes again, for the hot blob.
+        wanted: the prefetch list's text.
+
+    Returns: the lazy manifest, not yet at the destination.
+
+    """
+    root = merge([layer.entries for layer in layers], names=[layer.blob.source_digest.short for layer in layers])
+    blobs, tables = _number_blobs(layers)
+    hot = None
+    if wanted is not None:
+        blobs, tables, hot = _put_hot_blob(root, layers, blobs, tables, destination, stored=stored, wanted=wanted)
+    erofs = write_image(root, [table.device_size for table in tables])
+    devices = tuple(Device(table.device_digest(), table) for table in tables)
+    tar = pack_bootstrap(Bootstrap(blobs, devices, erofs))
+    packed = compress_layer(tar)
+    bootstrap = LazyBootstrap(Digest.of(packed), len(packed), len(tar))
+    hot_blob = HotBlob(hot.digest, hot.size) if hot is not None and hot.digest is not None else None
+    manifest, config = build_lazy_manifest(
+        image.manifest, image.document.digest, image.config,
+        LazyParts(tuple(layer.blob for layer in layers), hot_blob, bootstrap), bootstrap_diff_id=Digest.of(tar),
+    )
+    destination.put_bytes(packed, bootstrap.digest)
+    destination.put_bytes(config, Digest.of(config))
+    document = Document(manifest, OCI_MANIFEST, Digest.of(manifest))
+    report = ImageReport(
+        image.platform, image.document.digest, document.digest, tuple(reports), hot, bootstrap.size
+    )
+    return document, report
+
+
+def _number_blobs(layers: Sequence[LayerContent]) -> tuple[tuple[BlobRef, ...], list[ChunkTable]]:
+    """The image's list of blobs, each once (an image may have the same layer twice), and tables that count it."""
+    indexes: dict[Digest, int] = {}
+    blobs: list[LayerBlob] = []
+    tables = []
+    for layer in layers:
+        index = indexes.setdefault(layer.blob.digest, len(indexes))
+        if index == len(blobs):
+            blobs.append(layer.blob)
+        rows = layer.table.rows.copy()
+        rows["blob_index"] = index
+        tables.append(ChunkTable(layer.table.chunk_size, layer.table.device_size, rows))
+    return tuple(BlobRef(blob.digest, blob.size) for blob in blobs), tables
+
+
+def _put_hot_blob(
+    root: Inode, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...], tables: list[ChunkTable],
+    destination: ImageDestination, *, stored: StoredBlobs, wanted: bytes,
+) -> tuple[tuple[BlobRef, ...], list[ChunkTable], HotReport]:
+    plan = prefetch.resolve(root, prefetch.parse(wanted), tables)
+    path = destination.staging_dir / "hot.blob"
+    path.unlink(missing_ok=True)
+    made = write_hot_blob(plan.chunks, layers, tables, len(blobs), read=stored, path=path)
+    if made is None:
+        path.unlink(missing_ok=True)
+        return blobs, tables, HotReport(None, 0, 0, plan.unmatched)
+    ref, tables, count = made
+    destination.put_blob(path, ref.digest, ref.size)
+    return (*blobs, ref), tables, HotReport(ref.digest, ref.size, count, plan.unmatched)
