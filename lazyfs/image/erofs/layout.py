@@ -9,7 +9,7 @@ compresses well. The root is first, since its number has 16 bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs import limits
@@ -19,6 +19,8 @@ from lazyfs.image.erofs.ondisk import BLOCK_BYTES, DIRENT_BYTES, INDEX_BYTES, IN
 from lazyfs.image.model import FileType
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lazyfs.image.model import DataMap, Inode
 
 
@@ -39,9 +41,9 @@ class Placed:
     path_bytes: int
     xattrs: bytes = b""
     link_count: int = 0
-    names: list[bytes] = field(default_factory=list)
-    targets: list[Placed] = field(default_factory=list)
-    block_starts: list[int] = field(default_factory=list)
+    names: Sequence[bytes] = ()
+    targets: Sequence[Placed] = ()
+    block_starts: Sequence[int] = ()
     data_bytes: int = 0
     tail_bytes: int = 0
     whole_blocks: int = 0
@@ -131,7 +133,8 @@ def _link_children(directory: Placed, known: dict[int, Placed], others: list[Pla
     _check_names(directory)
     directory.names = names = sorted([*children, b".", b".."])
     subdirectories: list[Placed] = []
-    targets = directory.targets
+    targets: list[Placed] = []
+    path_bytes, depth = directory.path_bytes + (directory.depth > 0), directory.depth + 1
     for name in names:
         child = children.get(name)
         if child is None:
@@ -139,13 +142,13 @@ def _link_children(directory: Placed, known: dict[int, Placed], others: list[Pla
             continue
         placed = known.get(id(child))
         if placed is None:
-            path_bytes = directory.path_bytes + len(name) + (directory.depth > 0)
-            placed = known[id(child)] = Placed(child, name, directory, directory.depth + 1, path_bytes)
+            placed = known[id(child)] = Placed(child, name, directory, depth, path_bytes + len(name))
             (subdirectories if child.type is FileType.DIRECTORY else others).append(placed)
         elif child.type is FileType.DIRECTORY:
             raise FormatError(f"directory {placed.path()} has a second name in {directory.path()}")
         placed.link_count += 1
         targets.append(placed)
+    directory.targets = targets
     directory.link_count = 2 + len(subdirectories)
     return subdirectories
 
@@ -199,12 +202,13 @@ def _measure_file(placed: Placed, data: DataMap) -> None:
 def _measure_directory(placed: Placed) -> None:
     """Cut the names into blocks: as many as fit, in order."""
     used = BLOCK_BYTES
-    starts = placed.block_starts
-    for index, name in enumerate(placed.names):
-        used += DIRENT_BYTES + len(name)
+    starts: list[int] = []
+    for index, size in enumerate(map(len, placed.names)):
+        used += DIRENT_BYTES + size
         if used > BLOCK_BYTES:
             starts.append(index)
-            used = DIRENT_BYTES + len(name)
+            used = DIRENT_BYTES + size
+    placed.block_starts = starts
     placed.data_bytes = (len(starts) - 1) * BLOCK_BYTES + used
 
 

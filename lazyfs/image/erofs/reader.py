@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
@@ -48,9 +48,8 @@ class InodeStat:
     rdev: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Raw:
-    """An inode's fields as stored, and where its body (tail or chunk indexes) begins."""
+class _Raw(NamedTuple):
+    """An inode's fields as stored, and where its body (tail or chunk indexes) begins. (Made often: a tuple.)"""
 
     form: int
     type: FileType
@@ -102,12 +101,7 @@ class ErofsImage:
 
     def stat(self, nid: int) -> InodeStat:
         self._check_nid(nid)
-        (_, _, mode, _, size, union, _, uid, gid, mtime_s, mtime_ns, nlink) = INODE_STRUCT.unpack_from(
-            self._data, nid * SLOT_BYTES
-        )
-        kind = _TYPES[mode >> 12]
-        rdev = ondisk.decode_rdev(union) if kind in {FileType.CHARACTER, FileType.BLOCK} else (0, 0)
-        return InodeStat(nid, kind, mode & 0o7777, uid, gid, mtime_s, mtime_ns, size, nlink, rdev)
+        return self._stat(nid)
 
     def lookup(self, nid: int, name: bytes) -> int | None:
         """The inode of `name` in directory `nid`, or None. Not for . and .. ."""
@@ -139,25 +133,15 @@ class ErofsImage:
         return int(self._parents[self._directory(nid)])
 
     def readlink(self, nid: int) -> bytes:
-        raw = self._raw(nid, FileType.SYMLINK)
-        start = raw.body if raw.form == ondisk.FORMAT_INLINE else raw.union * BLOCK_BYTES
-        return self._views.copy(start, start + raw.size)
+        return self._target(self._raw(nid, FileType.SYMLINK))
 
     def xattrs(self, nid: int) -> tuple[tuple[bytes, bytes], ...]:
         """(full name, value) pairs, sorted by name."""
-        raw = self._raw(nid)
-        if raw.body == raw.xattr_start:
-            return ()
-        return xattr.decode_area(self._views.copy(raw.xattr_start, raw.body))
+        return self._xattrs(self._raw(nid))
 
     def data_map(self, nid: int) -> tuple[int, DataMap]:
         """Device index (0-based; 0 if there is no data) and map of a regular file; runs are as long as can be."""
-        raw = self._raw(nid, FileType.REGULAR)
-        shift = _unit_shift(raw)
-        runs = self._runs(raw, 0, -(-raw.size >> shift))
-        found = [(first, count, block) for first, count, device, block in runs if device != HOLE_DEVICE]
-        device = next((device for _, _, device, _ in runs if device != HOLE_DEVICE), 0)
-        return device, DataMap(shift, tuple(found)) if found else EMPTY_MAP
+        return self._data_map(self._raw(nid, FileType.REGULAR))
 
     def extents(self, nid: int, offset: int, size: int) -> list[tuple[int, int, int]]:
         """
@@ -202,15 +186,42 @@ class ErofsImage:
         return inodes[self.root_nid]
 
     def _inode(self, nid: int) -> Inode:
-        stat = self.stat(nid)
-        attributes = Attributes(stat.mode, stat.uid, stat.gid, stat.mtime_s, stat.mtime_ns, self.xattrs(nid))
+        raw, stat = self._load(nid), self._stat(nid)
+        attributes = Attributes(stat.mode, stat.uid, stat.gid, stat.mtime_s, stat.mtime_ns, self._xattrs(raw))
         inode = Inode(stat.type, attributes, rdev=stat.rdev, link_count=stat.link_count)
         if stat.type is FileType.REGULAR:
             inode.size = stat.size
-            inode.device, inode.data = self.data_map(nid)
+            inode.device, inode.data = self._data_map(raw)
         elif stat.type is FileType.SYMLINK:
-            inode.target = self.readlink(nid)
+            inode.target = self._target(raw)
         return inode
+
+    def _stat(self, nid: int) -> InodeStat:
+        (_, _, mode, _, size, union, _, uid, gid, mtime_s, mtime_ns, nlink) = INODE_STRUCT.unpack_from(
+            self._data, nid * SLOT_BYTES
+        )
+        kind = _TYPES[mode >> 12]
+        rdev = ondisk.decode_rdev(union) if kind in {FileType.CHARACTER, FileType.BLOCK} else (0, 0)
+        return InodeStat(nid, kind, mode & 0o7777, uid, gid, mtime_s, mtime_ns, size, nlink, rdev)
+
+    def _target(self, raw: _Raw) -> bytes:
+        start = raw.body if raw.form == ondisk.FORMAT_INLINE else raw.union * BLOCK_BYTES
+        return self._views.copy(start, start + raw.size)
+
+    def _data_map(self, raw: _Raw) -> tuple[int, DataMap]:
+        shift = _unit_shift(raw)
+        runs = self._runs(raw, 0, -(-raw.size >> shift))
+        if len(runs) == 1 and runs[0][2] != HOLE_DEVICE:
+            first, count, device, block = runs[0]
+            return device, DataMap(shift, ((first, count, block),))
+        found = [(first, count, block) for first, count, device, block in runs if device != HOLE_DEVICE]
+        device = next((device for _, _, device, _ in runs if device != HOLE_DEVICE), 0)
+        return device, DataMap(shift, tuple(found)) if found else EMPTY_MAP
+
+    def _xattrs(self, raw: _Raw) -> tuple[tuple[bytes, bytes], ...]:
+        if raw.body == raw.xattr_start:
+            return ()
+        return xattr.decode_area(self._views.copy(raw.xattr_start, raw.body))
 
     def _check_nid(self, nid: int) -> None:
         index = int(self._nids.searchsorted(nid))
@@ -229,13 +240,16 @@ class ErofsImage:
 
     def _raw(self, nid: int, kind: FileType | None = None) -> _Raw:
         self._check_nid(nid)
+        raw = self._load(nid)
+        if kind is not None and raw.type is not kind:
+            raise BugError(f"inode {nid} is a {raw.type.name}, not a {kind.name}")
+        return raw
+
+    def _load(self, nid: int) -> _Raw:
         offset = nid * SLOT_BYTES
         form, units, mode, _, size, union, *_ = INODE_STRUCT.unpack_from(self._data, offset)
-        found = _TYPES[mode >> 12]
-        if kind is not None and found is not kind:
-            raise BugError(f"inode {nid} is a {found.name}, not a {kind.name}")
         start = offset + INODE_BYTES
-        return _Raw(form, found, size, union, start, start + ondisk.xattr_bytes(units))
+        return _Raw(form, _TYPES[mode >> 12], size, union, start, start + ondisk.xattr_bytes(units))
 
     def _runs(self, raw: _Raw, first: int, count: int) -> list[tuple[int, int, int, int]]:
         """(first unit, units, device or -1, block), without gaps, for `count` units from `first` on."""

@@ -17,7 +17,15 @@ from lazyfs import limits
 from lazyfs.errors import FormatError
 from lazyfs.image.digest import chunk_digest
 from lazyfs.image.erofs import layout, ondisk, superblock
-from lazyfs.image.erofs.ondisk import BLOCK_BYTES, BLOCK_SHIFT, DIRENT_BYTES, INDEX_STRUCT, INODE_STRUCT, Records
+from lazyfs.image.erofs.ondisk import (
+    BLOCK_BYTES,
+    BLOCK_SHIFT,
+    DIRENT_BYTES,
+    INDEX_STRUCT,
+    INODE_STRUCT,
+    SLOT_BYTES,
+    Records,
+)
 from lazyfs.image.model import FileType
 
 if TYPE_CHECKING:
@@ -77,7 +85,7 @@ def _write_inode(image: bytearray, placed: Placed, device_sizes: Sequence[int]) 
     elif inode.type in {FileType.CHARACTER, FileType.BLOCK}:
         union = _rdev(placed)
     INODE_STRUCT.pack_into(
-        image, placed.offset, form, (len(placed.xattrs) - 12) // 4 + 1 if placed.xattrs else 0,
+        image, placed.offset, form, (len(placed.xattrs) - 8) // 4 if placed.xattrs else 0,
         ondisk.MODE_OF_TYPE[inode.type] << 12 | attributes.mode, 0, placed.data_bytes, union, 0,
         attributes.uid, attributes.gid, attributes.mtime_s, attributes.mtime_ns, placed.link_count,
     )  # fmt: skip
@@ -102,7 +110,7 @@ def _directory_data(placed: Placed) -> bytes:
         name_offset = DIRENT_BYTES * len(names)
         fields: list[int] = []
         for name, target in zip(names, placed.targets[start:end], strict=True):
-            fields += (target.nid, name_offset, target.inode.type, 0)
+            fields += (target.offset // SLOT_BYTES, name_offset, target.inode.type, 0)
             name_offset += len(name)
         block = struct.pack("<" + "QHBB" * len(names), *fields) + b"".join(names)
         blocks.append(block if end == len(placed.names) else block.ljust(BLOCK_BYTES, b"\0"))
