@@ -38,7 +38,7 @@ LAYER_TYPES = {
 }
 """Layer media types that can be read, and how they are compressed."""
 _MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
-_INDEX_TYPES = (OCI_INDEX, DOCKER_INDEX)
+INDEX_TYPES = (OCI_INDEX, DOCKER_INDEX)
 _SCHEMA1_PREFIX = "application/vnd.docker.distribution.manifest.v1+"
 _SIZE_MAX = (1 << 63) - 1
 
@@ -120,13 +120,13 @@ def is_index(media_type: str, data: bytes) -> bool:
             "Docker manifest schema 1 is not supported",
             hint="pull and push the image with a current tool (skopeo copy --format oci); it is then schema 2 or OCI",
         )
-    known = types & {*_MANIFEST_TYPES, *_INDEX_TYPES}
+    known = types & {*_MANIFEST_TYPES, *INDEX_TYPES}
     has_layers, has_manifests = kind.layers is not msgspec.UNSET, kind.manifests is not msgspec.UNSET
     if len(known) > 1 or (has_layers and has_manifests):
         raise FormatError("manifest is ambiguous: it could be read as an image and as an index")
     if kind.media_type and not known & {kind.media_type}:
         raise UnsupportedError(f"document of media type {kind.media_type[:200]!r}: expected an OCI or Docker image")
-    if has_layers == has_manifests or (known and bool(known & set(_INDEX_TYPES)) != has_manifests):
+    if has_layers == has_manifests or (known and bool(known & set(INDEX_TYPES)) != has_manifests):
         raise FormatError("manifest holds neither layers nor manifests, or not those of its media type")
     return has_manifests
 
