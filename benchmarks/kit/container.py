@@ -24,7 +24,7 @@ class Container:
     def __init__(self, place: Workspace, lower: Path) -> None:
         self._top = place.folder("container")
         self._lower = lower
-        self._name = f"{place.net_name}c"
+        self._name = f"{place.net_name}c"  # also the name of its cgroups, so that leftovers are found
         for name in ("upper", "work", "rootfs"):
             (self._top / name).mkdir()
         run(["runc", "spec"], timeout_s=_TIMEOUT_S, cwd=self._top)

@@ -45,6 +45,7 @@ class Containerd:
         self._socket = self._top / "containerd.sock"
         self._daemon = Daemon(["containerd", "--config", config], log=self._top / "log")
         self._count = 0
+        self._namespace = place.net_name  # also names the cgroups, so that leftovers are found
         place.stack.callback(self.close)
         limit = time.monotonic() + _START_TIMEOUT_S
         while not (self._socket.exists() and attempt(self._ctr("version"))):
@@ -54,7 +55,7 @@ class Containerd:
             time.sleep(0.1)
 
     def _ctr(self, *words: str) -> list[str | Path]:
-        return ["ctr", "--address", self._socket, "--namespace", "bench", *words]
+        return ["ctr", "--address", self._socket, "--namespace", self._namespace, *words]
 
     def pull(self, reference: str) -> float:
         """Fetch and unpack; returns seconds."""
@@ -66,7 +67,7 @@ class Containerd:
         """Run a command in a fresh container of a pulled image; returns seconds to the program's end."""
         self._count += 1
         bare = reference.removeprefix("docker://")
-        words = self._ctr("run", "--rm", "--snapshotter", "overlayfs", bare, f"bench-{self._count}", *command)
+        words = self._ctr("run", "--rm", "--snapshotter", "overlayfs", bare, f"run-{self._count}", *command)
         return run(words, timeout_s=RUN_TIMEOUT_S).wall_s
 
     def view(self, reference: str, target: Path) -> None:

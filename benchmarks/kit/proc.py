@@ -58,9 +58,10 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: str | None = None,
+    discard: bool = False,
 ) -> Result:
     """
-    Run to the end; output captured.
+    Run to the end; output captured (`discard`: what goes to stdout is thrown away).
 
     Raises:
         ToolError: exit code other than 0, or `timeout_s` passed (the tool's whole session is ended then).
@@ -70,7 +71,7 @@ def run(
     process = subprocess.Popen(
         [str(word) for word in argv],
         stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL if discard else subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
@@ -79,14 +80,16 @@ def run(
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(stdin, timeout_s)
+        out, err = process.communicate(stdin, timeout_s)
     except BaseException as error:
         _stop_group(process)
-        process.stdout and process.stdout.close()
-        process.stderr and process.stderr.close()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
         if isinstance(error, subprocess.TimeoutExpired):
             raise ToolError(f"{_shown(argv)}: not finished after {timeout_s:.0f} s") from None
         raise
+    stdout, stderr = out or "", err or ""
     if process.returncode != 0:
         tail = "\n".join((stdout + stderr).strip().splitlines()[-TAIL_LINE_COUNT:])
         raise ToolError(f"{_shown(argv)}: exit code {process.returncode}\n{tail}")

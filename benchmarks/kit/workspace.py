@@ -60,13 +60,17 @@ class Workspace:
         return path
 
     def clear(self) -> None:
-        """Idempotent: mounts, processes, network and files of this run."""
-        _end_processes(self.top)
+        """Idempotent: containers, processes, mounts, network and files of this run."""
+        for state in self.top.glob("*/runc/*"):
+            attempt(["runc", "--root", state.parent, "delete", "--force", state.name])
+        _end_processes(self.top, self.net_name)
         _unmount_below(self.top)
         if Path("/run/netns", self.net_name).exists():
             attempt(["ip", "netns", "delete", self.net_name])
         if Path("/sys/class/net", f"{self.net_name}h").exists():
             attempt(["ip", "link", "delete", f"{self.net_name}h"])
+        _remove_cgroups(self.net_name)
+        _remove_containerd_leftovers(self.net_name)
         if self.top.exists() and not _mounts_below(self.top):  # never remove through a mount that stayed
             shutil.rmtree(self.top, ignore_errors=True)
 
@@ -120,18 +124,17 @@ def sweep() -> None:
             Workspace(int(found[1])).clear()
 
 
-def _end_processes(top: Path) -> None:
-    """End what has our private directory in its command line: started by this run, or by something it started."""
-    needle = os.fsencode(f"{top}/")
+def _end_processes(top: Path, group: str) -> None:
+    """End what this run started: it has our private directory in its words or environment, or is in our cgroups."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        found = [pid for pid in _pids() if needle in _command_line(pid) and pid != os.getpid()]
+        found = [pid for pid in _pids() if _is_ours(pid, top, group)]
         if not found:
             return
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
         limit = time.monotonic() + _END_WAIT_S
-        while time.monotonic() < limit and any(needle in _command_line(pid) for pid in found):
+        while time.monotonic() < limit and any(_is_ours(pid, top, group) for pid in found):
             time.sleep(0.05)
 
 
@@ -139,11 +142,33 @@ def _pids() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def _command_line(pid: int) -> bytes:
+def _is_ours(pid: int, top: Path, group: str) -> bool:
+    needle = os.fsencode(f"{top}/")
+    folder = Path("/proc", str(pid))
     try:
-        return Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ") + b" "
-    except OSError:
-        return b""
+        if needle in (folder / "cmdline").read_bytes() or needle in (folder / "environ").read_bytes():
+            return pid != os.getpid()
+        return re.search(rf"[:/]/?{group}c?(?:/|$)", (folder / "cgroup").read_text(), re.MULTILINE) is not None
+    except OSError:  # it has ended meanwhile
+        return False
+
+
+def _remove_cgroups(group: str) -> None:
+    """Runc leaves the parent groups that it made (`/NAMESPACE/ID` for containerd, `/ID` for runc itself)."""
+    for top in Path("/sys/fs/cgroup").glob("*/"):
+        for found in [*top.glob(group), *top.glob(f"{group}c"), *([top] if top.name == group else [])]:
+            for folder, _, _ in os.walk(found, topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
+
+def _remove_containerd_leftovers(namespace: str) -> None:
+    """Containerd's shims keep state outside of the root and state directories that containerd was given."""
+    run = Path("/run/containerd")
+    shutil.rmtree(run / "runc" / namespace, ignore_errors=True)
+    for folder in (run / "runc", run / "fifo", run / "s", run):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nobody else uses it
 
 
 def _mounts_below(top: Path) -> list[str]:
