@@ -111,26 +111,23 @@ class _Merger:
         self._count_node(entry)
 
     def _add_link(self, entry: LayerEntry) -> None:
+        """As link(2) after the name was cleared: what the target loses by that cannot be linked to."""
         path, target = entry.path, entry.target
-        source_dirname, _, source_name = target.rpartition(b"/")
-        walked = self._find(source_dirname, entry, frozenset())
-        inode = walked[-1].children.get(source_name) if walked else None
-        if not target or (inode is not None and inode.type is FileType.DIRECTORY):
-            raise self._error(entry, f"hard link to a directory, {_show(target)}")
-        if inode is None:
-            raise self._error(
-                entry, f"hard link to {_show(target)}, which neither a lower layer nor an earlier entry has"
-            )
+        if path == target:
+            raise self._error(entry, "hard link to itself")
         dirname, _, name = path.rpartition(b"/")
         parent = self._parents.get(dirname) or self._make_parent(dirname, entry)
-        old = parent.children.get(name)
+        old = parent.children.pop(name, None)
         if old is not None:
-            itself = (parent is walked[-1] and name == source_name) or target.startswith(path + b"/")
-            if itself or any(old is above for above in walked):
-                raise self._error(entry, f"hard link to {_show(target)}, which it would replace itself")
             self._forget(old)
-        if walked[-1].children.get(source_name) is not inode:
-            raise self._error(entry, f"hard link to {_show(target)}, which its own parent directory replaces")
+        dirname, _, source_name = target.rpartition(b"/")
+        known = self._parents.get(dirname)
+        source = known if known is not None else next(iter(self._find(dirname, entry, frozenset())[-1:]), None)
+        inode = source.children.get(source_name) if source is not None else None
+        if inode is None:
+            raise self._error(entry, f"hard link to {_show(target)}, which no lower layer and no earlier entry has")
+        if inode.type is FileType.DIRECTORY:
+            raise self._error(entry, f"hard link to {_show(target)}, a directory")
         parent.children[name] = inode
         self.linked[id(inode)] = inode
         self._count_node(entry)
