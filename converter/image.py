@@ -13,12 +13,11 @@ from converter.hot import StoredBlobs, write_hot_blob
 from converter.overlay import merge
 from converter.report import HotReport, ImageReport, LayerReport
 from lazyfs.errors import IntegrityError
-from lazyfs.image import prefetch
 from lazyfs.image.bootstrap import BlobRef, Bootstrap, Device, compress_layer, pack_bootstrap
 from lazyfs.image.config import parse_config
 from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
-from lazyfs.image.erofs import write_image
+from lazyfs.image.erofs import ErofsImage, write_image
 from lazyfs.image.manifest import (
     OCI_MANIFEST,
     HotBlob,
@@ -29,6 +28,7 @@ from lazyfs.image.manifest import (
     check_source,
     parse_manifest,
 )
+from lazyfs.image.prefetch import resolve
 from lazyfs.image.table import ChunkTable
 from lazyfs.registry.select import Platform
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from converter.reuse import LayerContent
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.image.manifest import Manifest
-    from lazyfs.image.model import Inode
+    from lazyfs.image.prefetch import PrefetchList, PrefetchPlan
     from lazyfs.registry.place import ImageDestination, ImageSource
 
 
@@ -86,7 +86,7 @@ def check_diff_ids(image: SourceImage, layers: Sequence[LayerContent]) -> None:
 
 def put_image(
     image: SourceImage, layers: Sequence[LayerContent], reports: Sequence[LayerReport],
-    destination: ImageDestination, *, stored: StoredBlobs, wanted: bytes | None,
+    destination: ImageDestination, *, stored: StoredBlobs, wanted: PrefetchList | None,
 ) -> tuple[Document, ImageReport]:
     """
     Put everything of an image but its manifest at the destination; the layers' blobs are there already.
@@ -97,17 +97,19 @@ def put_image(
         reports: of those layers.
         destination: where to.
         stored: reads the blobs' bytes again, for the hot blob.
-        wanted: the prefetch list's text.
+        wanted: the prefetch list.
 
     Returns: the lazy manifest, not yet at the destination.
 
     """
     root = merge([layer.entries for layer in layers], names=[layer.blob.source_digest.short for layer in layers])
     blobs, tables = _number_blobs(layers)
+    device_sizes = [table.device_size for table in tables]
+    erofs = write_image(root, device_sizes)
     hot = None
     if wanted is not None:
-        blobs, tables, hot = _put_hot_blob(root, layers, blobs, tables, destination, stored=stored, wanted=wanted)
-    erofs = write_image(root, [table.device_size for table in tables])
+        plan = resolve(wanted, ErofsImage.parse(erofs, device_sizes), tables)
+        blobs, tables, hot = _put_hot_blob(plan, layers, blobs, tables, destination, stored=stored)
     devices = tuple(Device(table.device_digest(), table) for table in tables)
     tar = pack_bootstrap(Bootstrap(blobs, devices, erofs))
     packed = compress_layer(tar)
@@ -142,16 +144,14 @@ def _number_blobs(layers: Sequence[LayerContent]) -> tuple[tuple[BlobRef, ...], 
 
 
 def _put_hot_blob(
-    root: Inode, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...], tables: list[ChunkTable],
-    destination: ImageDestination, *, stored: StoredBlobs, wanted: bytes,
+    plan: PrefetchPlan, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...], tables: list[ChunkTable],
+    destination: ImageDestination, *, stored: StoredBlobs,
 ) -> tuple[tuple[BlobRef, ...], list[ChunkTable], HotReport]:
-    plan = prefetch.resolve(root, prefetch.parse(wanted), tables)
+    unmatched = tuple(plan.unmatched)
     path = destination.staging_dir / "hot.blob"
-    path.unlink(missing_ok=True)
     made = write_hot_blob(plan.chunks, layers, tables, len(blobs), read=stored, path=path)
     if made is None:
-        path.unlink(missing_ok=True)
-        return blobs, tables, HotReport(None, 0, 0, plan.unmatched)
+        return blobs, tables, HotReport(None, 0, 0, unmatched)
     ref, tables, count = made
     destination.put_blob(path, ref.digest, ref.size)
-    return (*blobs, ref), tables, HotReport(ref.digest, ref.size, count, plan.unmatched)
+    return (*blobs, ref), tables, HotReport(ref.digest, ref.size, count, unmatched)

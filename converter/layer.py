@@ -1,7 +1,8 @@
 """
 One source layer becomes one blob, streaming: archive → device → chunks → blob file, then the tail.
 
-The thread that calls convert_layer() reads, decompresses, hashes and walks the archive; the pool's threads compress.
+LayerStream's threads read, decompress and hash; the thread that calls convert_layer() walks the archive and writes;
+the pool's threads compress.
 Memory is bounded by the pool's window, whatever the layer's size (the entries apart: some hundred bytes each).
 
 Who calls: converter.build. Layer: converter.
@@ -16,7 +17,7 @@ from converter.layerstream import LayerStream
 from converter.pool import BlobWriter, CompressionPool, Encoding
 from converter.reuse import LayerContent
 from converter.tar.reader import TarReader
-from lazyfs.errors import UnsupportedError
+from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.blob import TAIL_BYTES_MAX, pack_tail
 from lazyfs.image.digest import Digest
 from lazyfs.image.entries import pack_entries
@@ -55,24 +56,31 @@ def convert_layer(
         SourceError: it could not be read.
 
     """
-    try:
-        with source.open_blob(layer.digest, layer.size) as raw, path.open("xb") as file:
-            writer = BlobWriter(pool, file, encoding)
-            try:
-                return _convert(_Watched(raw, watch), layer, writer, encoding, path.parent)
-            except BaseException:
-                writer.abandon()
+    name = f"layer {layer.digest.short}"
+    raw = _Watched(source.open_blob(layer.digest, layer.size), watch)
+    with LayerStream(raw, layer.media_type, size=layer.size, digest=layer.digest, name=name) as stream:
+        try:
+            with path.open("xb") as file:
+                writer = BlobWriter(pool, file, encoding)
+                try:
+                    return _convert(stream, layer, writer, encoding, spool_dir=path.parent)
+                finally:
+                    writer.abandon()
+        except FormatError as error:
+            path.unlink(missing_ok=True)
+            cause = stream.blame(error)     # a damaged blob is told from a badly made one
+            if cause is error:
                 raise
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+            raise cause from error
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _convert(
-    raw: ByteStream, layer: Descriptor, writer: BlobWriter, encoding: Encoding, spool_dir: Path
+    stream: LayerStream, layer: Descriptor, writer: BlobWriter, encoding: Encoding, *, spool_dir: Path
 ) -> tuple[LayerContent, tuple[str, ...]]:
     name = f"layer {layer.digest.short}"
-    stream = LayerStream(raw, layer.media_type, size=layer.size, digest=layer.digest, name=name)
     reader = TarReader(stream, name=name)
     device = DeviceWriter(writer, encoding.chunk_size, spool_dir)
     entries = _lay_out(reader, device)

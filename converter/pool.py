@@ -129,7 +129,7 @@ class BlobWriter(BlobFile):
         return np.frombuffer(bytes(self._rows), dtype=ROW)
 
     def abandon(self) -> None:
-        """Take no more results: the layer failed."""
+        """Take no more results (the layer failed). After finish() nothing is left to do."""
         for item in self._pending:
             if not isinstance(item, int):
                 item[0].cancel()

@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     from converter.pool import Encoding
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.image.digest import Digest
+    from lazyfs.image.prefetch import PrefetchList
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """
-    How to convert. `prefetch`: a prefetch list's text, or None. `platform`: OS/ARCH[/VARIANT], None: this machine's.
+    How to convert. `prefetch`: what the hot blob is to hold. `platform`: OS/ARCH[/VARIANT], None: this machine's.
 
     `jobs`: threads that compress, and layers that are read at a time; no influence on the result.
     """
 
     encoding: Encoding
     jobs: int = 1
-    prefetch: bytes | None = None
+    prefetch: PrefetchList | None = None
     platform: str | None = None
     all_platforms: bool = False
     reuse: bool = True

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": limits.KIB, "m": limits.MIB}
 _JOBS_MAX = 64
-_PREFETCH_BYTES_MAX = 64 * limits.MIB
 _EXAMPLES = """
 \b
 Examples:
-  lazyfs convert docker.io/library/python:3.12 registry.example/python:3.12-lazy
+  lazyfs convert registry.example/python:3.12 registry.example/python:3.12-lazy
   lazyfs convert docker-archive:image.tar oci:/srv/images:web
   lazyfs convert --codec zstd --prefetch start.txt oci:in:ml oci:out:ml
   lazyfs convert --all-platforms registry.example/app:1 registry.example/app:1-lazy
@@ -115,6 +114,7 @@ def _options(words: dict[str, Any]) -> ConvertOptions:
     from converter.pool import Encoding  # noqa: PLC0415
     from converter.report import ConvertOptions  # noqa: PLC0415
     from lazyfs.image.codec import LEVEL_DEFAULTS, LEVEL_RANGES, Codec  # noqa: PLC0415
+    from lazyfs.image.prefetch import LIST_BYTES_MAX, parse_prefetch  # noqa: PLC0415
 
     codec, level = Codec[words["codec"].upper()], words["level"]
     low, high = LEVEL_RANGES[codec]
@@ -126,9 +126,7 @@ def _options(words: dict[str, Any]) -> ConvertOptions:
         raise UsageError("--platform and --all-platforms exclude each other", hint="leave one of them out")
     prefetch = None
     if words["prefetch"] is not None:
-        prefetch = words["prefetch"].read(_PREFETCH_BYTES_MAX + 1)
-        if len(prefetch) > _PREFETCH_BYTES_MAX:
-            raise UsageError(f"--prefetch: the list is larger than {_PREFETCH_BYTES_MAX} bytes")
+        prefetch = parse_prefetch(words["prefetch"].read(LIST_BYTES_MAX + 1))
     return ConvertOptions(
         Encoding(codec, level, words["chunk_size"]), words["jobs"] or _processors(), prefetch, words["platform"],
         words["all_platforms"], not words["no_reuse"],

@@ -66,12 +66,13 @@ def _password(from_stdin: bool) -> str | None:
 
 def _make_options(username: str | None, password: str | None, auth_file: Path | None, *,
                   insecure: bool, ca_file: Path | None) -> RegistryOptions:
-    from lazyfs.registry import RegistryOptions  # noqa: PLC0415  (keeps `lazyfs --help` quick)
-
     if username is not None and password is None:
         raise UsageError("--username was given, but no password",
                          hint=f"add --password-stdin, or set {PASSWORD_VARIABLE}")
     if username is None and password is not None:
         raise UsageError("a password was given, but no user name", hint="add --username")
+
+    from lazyfs.registry import RegistryOptions  # noqa: PLC0415  (keeps `lazyfs --help` quick)
+
     return RegistryOptions(username=username, password=password, auth_file=auth_file, insecure=insecure,
                            ca_file=ca_file)
