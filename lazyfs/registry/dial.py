@@ -1,0 +1,169 @@
+"""
+Connections whose every wait ends at an absolute deadline, under urllib3's pool.
+
+Layer: registry; used by transport.py alone. urllib3 and http.client know timeouts per system call only, so a server
+that drips one byte a second would hold a reader for ever. Here each recv() of headers and body is given
+min(io timeout, deadline - now), resolved addresses share one connect budget, and a look at the resolved address keeps
+foreign servers from sending us to this machine's own services (redirects, token realms).
+
+The limits of the request being sent travel in a thread-local (`CURRENT`), since urllib3 makes connections and
+responses deep inside; a response keeps its own copy, so another thread may read it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import NameResolutionError, NewConnectionError
+
+from lazyfs.errors import SourceError
+from lazyfs.limits import CONNECT_TIMEOUT_S, IO_TIMEOUT_S
+from lazyfs.registry.addresses import is_private_to_machine
+
+if TYPE_CHECKING:
+    import ssl
+
+# Headers and small bodies are read through this; large body reads bypass it (BufferedReader.read1 goes straight to
+# the socket when its buffer is empty), so it costs no copy.
+_BUFFER_BYTES = 16 * 1024
+_SEND_BYTES = 256 * 1024  # of a file at a time when uploading
+POOL_CONNECTIONS = 16     # one host's; a mount fetches with about as many threads
+POOL_HOSTS = 8
+
+
+class RequestLimits(threading.local):
+    """What bounds the request that this thread is sending."""
+
+    deadline: float = float("inf")      # time.monotonic()
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    io_timeout_s: float = IO_TIMEOUT_S
+    guarded: bool = False               # refuse addresses of this machine
+
+
+CURRENT = RequestLimits()
+
+
+def remaining_s(deadline: float, at_most_s: float) -> float:
+    """
+    A timeout for the next system call.
+
+    Raises:
+        TimeoutError: the deadline has passed.
+
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline")
+    return min(left, at_most_s)
+
+
+class DeadlineSocketIO(io.RawIOBase):
+    """
+    A socket's receiving side; `deadline` may be moved between reads.
+
+    `plain` is the file that http.client opened: while it is open, closing the socket only marks it, so that the rest
+    of a body can be read after "Connection: close".
+    """
+
+    def __init__(self, sock: socket.socket, plain: io.BufferedIOBase, deadline: float, io_timeout_s: float) -> None:
+        self._sock = sock
+        self._plain = plain
+        self.deadline = deadline
+        self.io_timeout_s = io_timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(remaining_s(self.deadline, self.io_timeout_s))
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        super().close()
+        self._plain.close()
+
+
+class DeadlineResponse(http.client.HTTPResponse):
+    """http.client's response, reading through a DeadlineSocketIO."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.raw_io = DeadlineSocketIO(sock, self.fp, CURRENT.deadline, CURRENT.io_timeout_s)
+        self.fp = io.BufferedReader(self.raw_io, _BUFFER_BYTES)
+
+
+class _Dialling(HTTPConnection):
+    """Mixed into both connection classes."""
+
+    response_class = DeadlineResponse
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """urllib3 would send with the connect timeout, for each piece of the body."""
+        self.timeout = remaining_s(CURRENT.deadline, CURRENT.io_timeout_s)
+        super().request(*args, **kwargs)
+
+    def _new_conn(self) -> socket.socket:
+        deadline = min(CURRENT.deadline, time.monotonic() + CURRENT.connect_timeout_s)
+        try:
+            found = socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            reason = error if isinstance(error, socket.gaierror) else socket.gaierror(socket.EAI_NONAME, "no such name")
+            raise NameResolutionError(self.host, self, reason) from error
+        last: OSError = OSError("no address")
+        for family, kind, protocol, _, address in found:
+            if CURRENT.guarded and is_private_to_machine(str(address[0])):
+                raise SourceError(
+                    f"{self.host} is an address of this machine or its link: a server elsewhere may not send us there",
+                    transient=False,
+                )
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(remaining_s(deadline, CURRENT.connect_timeout_s))
+                sock.connect(address)
+                # Bounds a TLS handshake too: CPython counts it as one operation.
+                sock.settimeout(remaining_s(CURRENT.deadline, CURRENT.io_timeout_s))
+            except OSError as error:
+                sock.close()
+                last = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        if isinstance(last, TimeoutError):
+            raise last
+        raise NewConnectionError(self, str(last)) from last
+
+
+class DeadlineHTTPConnection(_Dialling):
+    pass
+
+
+class DeadlineHTTPSConnection(_Dialling, HTTPSConnection):
+    pass
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = DeadlineHTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = DeadlineHTTPSConnection
+
+
+def make_pool(context: ssl.SSLContext) -> urllib3.PoolManager:
+    """A pool manager of such connections; thread-safe."""
+    pool = urllib3.PoolManager(
+        num_pools=POOL_HOSTS, maxsize=POOL_CONNECTIONS, block=False, retries=False, ssl_context=context,
+        blocksize=_SEND_BYTES,
+    )
+    pool.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+    return pool

@@ -1,0 +1,69 @@
+"""
+Which address a registry's name stands for: host, scheme, Docker Hub's detour.
+
+Layer: registry; used by client.py. Https unless plain http is allowed: by --insecure, or because the host is this
+machine (docker's rule). Where it is allowed the registry is asked once which of both it speaks, without credentials.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import SourceError
+from lazyfs.registry.addresses import Origin, is_loopback_host, origin_of
+from lazyfs.registry.transport import Call, is_untrusted
+
+if TYPE_CHECKING:
+    from lazyfs.registry.options import RegistryOptions
+    from lazyfs.registry.transport import Transport
+
+_DOCKER_HUB_API = "registry-1.docker.io"
+_PROBE_S = 5.0  # a server of the other protocol may wait for more bytes instead of answering
+
+
+class Endpoint:
+    """One registry's base address; found at the first use, then fixed. Thread-safe."""
+
+    def __init__(self, host: str, options: RegistryOptions, transport: Transport) -> None:
+        self.host = host
+        self._netloc = _DOCKER_HUB_API if host == "docker.io" else host
+        self._transport = transport
+        self._is_insecure = options.insecure
+        self.is_local = is_loopback_host(origin_of(f"https://{self._netloc}").host)
+        self.allows_plain = options.insecure or self.is_local
+        self._origin: Origin | None = None if self.allows_plain else origin_of(f"https://{self._netloc}")
+        self._lock = threading.Lock()
+
+    def origin(self, deadline: float) -> Origin:
+        """Raises SourceError if the registry does not answer at all."""
+        if self._origin is None:
+            if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                raise SourceError(f"{self.host}: not reached in time")
+            try:
+                if self._origin is None:
+                    self._origin = self._probe(deadline)
+            finally:
+                self._lock.release()
+        return self._origin
+
+    def base(self, deadline: float) -> str:
+        origin = self.origin(deadline)
+        return f"{origin.scheme}://{origin.netloc}"
+
+    def _probe(self, deadline: float) -> Origin:
+        """Http first on this machine, where nobody can listen in; https first elsewhere."""
+        errors = {}
+        for scheme in ("http", "https") if self.is_local else ("https", "http"):
+            url = f"{scheme}://{self._netloc}/v2/"
+            try:
+                with self._transport.send(Call("GET", url), min(deadline, time.monotonic() + _PROBE_S)) as answer:
+                    # Go and nginx answer 400 to http on a TLS port; others redirect.
+                    if scheme == "https" or not (answer.status == 400 or 300 <= answer.status < 400):
+                        answer.finish()
+                        return origin_of(url)
+            except SourceError as error:
+                errors[scheme] = error
+        # A certificate that is not trusted shows that it speaks TLS; anything else may be plain http, out of order.
+        raise errors["https"] if is_untrusted(errors["https"]) else errors.get("http", errors["https"])

@@ -1,0 +1,166 @@
+"""
+oci: and oci-archive: as sources: an image layout, in a directory or in a tar.
+
+Layer: registry. Who calls: opening.py, layoutwrite.py, archive.py. OCI image-spec v1.1 image-layout.md. A tag is the
+annotation org.opencontainers.image.ref.name of an entry of index.json.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from lazyfs.errors import DeadlineError, FormatError, IntegrityError, NotFoundError, UnsupportedError, UsageError
+from lazyfs.image.digest import Digest
+from lazyfs.limits import BOOTSTRAP_BYTES_MAX, KIB, MANIFEST_BYTES_MAX
+from lazyfs.registry.documents import check_blob, make_document
+from lazyfs.registry.files import Files, read_small
+from lazyfs.registry.streams import read_exactly
+
+if TYPE_CHECKING:
+    from lazyfs.errors import LazyfsError
+    from lazyfs.registry.files import Extent
+    from lazyfs.registry.place import Document, ImageSource
+    from lazyfs.registry.reference import FileReference
+    from lazyfs.registry.streams import FileStream
+
+REF_NAME = "org.opencontainers.image.ref.name"  # annotations.md
+LAYOUT_FILE = "oci-layout"
+INDEX_FILE = "index.json"
+LAYOUT_BYTES = b'{"imageLayoutVersion":"1.0.0"}'
+INDEX_BYTES_MAX = MANIFEST_BYTES_MAX
+_SHOWN_TAGS = 10
+
+
+class IndexEntry(msgspec.Struct):
+    """A descriptor of index.json."""
+
+    digest: str
+    size: int
+    mediaType: str = ""  # noqa: N815 - the document's key
+    annotations: dict[str, str] | None = None
+
+    @property
+    def tag(self) -> str:
+        return (self.annotations or {}).get(REF_NAME, "")
+
+
+class _Index(msgspec.Struct):
+    manifests: list[IndexEntry] | None = None
+
+
+class _Layout(msgspec.Struct):
+    imageLayoutVersion: str  # noqa: N815 - the document's key
+
+
+def blob_member(digest: Digest) -> str:
+    return f"blobs/sha256/{digest.hex}"
+
+
+def check_layout(files: Files) -> None:
+    """Raises NotFoundError if there is no layout, UnsupportedError if it is a later kind."""
+    data = read_small(files, LAYOUT_FILE, 64 * KIB)
+    try:
+        version = msgspec.json.decode(data, type=_Layout).imageLayoutVersion
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{files.name}: {LAYOUT_FILE} is not the JSON expected") from error
+    if not version.startswith("1."):
+        raise UnsupportedError(f"{files.name}: image layout version {version[:30]!r}, lazyfs knows 1")
+
+
+def read_index(files: Files) -> list[IndexEntry]:
+    """The entries of index.json. Raises NotFoundError, FormatError."""
+    data = read_small(files, INDEX_FILE, INDEX_BYTES_MAX)
+    try:
+        return msgspec.json.decode(data, type=_Index).manifests or []
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{files.name}: {INDEX_FILE} is not the JSON expected") from error
+
+
+class LayoutSource:
+    """place.ImageSource over the files of an image layout; owns `files`."""
+
+    def __init__(self, files: Files, reference: FileReference) -> None:
+        self._files = files
+        self._reference = reference
+
+    @property
+    def name(self) -> str:
+        return self._reference.text
+
+    def root(self) -> Document:
+        check_layout(self._files)
+        if self._reference.digest is not None:
+            return self.document(self._reference.digest)
+        return self.entry_document(self._choose(read_index(self._files)))
+
+    def entry_document(self, entry: IndexEntry) -> Document:
+        """The document that an entry of index.json names."""
+        return self._document(Digest(entry.digest), entry.mediaType)
+
+    def _choose(self, entries: list[IndexEntry]) -> IndexEntry:
+        wanted = self._reference.tag
+        chosen = [entry for entry in entries if entry.tag == wanted] if wanted else entries
+        if len({entry.digest for entry in chosen}) == 1:
+            return chosen[0]
+        tags = ", ".join(sorted({entry.tag for entry in entries if entry.tag})[:_SHOWN_TAGS]) or "none"
+        if not chosen:
+            what = f"no image tagged {wanted!r}" if wanted else "no image"
+            raise NotFoundError(f"{self.name}: {what}; tags there: {tags}", hint="check the tag")
+        raise UsageError(f"{self.name}: several images; tags there: {tags}",
+                         hint=f"add one: {self._reference.transport.value}:{self._reference.path}:TAG")
+
+    def document(self, digest: Digest) -> Document:
+        return self._document(digest, "")
+
+    def _document(self, digest: Digest, media_type: str) -> Document:
+        data = read_small(self._files, blob_member(digest), MANIFEST_BYTES_MAX)
+        return make_document(data, media_type, digest, self.name)
+
+    def _locate(self, digest: Digest) -> Extent:
+        return self._files.locate(blob_member(digest))
+
+    def open_blob(self, digest: Digest, size: int) -> FileStream:
+        return open_whole(self._locate(digest), f"{self.name}: blob {digest.short}", size)
+
+    def read_blob(self, digest: Digest, size: int) -> bytes:
+        return read_checked(self, digest, size)
+
+    def read_range(self, digest: Digest, offset: int, size: int, deadline: float) -> FileStream:
+        return open_range(self._locate(digest), f"{self.name}: blob {digest.short}", offset, size, deadline)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def open_whole(extent: Extent, what: str, size: int) -> FileStream:
+    """A stream over a blob. Raises IntegrityError if it has another size."""
+    if size != extent.size:
+        extent.stream(what).close()
+        raise IntegrityError(f"{what}: {extent.size} bytes, expected {size}")
+    return extent.stream(what)
+
+
+def open_range(extent: Extent, what: str, offset: int, size: int, deadline: float) -> FileStream:
+    """For place.read_range: local files are waited for, but not begun with after the deadline."""
+    assert offset >= 0
+    assert size >= 0
+    error: LazyfsError | None = None
+    if offset + size > extent.size:
+        error = IntegrityError(f"{what}: {extent.size} bytes, expected at least {offset + size}")
+    elif time.monotonic() >= deadline:
+        error = DeadlineError(f"{what}: no time left")
+    if error is not None:
+        extent.stream(what).close()
+        raise error
+    return extent.stream(what, offset, size)
+
+
+def read_checked(source: ImageSource, digest: Digest, size: int) -> bytes:
+    """A whole blob, checked."""
+    if size > BOOTSTRAP_BYTES_MAX:
+        raise FormatError(f"{source.name}: blob {digest.short} of {size} bytes is too large to be read at once")
+    with source.open_blob(digest, size) as stream:
+        return check_blob(read_exactly(stream, size), digest, size, source.name)

@@ -1,0 +1,74 @@
+"""
+From a reference to its source or destination.
+
+Layer: registry. Who calls: converter, node, cli (through `lazyfs.registry`). Transports are imported when used: an
+oci: directory needs no HTTP library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import UsageError
+from lazyfs.registry.reference import FileReference, FileTransport, RegistryReference, parse_reference
+
+if TYPE_CHECKING:
+    from lazyfs.registry.options import RegistryOptions
+    from lazyfs.registry.place import ImageDestination, ImageSource
+
+
+def open_source(text: str, options: RegistryOptions) -> ImageSource:
+    """
+    The image that `text` names, for reading. Registries are not asked before the first request.
+
+    Raises:
+        UsageError: `text` is no reference. NotFoundError, FormatError: there is no such (readable) file.
+
+    """
+    reference = parse_reference(text)
+    if isinstance(reference, RegistryReference):
+        from lazyfs.registry.client import RegistryClient  # noqa: PLC0415
+        from lazyfs.registry.remote import RegistrySource  # noqa: PLC0415
+
+        return RegistrySource(RegistryClient(reference.host, reference.repository, options), reference)
+    return _open_file_source(reference)
+
+
+def _open_file_source(reference: FileReference) -> ImageSource:
+    from lazyfs.registry.dockerarchive import DockerArchiveSource  # noqa: PLC0415
+    from lazyfs.registry.files import DirectoryFiles, TarFiles  # noqa: PLC0415
+    from lazyfs.registry.layout import LayoutSource  # noqa: PLC0415
+
+    if reference.transport is FileTransport.OCI:
+        return LayoutSource(DirectoryFiles(reference.path), reference)
+    if reference.transport is FileTransport.OCI_ARCHIVE:
+        return LayoutSource(TarFiles(reference.path), reference)
+    return DockerArchiveSource(reference)
+
+
+def open_destination(text: str, options: RegistryOptions) -> ImageDestination:
+    """
+    Where `text` says that an image shall go. Nothing is sent before the first put.
+
+    Raises:
+        UsageError: `text` is no reference, or none that can be written. TargetError: the directory cannot be used.
+
+    """
+    reference = parse_reference(text)
+    if reference.digest is not None:
+        raise UsageError("a destination is named by a tag; its digest comes out of what is written",
+                         hint="leave out @sha256:...")
+    if isinstance(reference, RegistryReference):
+        from lazyfs.registry.client import RegistryClient  # noqa: PLC0415
+        from lazyfs.registry.push import RegistryDestination  # noqa: PLC0415
+
+        return RegistryDestination(RegistryClient(reference.host, reference.repository, options), reference)
+    if reference.transport is FileTransport.OCI:
+        from lazyfs.registry.layoutwrite import LayoutDestination  # noqa: PLC0415
+
+        return LayoutDestination(reference)
+    if reference.transport is FileTransport.OCI_ARCHIVE:
+        from lazyfs.registry.archive import ArchiveDestination  # noqa: PLC0415
+
+        return ArchiveDestination(reference)
+    raise UsageError("docker-archive: can be read, not written", hint="write oci-archive:FILE or oci:DIR:TAG")

@@ -1,0 +1,79 @@
+"""
+What a user may say about registries: credentials, trust, time limits.
+
+Layer: registry. Who calls: cli makes it; everything in lazyfs.registry reads it. Immutable, and safe to print: a
+password only comes out of `Secret.reveal()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, final
+
+import lazyfs
+from lazyfs import limits
+from lazyfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_VERSION: Final = getattr(lazyfs, "__version__", "0")
+
+
+@final
+class Secret:
+    """A string that does not show up in repr(), str(), f-strings, tracebacks or pickles."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The string itself. Only for what goes to its rightful receiver."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(("Secret", self._text))
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a secret is not to be pickled")
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryOptions:
+    """
+    How to speak to registries. Without username, credentials come from `auth_file`.
+
+    `insecure` allows plain http and certificates that nobody vouches for. `ca_file` (PEM) is trusted besides the
+    system's authorities. `auth_file` None: $REGISTRY_AUTH_FILE, $DOCKER_CONFIG/config.json or ~/.docker/config.json.
+    """
+
+    username: str | None = None
+    password: Secret | str | None = None
+    insecure: bool = False
+    ca_file: Path | None = None
+    auth_file: Path | None = None
+    user_agent: str = f"lazyfs/{_VERSION}"
+    connect_timeout_s: float = limits.CONNECT_TIMEOUT_S
+    io_timeout_s: float = limits.IO_TIMEOUT_S
+    request_deadline_s: float = limits.REQUEST_DEADLINE_S
+    retry_count: int = limits.RETRY_COUNT_MAX
+
+    def __post_init__(self) -> None:
+        """A bare string is wrapped at once, so that repr() of the options never shows it."""
+        if isinstance(self.password, str):
+            object.__setattr__(self, "password", Secret(self.password))
+        if self.username and ":" in self.username:
+            raise UsageError("a user name holds no colon (RFC 7617)", hint="check --username")

@@ -1,0 +1,271 @@
+"""
+One HTTP request and its answer: blocking, with an absolute deadline, every failure a SourceError.
+
+Layer: registry; used by endpoint.py, auth.py and client.py. Follows no redirect, knows no credentials, retries
+nothing: those are decisions of the layers above. Urllib3 is the HTTP library (design.md: three times httpx' throughput
+a core); its connections are those of dial.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+import time
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Self
+
+import urllib3
+import urllib3.exceptions as u3
+
+from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError, UsageError
+from lazyfs.limits import KIB
+from lazyfs.registry.addresses import origin_of, printable
+from lazyfs.registry.dial import CURRENT, make_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from lazyfs.registry.dial import DeadlineSocketIO
+    from lazyfs.registry.options import RegistryOptions
+
+_DRAIN_BYTES = 64 * KIB  # an unread rest up to this is read off, so that the connection can be used again
+_FAILURES = (u3.HTTPError, OSError, http.client.HTTPException, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request. `body`: bytes or a file from which exactly `body_size` bytes are sent."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | IO[bytes] | None = None
+    body_size: int = 0
+    io_timeout_s: float | None = None  # None: the options'
+    guarded: bool = False              # see dial.py
+
+    @property
+    def where(self) -> str:
+        return f"{self.method} {printable(self.url)}"
+
+
+class HttpResponse:
+    """An answer whose body is read as it comes. Use as a context manager, or call finish() or close()."""
+
+    __slots__ = ("_open", "_raw", "_raw_io", "headers", "status", "url", "where")
+
+    def __init__(self, raw: urllib3.BaseHTTPResponse, raw_io: DeadlineSocketIO | None, call: Call) -> None:
+        self._raw = raw
+        self._raw_io = raw_io
+        self._open = True
+        self.status = raw.status
+        self.headers = raw.headers
+        self.url = call.url
+        self.where = call.where
+
+    @property
+    def length(self) -> int | None:
+        """Content-Length, if the answer has a believable one."""
+        text = self.headers.get("Content-Length", "")
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+    def set_deadline(self, deadline: float) -> None:
+        """From now on reads end at `deadline` (time.monotonic())."""
+        if self._raw_io is not None:
+            self._raw_io.deadline = deadline
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes as soon as some are there; b"" at the body's end. Raises SourceError."""
+        try:
+            return self._raw.read1(size)
+        except _FAILURES as error:
+            self.close()
+            deadline = self._raw_io.deadline if self._raw_io is not None else 0.0
+            raise explain(error, self.where, self.url, deadline) from error
+
+    def read_all(self, size_max: int) -> bytes:
+        """
+        The whole body.
+
+        Raises:
+            FormatError: it is larger than `size_max` bytes.
+            SourceError: it did not arrive.
+
+        """
+        pieces, left = [], size_max + 1
+        while left > 0 and (piece := self.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        if left <= 0:
+            self.close()
+            raise FormatError(f"{self.where}: the answer is larger than {size_max} bytes")
+        self.finish()
+        return b"".join(pieces)
+
+    def finish(self) -> None:
+        """Give the connection back for the next request if the body is at its end, or nearly; else drop it."""
+        if not self._open:
+            return
+        left = self.length
+        if self._raw_io is not None:
+            self._raw_io.deadline = min(self._raw_io.deadline, time.monotonic() + 1.0)
+        try:
+            if left is not None and left <= _DRAIN_BYTES:
+                while self._raw.read1(_DRAIN_BYTES):
+                    pass
+            elif self._raw.read1(1):
+                self.close()
+                return
+        except _FAILURES:
+            self.close()
+            return
+        self._open = False
+        self._raw.release_conn()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._open:
+            self._open = False
+            with contextlib.suppress(*_FAILURES):
+                self._raw.close()
+            self._raw.release_conn()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Transport:
+    """Sends requests over pooled connections. Thread-safe."""
+
+    def __init__(self, options: RegistryOptions) -> None:
+        self._options = options
+        self._pool = make_pool(_tls_context(options))
+
+    def send(self, call: Call, deadline: float) -> HttpResponse:
+        """
+        Send one request and wait for the answer's header.
+
+        `deadline` is absolute, time.monotonic(); it bounds the body's reads too, unless set_deadline() moves it.
+
+        Raises:
+            SourceError: nothing, or something that is not HTTP, came back (DeadlineError: in time).
+
+        """
+        options = self._options
+        origin = origin_of(call.url)
+        CURRENT.deadline, CURRENT.guarded = deadline, call.guarded
+        CURRENT.connect_timeout_s = options.connect_timeout_s
+        CURRENT.io_timeout_s = call.io_timeout_s or options.io_timeout_s
+        headers = {"User-Agent": options.user_agent, "Accept-Encoding": "identity", **call.headers}
+        if call.body is not None:
+            headers["Content-Length"] = str(call.body_size)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineError(f"{call.where}: no time left")
+        timeout = urllib3.Timeout(connect=min(left_s, options.connect_timeout_s), read=CURRENT.io_timeout_s)
+        try:
+            pool = self._pool.connection_from_host(origin.host, origin.port, origin.scheme)
+            raw = pool.urlopen(
+                call.method, _target(call.url), body=call.body, headers=headers, retries=False, redirect=False,
+                assert_same_host=False, timeout=timeout, preload_content=False, decode_content=False,
+            )
+        except _FAILURES as error:
+            raise explain(error, call.where, call.url, deadline) from error
+        raw_io = getattr(getattr(raw, "_fp", None), "raw_io", None)
+        response = HttpResponse(raw, raw_io, call)
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in {"", "identity"}:
+            response.close()
+            raise SourceError(f"{call.where}: the body is encoded as {encoding[:30]!r}, though identity was asked for",
+                              hint="a proxy between here and the registry changes bodies", transient=False)
+        return response
+
+    def close(self) -> None:
+        self._pool.clear()
+
+
+def _target(url: str) -> str:
+    """Path and query as they stand in the URL (a presigned one must not be changed by a single byte)."""
+    rest = url.partition("://")[2].partition("#")[0]
+    cut = min((i for i in (rest.find("/"), rest.find("?")) if i >= 0), default=len(rest))
+    target = rest[cut:]
+    return target if target.startswith("/") else "/" + target
+
+
+def _tls_context(options: RegistryOptions) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=options.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"--ca-file {options.ca_file}: not readable as PEM certificates ({_cause(error)})",
+                             hint="it must hold the authority's certificate, -----BEGIN CERTIFICATE-----") from error
+    if options.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsError:
+    """The SourceError that a failed request or read is, with the cause in words."""
+    origin = origin_of(url)
+    host = f"{origin.host}:{origin.port}"
+    root = _root(error)
+    if isinstance(root, TimeoutError) or isinstance(error, u3.TimeoutError):
+        if time.monotonic() >= deadline:
+            return DeadlineError(f"{where}: {host} did not deliver in time")
+        return SourceError(f"{where}: {host} sent nothing for too long", hint="is the registry reachable and healthy?")
+    if isinstance(root, socket.gaierror):
+        # Only "try again" is worth trying again; a wrong name stays wrong.
+        return SourceError(f"cannot find the host {origin.host}: {root.strerror}", hint="check the name",
+                           transient=root.errno == socket.EAI_AGAIN)
+    if isinstance(root, ssl.SSLError) and not isinstance(root, ssl.SSLEOFError):
+        return _explain_tls(root, host)
+    if isinstance(error, u3.NewConnectionError):
+        return SourceError(f"cannot connect to {host}: {_cause(root)}", hint="is the registry running and reachable?")
+    return SourceError(f"{where}: the connection to {host} broke: {_cause(root)}")
+
+
+def _explain_tls(root: ssl.SSLError, host: str) -> SourceError:
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return SourceError(f"{host}: its certificate is not trusted: {root.verify_message}", transient=False,
+                           hint="name its authority with --ca-file, or accept anything with --insecure")
+    return SourceError(f"{host}: no TLS connection: {_cause(root)}", transient=False,
+                       hint="a registry that speaks plain http needs --insecure")
+
+
+def is_untrusted(error: BaseException) -> bool:
+    """Whether a SourceError of send() means a certificate that nobody we trust vouches for."""
+    return isinstance(_root(error), ssl.SSLCertVerificationError)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The lowest cause that the standard library raised."""
+    for _ in range(8):
+        inner = next((a for a in (*error.args, error.__cause__) if isinstance(a, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    """A short reason, of fixed words where we know it: texts of libraries may hold a URL with its query."""
+    if isinstance(error, ssl.SSLError):
+        return str(error.reason or "TLS failure").replace("_", " ").lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known: dict[type[BaseException], str] = {
+        http.client.IncompleteRead: "the body ended early", u3.IncompleteRead: "the body ended early",
+        http.client.RemoteDisconnected: "closed without an answer", http.client.BadStatusLine: "not an HTTP answer",
+        u3.InvalidChunkLength: "a broken chunk header", http.client.LineTooLong: "a header line too long",
+    }
+    return next((text for kind, text in known.items() if isinstance(error, kind)), type(error).__name__)
