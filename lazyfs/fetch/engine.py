@@ -144,35 +144,48 @@ class Fetcher:
             if error is not None:
                 raise copy.copy(error)
             flights.append(self._scheduler.join(device, index, deadline))
-        self._scheduler.dispatch()
         for flight in flights:
-            landed = await self._wait(device, flight, deadline)
-            if landed.data is not None:
-                memory[landed.index] = landed.data
+            flight.waiters += 1
+        self._scheduler.dispatch()
+        try:
+            for flight in flights:    # grows: see _instead
+                await self._wait(flight, deadline)
+                if flight.error is not None:
+                    flights.extend(self._instead(device, flight, deadline))
+                elif flight.data is not None:
+                    memory[flight.index] = flight.data
+        finally:
+            for flight in flights:
+                flight.waiters -= 1
         return memory
 
-    async def _wait(self, device: FetchDevice, flight: Flight, deadline: float) -> Flight:
-        while True:
-            began = time.monotonic()
-            with trio.move_on_after(max(0.0, deadline - began)):
-                await flight.wait()
-            if not flight.done:
-                index = flight.index
-                late = DeadlineError(
-                    f"{flight.source.name}: blob {flight.blob.short}: chunk {index} did not arrive within its deadline",
-                    hint="is the registry reachable, and the link not overloaded?",
-                )
-                if time.monotonic() - began > ERROR_MEMORY_S:    # not for callers in a hurry
-                    device.remember_error(index, late)
-                raise late
-            if flight.error is None:
-                return flight
-            if flight.device is device:
-                raise copy.copy(flight.error)
-            # It was another image's source that failed: ours may be better.
-            if not device.cached.present(flight.index, flight.index):
-                flight = self._scheduler.join(device, flight.index, deadline)
-                self._scheduler.dispatch()
+    @staticmethod
+    async def _wait(flight: Flight, deadline: float) -> None:
+        began = time.monotonic()
+        with trio.move_on_after(max(0.0, deadline - began)):
+            await flight.wait()
+        if flight.done:
+            return
+        where = f"{flight.source.name}: blob {flight.blob.short}"
+        late = DeadlineError(
+            f"{where}: chunk {flight.index} did not arrive within its deadline",
+            hint="is the registry reachable, and the link not overloaded?",
+        )
+        if time.monotonic() - began > ERROR_MEMORY_S:    # not for callers in a hurry
+            flight.device.remember_error(flight.index, late)
+        raise late
+
+    def _instead(self, device: FetchDevice, failed: Flight, deadline: float) -> list[Flight]:
+        """If it was another image's source that failed, ours may be better: a flight of our own. Else raises."""
+        assert failed.error is not None
+        if failed.device is device:
+            raise copy.copy(failed.error)
+        if device.cached.present(failed.index, failed.index):
+            return []
+        flight = self._scheduler.join(device, failed.index, deadline)
+        flight.waiters += 1
+        self._scheduler.dispatch()
+        return [flight]
 
     def _first_touch(self, device: FetchDevice, first: int, last: int) -> None:
         """Count, and read ahead. The read's own missing chunks go first."""

@@ -22,9 +22,11 @@ class Flight:
     """
     Written by the loop, but for `done`, `data` and `bad`, which the transfer's thread sets.
 
-    No lost wake-up: the thread sets `done` and then looks at `waiters`; a waiter counts itself and then looks at
+    No lost wake-up: the thread sets `done` and then looks at `event`; a waiter makes the event and then looks at
     `done`. Under the interpreter lock one of them sees the other.
 
+    :waiters: reads that want it, whether they sleep on it or on one of its neighbours.
+    :event: made by the first read that sleeps on it.
     :stored_start, stored_size: where in `blob`, bytes.
     :deadline: the latest of all its waiters', time.monotonic() seconds.
     :data: the chunk's bytes, when it is done but could not be stored.
@@ -76,11 +78,7 @@ class Flight:
 
     async def wait(self) -> None:
         """Until done. Checkpoint: only if it is not done yet; on cancel: the transfer goes on."""
-        self.waiters += 1
-        try:
-            if self.event is None:
-                self.event = trio.Event()
-            if not self.done:
-                await self.event.wait()
-        finally:
-            self.waiters -= 1
+        if self.event is None:
+            self.event = trio.Event()
+        if not self.done:
+            await self.event.wait()

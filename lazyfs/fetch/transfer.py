@@ -93,7 +93,7 @@ class Transfer:
                     wake(nearly_done)
                 if settle(flight, stored):
                     self.landed_count += 1
-                    if flight.waiters:
+                    if flight.event is not None:
                         wake(flight.wake)
 
     def _read_exactly(self, stream: ByteStream, size: int) -> bytes:
