@@ -25,6 +25,7 @@ BDI_DIR = Path("/sys/class/bdi")
 # cold start of tensorflow. Once all is on the node, large requests read big files twice as fast.
 READ_AHEAD_STARTING_KIB = 128
 READ_AHEAD_LOCAL_KIB = 4096
+READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
 # FUSE's default lets 12 read-ahead requests wait at a time; a dozen that wait for the network would then hold up
 # reads of cached data. pyfuse3 cannot set it at INIT; fusectl can, later.
 MAX_BACKGROUND = 256

@@ -11,6 +11,7 @@ one request at a time: {"call": name, "arguments": [...], "timeout_s": s} -> {"r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from lazyfs.fs.isolate import call_isolated, error_from, error_to
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_DESCRIPTOR_COUNT_MAX = 64     # the starter is young: it has a handful
 _CALLS: dict[str, Callable[..., Any]] = {
     "mount_erofs": drivers.mount_erofs,
     "mount_tree": drivers.mount_tree,
@@ -45,8 +47,9 @@ def start_mounter() -> tuple[int, socket.socket]:
     if child:
         theirs.close()
         return child, ours
-    ours.close()
     try:
+        os.closerange(3, theirs.fileno())   # others must see the worker's descriptors close when it dies
+        os.closerange(theirs.fileno() + 1, theirs.fileno() + _DESCRIPTOR_COUNT_MAX)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)   # a terminal's ^C is for the worker; we end with it
         serve(theirs)
@@ -102,5 +105,6 @@ class MounterClient:
 
     def close(self) -> None:
         """Let the mounter end."""
-        self._stream.close()
+        with contextlib.suppress(OSError):   # it is dead, and what was still to be sent with it
+            self._stream.close()
         self._connection.close()

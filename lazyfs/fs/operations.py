@@ -157,7 +157,7 @@ class LazyOperations(pyfuse3.Operations):
         pass
 
     @guarded
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         slot, number = inodes.split(fh)
         self.read_count += 1
         if slot == 0:
@@ -171,7 +171,7 @@ class LazyOperations(pyfuse3.Operations):
         self.read_bytes += len(data)
         return data
 
-    async def _read_device(self, device: DeviceReader, offset: int, size: int) -> bytes:
+    async def _read_device(self, device: DeviceReader, offset: int, size: int) -> bytes | memoryview:
         timeout_s = device.read_timeout_s
         with trio.fail_after(timeout_s + _GRACE_S):
             data = await device.read(offset, size, time.monotonic() + timeout_s)
@@ -179,11 +179,11 @@ class LazyOperations(pyfuse3.Operations):
             raise BugError(f"read of {size} bytes at {offset} gave {len(data)}")
         return data
 
-    async def _read_file(self, image: ServedImage, nid: int, offset: int, size: int) -> bytes:
+    async def _read_file(self, image: ServedImage, nid: int, offset: int, size: int) -> bytes | memoryview:
         size = min(size, image.tree.stat(nid).size - offset)
         if size <= 0:
             return b""
-        parts = []
+        parts: list[bytes | memoryview] = []
         for device, device_offset, length in image.tree.extents(nid, offset, size):
             if device < 0:
                 parts.append(bytes(length))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from lazyfs.fs import inodes
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from lazyfs.image.erofs import ErofsImage
 
 
@@ -30,7 +32,7 @@ class DeviceReader(Protocol):
         """How long a read of it may take."""
         ...
 
-    async def read(self, offset: int, size: int, deadline: float) -> bytes:
+    def read(self, offset: int, size: int, deadline: float) -> Awaitable[bytes | memoryview]:
         """
         Exactly `size` bytes, or an error by `deadline` (time.monotonic() seconds).
 

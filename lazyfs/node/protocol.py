@@ -11,6 +11,7 @@ Layer: node. Who calls: node.launch, cli.mount; the snapshotter, later.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -98,7 +99,8 @@ class ControlClient:
             pass
 
     def close(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):   # the worker is gone, and what was still to be sent with it
+            self._stream.close()
         self._connection.close()
 
     def __enter__(self) -> Self:

@@ -186,7 +186,7 @@ class WorkerDir:
         """All readable records, whoever wrote them."""
         found = []
         for path in sorted(self.mounts.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 data = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
                 found.append(MountRecord(**{field.name: data[field.name] for field in fields(MountRecord)}))
         return found

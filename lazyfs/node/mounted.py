@@ -1,0 +1,115 @@
+"""
+One mounted image in the worker: what it holds, and how it lets go of it.
+
+Layer: node. Who calls: node.worker, on the trio loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.engine import Fetcher, PrefetchHandle
+    from lazyfs.fs.drivers import Driver
+    from lazyfs.fs.served import Served
+    from lazyfs.node.opening import OpenedImage
+    from lazyfs.node.order import MountOrder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyDevice:
+    """A layer device of one mounted image, as fs.served wants it."""
+
+    fetcher: Fetcher
+    device: FetchDevice
+    read_timeout_s: float
+
+    @property
+    def size(self) -> int:
+        return self.device.size
+
+    def read(self, offset: int, size: int, deadline: float) -> Awaitable[bytes | memoryview]:
+        return self.fetcher.read(self.device, offset, size, deadline=deadline)
+
+
+@dataclass(slots=True, eq=False)
+class MountedImage:
+    """
+    A mount and what it keeps open.
+
+    Attributes:
+        device_indexes: its files dev/<index>; devices that the kernel reads directly from the cache have none.
+        bdi_names: of its EROFS mount, under /sys/class/bdi.
+        detached: taken from its directory while still in use; served until it is not.
+        local: everything is cached, and read-ahead was set accordingly.
+        attempted: the kernel was asked to mount: there may be something to unmount.
+
+    """
+
+    order: MountOrder
+    slot: int
+    opened: OpenedImage
+    driver: Driver
+    devices: list[LazyDevice] = field(default_factory=list)
+    device_indexes: list[int] = field(default_factory=list)
+    bdi_names: list[str] = field(default_factory=list)
+    prefetch: PrefetchHandle | None = None
+    mount_id: int = 0
+    attempted: bool = False
+    detached: bool = False
+    local: bool = False
+
+    def in_use(self, served: Served) -> bool:
+        """Whether somebody still reads through us."""
+        return any(map(served.device_in_use, self.device_indexes)) or served.image_in_use(self.slot)
+
+    def complete(self) -> bool:
+        return all(device.device.cached.complete for device in self.devices)
+
+    def release(self, served: Served) -> None:
+        """Stop serving it; reads under way still end. Its inodes then answer ESTALE."""
+        if self.prefetch is not None:
+            self.prefetch.cancel()
+        for index in self.device_indexes:
+            served.remove_device(index)
+        if self.slot in served.images:
+            served.remove_image(self.slot)
+        for device in self.devices:
+            device.device.cached.release()
+        self.devices.clear()
+        self.device_indexes.clear()
+        self.opened.close()
+
+    def describe(self) -> dict[str, Any]:
+        """For `list`: JSON."""
+        return {
+            "image": self.order.image,
+            "target": self.order.target,
+            "driver": str(self.driver),
+            "bootstrap": str(self.opened.bootstrap_digest),
+            "detached": self.detached,
+            "complete": self.complete(),
+            "touched_stored_bytes": sum(device.device.touched_stored_bytes for device in self.devices),
+            "device_bytes": sum(device.size for device in self.devices),
+            "prefetched_chunks": self.prefetch.fetched_count if self.prefetch else 0,
+        }
+
+
+def hot_plan(opened: OpenedImage, devices: list[LazyDevice]) -> list[tuple[FetchDevice, int]]:
+    """All chunks whose stored bytes are in a hot blob, in the order in which they lie there."""
+    hot = [index for index, blob in enumerate(opened.blobs) if blob.hot]
+    if not hot:
+        return []
+    found: list[tuple[int, int, int, int]] = []
+    for number, device in enumerate(devices):
+        rows = device.device.table.rows
+        chosen = np.flatnonzero(np.isin(rows["blob_index"], hot) & (rows["stored_size"] > 0))
+        blob_indexes, offsets = rows["blob_index"][chosen].tolist(), rows["blob_offset"][chosen].tolist()
+        found += zip(blob_indexes, offsets, [number] * len(chosen), chosen.tolist(), strict=True)
+    return [(devices[number].device, index) for _, _, number, index in sorted(found)]

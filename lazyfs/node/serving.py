@@ -1,0 +1,152 @@
+"""
+The worker process from its first line to its last: cache, FUSE session, control socket, signals, the end.
+
+Layer: node. Who calls: node.launch, in the forked child. Heavy imports (trio, pyfuse3, numpy, urllib3) begin here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.cache.store import CacheDir
+from lazyfs.errors import BugError, HostError, LazyfsError
+from lazyfs.fetch.engine import Fetcher
+from lazyfs.fs import drivers
+from lazyfs.fs.isolate import error_to
+from lazyfs.fs.mounter import MounterClient
+from lazyfs.fs.operations import LazyOperations
+from lazyfs.fs.served import Served
+from lazyfs.fs.session import FuseSession
+from lazyfs.node import control
+from lazyfs.node.rundir import ProcessIdentity, WorkerDir
+from lazyfs.node.worker import Worker
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator
+
+_END_S = 20.0                    # how long taking everything away may take
+_M_ARENA_MAX, _ARENA_COUNT = -8, 2
+_log = logging.getLogger("lazyfs.node")
+
+
+def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mounter: socket.socket) -> int:
+    """
+    Serve until the last mount is gone. Returns the process's exit code.
+
+    Args:
+        directory: its run directory, created; the caller holds its lock.
+        cache_dir: absolute, resolved.
+        first: the starter's control connection; also told when the worker cannot start.
+        mounter: the connection to the mounter process.
+
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    limit_arenas()
+    try:
+        trio.run(_serve, directory, cache_dir, first, MounterClient(mounter))
+    except (LazyfsError, BaseExceptionGroup) as raised:
+        error = _first_error(raised)
+        _log.error("cannot serve: %s", error, exc_info=None if isinstance(error, LazyfsError) else raised)
+        with contextlib.suppress(OSError):
+            first.setblocking(True)
+            first.sendall(json.dumps({"error": error_to(error)}).encode() + b"\n")
+        return error.exit_code if isinstance(error, LazyfsError) else BugError.exit_code
+    return 0
+
+
+def limit_arenas() -> None:
+    """Two malloc arenas are enough for the fetch threads; glibc would give each its own, and keep what they freed."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENA_COUNT)
+
+
+async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mounter: MounterClient) -> None:
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    directory.write_worker(identity)
+    served = Served()
+    with CacheDir.open(Path(cache_dir)) as cache:
+        async with Fetcher() as fetcher, _session(directory, served, mounter) as nursery:
+            worker = Worker(directory, cache, fetcher, served, mounter)
+            listener = control.listen(directory.socket)
+            try:
+                nursery.start_soon(control.serve_connection, _stream(first), worker)
+                nursery.start_soon(_accept, listener, worker, nursery)
+                nursery.start_soon(worker.tend)
+                await nursery.start(_watch_signals, worker)
+                await worker.finished.wait()
+                await trio.sleep(0.05)   # the last answer goes out
+            finally:
+                directory.socket.unlink(missing_ok=True)
+                with trio.move_on_after(_END_S, shield=True):
+                    await worker.unmount_all()
+        await trio.to_thread.run_sync(cache.checkpoint)
+    directory.identity.unlink(missing_ok=True)
+    lock = directory.try_lock()
+    if lock is not None:   # else another command is about to start a worker here
+        directory.remove()
+        os.close(lock)
+
+
+@contextlib.asynccontextmanager
+async def _session(directory: WorkerDir, served: Served, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
+    """A FUSE session that serves as long as the block runs; its end from outside cancels the block."""
+    session = FuseSession(LazyOperations(served), directory.fuse)
+    session.open()
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_run_session, session)
+            with contextlib.suppress(LazyfsError):   # an optimisation
+                await trio.to_thread.run_sync(_tune, session, directory, mounter)
+            yield nursery
+            nursery.cancel_scope.cancel()
+    finally:
+        session.close()
+
+
+async def _run_session(session: FuseSession, task_status: trio.TaskStatus[None]) -> None:
+    await session.serve(task_status)
+    raise HostError(f"the FUSE mount {session.mount_point} was taken away",
+                    hint="mount the images again; do not unmount what is below /run/lazyfs")
+
+
+def _tune(session: FuseSession, directory: WorkerDir, mounter: MounterClient) -> None:
+    device = session.device()
+    drivers.set_read_ahead([device], drivers.READ_AHEAD_FUSE_KIB)
+    mounter.call("set_max_background", device, str(directory.control_mount), timeout_s=5)
+
+
+async def _accept(listener: trio.SocketListener, worker: Worker, nursery: trio.Nursery) -> None:
+    async with listener:
+        while True:
+            nursery.start_soon(control.serve_connection, await listener.accept(), worker)
+
+
+async def _watch_signals(worker: Worker, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            _log.info("signal %d: unmounting everything", number)
+            worker.shut_down()
+
+
+def _stream(connection: socket.socket) -> trio.SocketStream:
+    connection.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+
+
+def _first_error(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,85 @@
+"""
+`lazyfs umount`: by the worker if it lives and answers, else without it. Layer: node. Who calls: cli.mount.
+
+Never hangs: every step has a deadline (node.protocol, fs.isolate), and nothing looks into the mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from lazyfs.errors import BusyError, DeadlineError, LazyfsError, TargetError
+from lazyfs.fs import mountapi
+from lazyfs.node.protocol import UNMOUNT, ControlClient, WorkerGoneError
+from lazyfs.node.rundir import MountRecord, WorkerDir, find_record
+from lazyfs.node.unmount import busy_error, clean_stale, unmount_directly
+
+_ANSWER_S = 15.0                 # above the worker's own bound for one umount2
+_ANSWER_FORCED_S = 5.0           # --force does not wait long for a worker that hangs
+_END_S = 10.0                    # for the worker to end after its last mount
+
+
+def unmount_target(target: str, *, lazy: bool, force: bool) -> None:
+    """
+    Unmount a lazy image.
+
+    Raises:
+        BusyError: in use, and neither lazy nor force. TargetError: no lazyfs mount. DeadlineError: nobody answers.
+
+    """
+    found = find_record(target)
+    if found is None:
+        entry = mountapi.mount_at(target)
+        what = "nothing is mounted there" if entry is None else f"a {entry.fs_type} mount, but not one of lazyfs"
+        raise TargetError(f"{target}: {what}", hint="lazyfs mounts are listed in /run/lazyfs/*/mounts")
+    directory, record = found
+    if not record.worker.alive:
+        _clean(directory, target)
+        return
+    try:
+        _ask_worker(directory, record, lazy=lazy, force=force)
+    except WorkerGoneError:
+        if not _wait_gone(target):   # it was ending, and takes everything with it
+            _clean(directory, target)
+    except DeadlineError:
+        if not (lazy or force):
+            raise
+        unmount_directly(target, lazy=True)   # the worker hangs; it finds out when it is back
+
+
+def _ask_worker(directory: WorkerDir, record: MountRecord, *, lazy: bool, force: bool) -> None:
+    timeout_s = _ANSWER_FORCED_S if force else _ANSWER_S
+    with ControlClient.connect(directory.socket) as client:
+        try:
+            answer = client.request(UNMOUNT, timeout_s, target=record.target, lazy=lazy, force=force)
+        except BusyError as error:
+            if mountapi.mount_at(record.target) is None:
+                raise
+            raise busy_error(record.target) from error
+    # The last mount's worker ends now: when this command returns, nothing of it is left.
+    deadline = time.monotonic() + _END_S
+    while answer["ending"] and record.worker.alive and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _wait_gone(target: str) -> bool:
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        if find_record(target) is None:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _clean(directory: WorkerDir, target: str) -> None:
+    cleaned = clean_stale(directory)
+    lock = directory.try_lock()
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            directory.remove()
+        os.close(lock)
+    if target not in cleaned and mountapi.mount_at(target) is not None:
+        raise LazyfsError(f"{target}: what is mounted there is not what its dead worker had mounted",
+                          hint=f"look at it, then: umount {target}")

@@ -1,0 +1,277 @@
+"""
+The worker: one cache directory, one FUSE session, one fetch engine, many mounts.
+
+Layer: node. Who calls: node.control with requests, node.serving runs it. Invariants: a mount that fails or is
+cancelled leaves nothing behind; a target has one mount; everything that may hang in the kernel is done by the mounter
+(fs.mounter). Runs on the trio loop; what blocks goes to threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from lazyfs.errors import BusyError, LazyfsError, TargetError
+from lazyfs.fetch.device import FetchDevice
+from lazyfs.fs import drivers, mountapi
+from lazyfs.fs.drivers import Driver
+from lazyfs.node.mounted import LazyDevice, MountedImage, hot_plan
+from lazyfs.node.opening import open_image
+from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
+from lazyfs.node.unmount import check_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazyfs.cache.store import CacheDir
+    from lazyfs.fetch.engine import Fetcher
+    from lazyfs.fs.mounter import MounterClient
+    from lazyfs.fs.served import Served
+    from lazyfs.node.order import MountOrder
+
+T = TypeVar("T")
+MOUNT_TIMEOUT_S = 30.0           # one mount or umount call in the kernel
+_TEND_S = 2.0                    # how soon a foreign umount(8), or a complete image, is noticed
+_CHECKPOINT_S = 30.0             # a crash of the machine may cost what was fetched since
+_FINISH_S = 0.1                  # until the last answer is out
+# O_DIRECT on the layer devices: without it every page is kept twice. docs/design.md has the measurements.
+_DIRECTIO = True
+_log = logging.getLogger("lazyfs.node")
+
+
+class Worker:
+    """See the module. `finished` is set when the worker should end."""
+
+    def __init__(
+        self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient
+    ) -> None:
+        self._directory = directory
+        self._cache = cache
+        self._fetcher = fetcher
+        self._served = served
+        self._mounter = mounter
+        self._mounter_limit = trio.CapacityLimiter(1)
+        identity = ProcessIdentity.of(os.getpid())
+        assert identity is not None
+        self._identity = identity
+        self._mounts: dict[str, MountedImage] = {}
+        self._detached: list[MountedImage] = []
+        self._busy_targets: set[str] = set()
+        self.closing = False
+        self.finished = trio.Event()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    async def mount(self, order: MountOrder) -> dict[str, Any]:
+        """
+        Mount an image; the target is readable when this returns.
+
+        Raises:
+            LazyfsError: whatever is in the way; nothing is left behind then. The same on cancel.
+
+        """
+        driver = drivers.choose_driver(order.driver)
+        if order.target in self._busy_targets:
+            raise BusyError(f"{order.target} is being mounted or unmounted by another command")
+        self._busy_targets.add(order.target)
+        try:
+            await trio.to_thread.run_sync(check_target, order.target)
+            # abandoned on cancel: it only reads, and may wait for a registry that is down
+            opened = await trio.to_thread.run_sync(open_image, order, self._cache.path, abandon_on_cancel=True)
+            mounted = MountedImage(order, self._served.new_slot(), opened, driver)
+            try:
+                await self._attach(mounted)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._undo(mounted)
+                raise
+            self._mounts[order.target] = mounted
+            return mounted.describe()
+        finally:
+            self._busy_targets.discard(order.target)
+            self._finish_if_idle()
+
+    async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]:
+        """
+        Unmount. `lazy`: detach now, serve who still uses it until they are done. `force`: detach, and serve nobody.
+
+        Raises:
+            BusyError: in use, and neither lazy nor force. TargetError: not mounted by this worker.
+
+        """
+        if target in self._busy_targets:
+            raise BusyError(f"{target} is being mounted or unmounted by another command")
+        mounted = self._mounts.get(target)
+        if mounted is None:
+            raise TargetError(f"{target} is not mounted by this worker")
+        self._busy_targets.add(target)
+        try:
+            with trio.CancelScope(shield=True):   # bounded by the mounter's timeout; half an unmount helps nobody
+                flags = mountapi.MNT_DETACH if lazy or force else 0
+                if self._is_mounted(mounted):
+                    await self._call_mounter("unmount", target, flags)
+                self._let_go(mounted, in_use=lazy and not force)
+        finally:
+            self._busy_targets.discard(target)
+            self._finish_if_idle()
+        return {"target": target, "detached": mounted.detached, "ending": self.closing}
+
+    def list_mounts(self) -> list[dict[str, Any]]:
+        return [mounted.describe() for mounted in (*self._mounts.values(), *self._detached)]
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the fetch engine (fetch.statistics), and the mounts."""
+        counters = self._fetcher.statistics
+        return {
+            "pid": self._identity.pid,
+            "fetch": {name: getattr(counters, name) for name in counters.__slots__},
+            "mounts": self.list_mounts(),
+        }
+
+    def shut_down(self) -> None:
+        """Begin to end: no new requests."""
+        self.closing = True
+        self.finished.set()
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def tend(self) -> None:
+        """Notice what happens without us: foreign unmounts, images that are complete, users that have gone."""
+        elapsed_s = 0.0
+        while True:
+            await trio.sleep(_TEND_S)
+            elapsed_s += _TEND_S
+            for mounted in list(self._mounts.values()):
+                if mounted.order.target not in self._busy_targets and not self._is_mounted(mounted):
+                    _log.info("%s was unmounted by somebody else", mounted.order.target)
+                    self._let_go(mounted, in_use=True)
+                elif not mounted.local and mounted.complete():
+                    mounted.local = True
+                    drivers.set_read_ahead(mounted.bdi_names, drivers.READ_AHEAD_LOCAL_KIB)
+            for mounted in [one for one in self._detached if not one.in_use(self._served)]:
+                self._detached.remove(mounted)
+                mounted.release(self._served)
+            self._finish_if_idle()
+            if elapsed_s >= _CHECKPOINT_S:
+                elapsed_s = 0.0
+                await trio.to_thread.run_sync(self._cache.checkpoint)
+
+    async def unmount_all(self) -> None:
+        """Detach and release everything. For the end; never raises an Exception."""
+        self.closing = True
+        for mounted in (*self._mounts.values(), *self._detached):
+            await self._undo(mounted)
+        self._mounts.clear()
+        self._detached.clear()
+
+    def _finish_if_idle(self) -> None:
+        """An embedded worker ends with its last mount."""
+        if not (self._mounts or self._detached or self._busy_targets):
+            self.shut_down()
+
+    def _is_mounted(self, mounted: MountedImage) -> bool:
+        entry = mountapi.mount_at(mounted.order.target)
+        return entry is not None and entry.mount_id == mounted.mount_id
+
+    # --- making a mount ----------------------------------------------------------------------------------------------
+
+    async def _attach(self, mounted: MountedImage) -> None:
+        order, opened = mounted.order, mounted.opened
+        await trio.to_thread.run_sync(self._open_devices, mounted)
+        if mounted.driver is Driver.EROFS:
+            paths = await self._device_paths(mounted)
+            mounted.attempted = True
+            mounted.bdi_names = await self._call_mounter(
+                "mount_erofs", str(opened.erofs_path), order.target, paths, _DIRECTIO
+            )
+            mounted.local = not mounted.device_indexes
+            size_kib = drivers.READ_AHEAD_LOCAL_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
+            drivers.set_read_ahead(mounted.bdi_names, size_kib)
+        else:
+            image = self._served.add_image(mounted.slot, opened.tree, tuple(mounted.devices))
+            mounted.attempted = True
+            source = self._directory.fuse / "tree" / os.fsdecode(image.name)
+            await self._call_mounter("mount_tree", str(source), order.target)
+        entry = mountapi.mount_at(order.target)
+        if entry is None:
+            raise TargetError(f"{order.target} was unmounted while it was being mounted")
+        mounted.mount_id = entry.mount_id
+        self._directory.write_record(self._record(mounted))
+        if order.prefetch:
+            mounted.prefetch = self._fetcher.prefetch(hot_plan(opened, mounted.devices))
+
+    def _open_devices(self, mounted: MountedImage) -> None:
+        """Blocking: opens the devices' files in the cache."""
+        opened = mounted.opened
+        blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
+        for digest, table in opened.devices:
+            cached = self._cache.device(digest, table.chunk_size, table.device_size)
+            try:
+                device = FetchDevice(table, cached, blobs)
+            except BaseException:
+                cached.release()
+                raise
+            mounted.devices.append(LazyDevice(self._fetcher, device, mounted.order.read_timeout_s))
+
+    async def _device_paths(self, mounted: MountedImage) -> list[str]:
+        """The files that the kernel's EROFS reads: ours, or the cache's own where a device is complete."""
+        paths = []
+        for device in mounted.devices:
+            if device.device.cached.complete and await trio.to_thread.run_sync(device.device.cached.make_durable):
+                paths.append(_short_path(str(device.device.cached.data_path), device.device.cached.fd))
+            else:
+                index = self._served.add_device(device)
+                mounted.device_indexes.append(index)
+                paths.append(str(self._directory.fuse / "dev" / str(index)))
+        return paths
+
+    def _record(self, mounted: MountedImage) -> MountRecord:
+        identity = self._identity
+        return MountRecord(
+            mounted.order.target, mounted.order.image, str(mounted.driver), str(mounted.opened.bootstrap_digest),
+            str(self._cache.path), mounted.slot, identity.pid, identity.start_ticks, identity.boot_id,
+        )
+
+    # --- taking it away ----------------------------------------------------------------------------------------------
+
+    async def _undo(self, mounted: MountedImage) -> None:
+        """Take a mount away however far it got."""
+        target = mounted.order.target
+        entry = mountapi.mount_at(target) if mounted.attempted and not mounted.detached else None
+        if entry is not None and mounted.mount_id in {0, entry.mount_id}:
+            try:
+                await self._call_mounter("unmount", target, mountapi.MNT_DETACH)
+            except LazyfsError as error:
+                _log.error("%s stays mounted: %s", target, error)
+        self._directory.remove_record(mounted.slot)
+        mounted.release(self._served)
+
+    def _let_go(self, mounted: MountedImage, *, in_use: bool) -> None:
+        """After it was unmounted: release it, or keep it for those who still use it."""
+        del self._mounts[mounted.order.target]
+        self._directory.remove_record(mounted.slot)
+        if in_use and mounted.in_use(self._served):
+            mounted.detached = True
+            self._detached.append(mounted)
+        else:
+            mounted.release(self._served)
+
+    async def _call_mounter(self, name: str, *arguments: Any) -> Any:
+        def call() -> Any:
+            return self._mounter.call(name, *arguments, timeout_s=MOUNT_TIMEOUT_S)
+
+        return await _in_thread(call, self._mounter_limit)
+
+
+async def _in_thread(function: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    return await trio.to_thread.run_sync(function, limiter=limiter)
+
+
+def _short_path(path: str, descriptor: int) -> str:
+    """A path that fits a mount option; through this process's descriptor if the real one does not."""
+    if len(os.fsencode(path)) <= mountapi.FSCONFIG_STRING_BYTES_MAX:
+        return path
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
