@@ -26,7 +26,9 @@ CAPABILITY = struct.pack("<IIIII", 0x0200_0001, 1 << 10, 0, 0, 0)   # cap_net_bi
 
 
 def directory(**children: Inode) -> Inode:
-    return Inode(FileType.DIRECTORY, Attributes(), children={name.encode(): node for name, node in children.items()})
+    node = Inode(FileType.DIRECTORY, Attributes(), children={name.encode(): child for name, child in children.items()})
+    node.link_count = 2 + sum(child.type is FileType.DIRECTORY for child in children.values())
+    return node
 
 
 def regular(size: int = 0, device: int = 0, block: int = 0, **attributes: object) -> Inode:
@@ -112,7 +114,8 @@ def _attributes(rng: random.Random, kind: FileType) -> Attributes:
 def _xattrs(rng: random.Random, kind: FileType) -> tuple[tuple[bytes, bytes], ...]:
     if rng.random() < 0.6:
         return ()
-    names = {b"trusted.t": rng.randbytes(rng.choice([0, 1, 300, 5000])), b"security.s" + b"x" * rng.randint(0, 240): b"v"}
+    names = {b"trusted.t": rng.randbytes(rng.choice([0, 1, 300, 5000]))}
+    names[b"security.s" + b"x" * rng.randint(0, 240)] = b"v"
     if kind in {FileType.REGULAR, FileType.DIRECTORY}:      # Linux has user.* and ACLs on these only
         names[b"user." + b"u" * rng.randint(1, 250)] = rng.randbytes(rng.randint(0, 20))
         if rng.random() < 0.3:
@@ -183,7 +186,8 @@ def write_devices(folder: Path, sizes: Sequence[int] = DEVICE_SIZES) -> tuple[li
 def corpus_trees() -> dict[str, Inode]:
     """The trees of tests/corpus/erofs, all with DEVICE_SIZES. To write them anew: python -m tests.erofskit"""
     mixed = {f"mixed{seed}": random_tree(random.Random(seed), 25) for seed in (1, 2, 3)}
-    sparse = Inode(FileType.REGULAR, Attributes(), size=40 * 4096, data=DataMap(12, ((1, 3, 5), (9, 2, 50), (20, 1, 0))))
+    pieces = DataMap(12, ((1, 3, 5), (9, 2, 50), (20, 1, 0)))
+    sparse = Inode(FileType.REGULAR, Attributes(), size=40 * 4096, data=pieces)
     shared = regular(77, device=2)
     return mixed | {
         "empty": directory(),
@@ -217,7 +221,7 @@ def mutated(rng: random.Random, image: bytes) -> bytes:
             data[offset] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         elif kind == 2:
             fmt, bits = rng.choice([("<H", 16), ("<I", 32), ("<Q", 64)])
-            value = rng.choice([0, 1, 2, rng.getrandbits(7), rng.getrandbits(bits), 1 << (bits - 1), -1]) & (1 << bits) - 1
+            value = rng.choice([0, 1, 2, rng.getrandbits(7), rng.getrandbits(bits), 1 << (bits - 1), (1 << bits) - 1])
             struct.pack_into(fmt, data, min(offset & ~1, len(data) - 8), value)
         elif kind == 3:     # one record over another
             size = rng.choice([8, 12, 32, 64, 96])

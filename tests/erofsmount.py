@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
@@ -31,9 +31,8 @@ def require_erofs() -> None:
     """Skip the calling test, saying why, where it cannot mount."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    with open("/proc/filesystems", encoding="ascii") as file:
-        if "\terofs\n" not in file.read():
-            pytest.skip("this kernel has no EROFS")
+    if "\terofs\n" not in Path("/proc/filesystems").read_text(encoding="ascii"):
+        pytest.skip("this kernel has no EROFS")
 
 
 @contextlib.contextmanager
