@@ -24,7 +24,7 @@ from benchmarks.kit.host import drop_page_cache
 from benchmarks.kit.lazy import LazyMount, convert
 from benchmarks.kit.link import Link, make_link
 from benchmarks.kit.proc import ToolError, run
-from benchmarks.kit.registry import Registry, start_registry
+from benchmarks.kit.registry import start_registry
 from benchmarks.kit.workspace import Interrupted, Workspace, exit_by_signal, workspace
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def demo(place: Workspace) -> None:
     found = cached(WEB, CACHE) is not None
     with step("image: " + (f"the one in {CACHE}" if found else "Debian with python3, numpy and nginx, 4 layers")):
         layout = build(WEB, CACHE, say=lambda text: print(text, flush=True))
-    storage = place.top / "registry"
-    registry = _started(place, storage, None)
+    registry = start_registry(place)
     with step(f"push it to a registry on loopback ({registry.host})"):
         source = registry.push(layout, "demo/web")
     target = f"{source}-lazy"
@@ -101,7 +100,7 @@ def demo(place: Workspace) -> None:
     registry.close()
     with step("put the registry behind a link of 1 Gbit/s (network namespace, veth, TBF)"):
         link = make_link(place)
-        registry = _started(place, storage, link)
+        registry = start_registry(place, link=link)
     image, lazy_image = registry.reference("demo/web"), registry.reference("demo/web", "latest-lazy")
     with step(f"lazily: lazyfs mount, then `{_shown()}` in a container"):
         lazy = start_lazily(place, link, lazy_image)
@@ -127,12 +126,6 @@ def print_table(lazy: Start, whole: Start) -> None:
     table.add_row("lazyfs against everything", *ratio, style="bold")
     print()
     Console().print(table)
-
-
-def _started(place: Workspace, storage: Path, link: Link | None) -> Registry:
-    registry = start_registry(storage, link=link)
-    place.stack.callback(registry.close)
-    return registry
 
 
 def _shown() -> str:

@@ -67,17 +67,12 @@ class Session:
     @cached_property
     def near(self) -> Registry:
         """The registry on loopback."""
-        return self._start(None)
+        return start_registry(self.place)
 
     @cached_property
     def far(self) -> Registry:
         """The same images behind the link."""
-        return self._start(self.link)
-
-    def _start(self, link: Link | None) -> Registry:
-        registry = start_registry(self.place.top / "registry", link=link)
-        self.place.stack.callback(registry.close)
-        return registry
+        return start_registry(self.place, link=self.link)
 
     def source(self, subject: Subject, registry: Registry) -> str:
         """The source image's reference in one of the registries."""

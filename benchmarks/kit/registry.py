@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.kit.link import Link
+    from benchmarks.kit.workspace import Workspace
 
 _START_TIMEOUT_S = 20.0
 PUSH_TIMEOUT_S = 600.0
@@ -43,14 +44,15 @@ class Registry:
         self.daemon.close()
 
 
-def start_registry(storage: Path, *, link: Link | None = None) -> Registry:
+def start_registry(place: Workspace, *, link: Link | None = None) -> Registry:
     """
-    Start a registry over `storage` (shared with an earlier one, if that has ended); ready when this returns.
+    Start a registry over the workspace's one storage; ready when this returns. It ends with the workspace.
 
     Raises:
         ToolError: it ended at once, or did not answer in time.
 
     """
+    storage = place.top / "registry"
     storage.mkdir(parents=True, exist_ok=True)
     address, port = (link.address, _PORT) if link else ("127.0.0.1", _free_port())
     config = storage / f"config-{address}.json"  # JSON is YAML
@@ -66,11 +68,11 @@ def start_registry(storage: Path, *, link: Link | None = None) -> Registry:
     )
     words: list[str | Path] = [*(link.inside() if link else []), "docker-registry", "serve", config]
     daemon = Daemon(words, log=storage / "registry.log", env={"OTEL_TRACES_EXPORTER": "none"})
+    place.stack.callback(daemon.close)
     limit = time.monotonic() + _START_TIMEOUT_S
     while not _answers(address, port):
         daemon.check()
         if time.monotonic() > limit:
-            daemon.close()
             raise ToolError(f"docker-registry does not answer at {address}:{port}")
         time.sleep(0.05)
     return Registry(f"{address}:{port}", daemon)

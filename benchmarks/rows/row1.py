@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.figures import Figure, ratio
-from benchmarks.hotlist import record_list
+from benchmarks.rows.recording import record_list
 from benchmarks.rows.starts import start_lazy, start_whole
 from benchmarks.session import NUMPY, TENSORFLOW
 
