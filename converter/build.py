@@ -11,6 +11,7 @@ Who calls: lazyfs.cli.convert. Layer: converter.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.hot import StoredBlobs
@@ -68,6 +69,7 @@ class _Conversion:
         key = options_key(encoding.codec, encoding.level, encoding.chunk_size)
         self.reuse = Reuse(destination, key, journal, look=options.reuse)
         self.stored = StoredBlobs(destination.reader())
+        self.staging_dir = Path()      # made when the first layer needs it
         self.parallel: Parallel[tuple[LayerContent, LayerReport]] = Parallel()
 
     def run(self) -> ConvertReport:
@@ -126,6 +128,7 @@ class _Conversion:
 
     def _convert_layers(self, images: list[SourceImage]) -> dict[Digest, tuple[LayerContent, LayerReport]]:
         """Each different layer once, the largest first: the last one to end should be a short one."""
+        self.staging_dir = self.destination.staging_dir
         layers = {layer.digest: layer for image in images for layer in image.layers}
         ordered = sorted(layers.values(), key=lambda layer: (-layer.size, layer.digest))
         at_once = max(1, min(self.options.jobs, len(ordered)))
@@ -149,7 +152,7 @@ class _Conversion:
         return content, report
 
     def _convert_layer(self, layer: Descriptor, pool: CompressionPool) -> tuple[LayerContent, tuple[str, ...]]:
-        path = self.destination.staging_dir / f"{layer.digest.hex}.blob"
+        path = self.staging_dir / f"{layer.digest.hex}.blob"
 
         def watch(size_bytes: int) -> None:
             self.parallel.check()
