@@ -10,6 +10,7 @@ format from the first to the last byte. Sources: RFC 1952, RFC 8878.
 from __future__ import annotations
 
 import enum
+import zlib
 from typing import TYPE_CHECKING
 
 import zstandard
@@ -29,6 +30,9 @@ BLOCK_BYTES = 1 * MIB          # what a step decompresses at most
 ZSTD_WINDOW_BYTES_MAX = 128 * MIB      # as the zstd command allows without --long=31
 _GZIP_STEP_BYTES_MIN = 4 * KIB  # what a new gzip member is given first: what it leaves is copied
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_HEADER_BYTES = 10
+_GZIP_DEFLATE = 8
+_GZIP_HEADER_CRC, _GZIP_EXTRA, _GZIP_NAME, _GZIP_COMMENT, _GZIP_RESERVED = 0x02, 0x04, 0x08, 0x10, 0xE0
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"     # after a first byte of 0x50 .. 0x5f
 _ZSTD_HEADER_BYTES_MAX = 18
@@ -62,68 +66,18 @@ def blocks(compression: Compression, read: Read) -> Iterator[bytes]:
 
     """
     if compression is Compression.GZIP:
-        return _gzip(read)
+        return _gzip(_Feed(read, compression))
     if compression is Compression.ZSTD:
-        return _zstd(_Feed(read))
+        return _zstd(_Feed(read, compression))
     return iter(lambda: read(BLOCK_BYTES), b"")
-
-
-def _gzip(read: Read) -> Iterator[bytes]:
-    """
-    Members one after another; zeros may follow the last (tapes, and gzip(1) allows it).
-
-    A finished member hands back what it did not use, so a new one gets little at first: no work that grows with the
-    square of the number of members.
-    """
-    data = memoryview(b"")
-    while True:
-        data = data or memoryview(read(READ_BYTES))
-        if not data:
-            return
-        if data[0] == 0:
-            _only_zeros(data, read)
-            return
-        member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
-        step = _GZIP_STEP_BYTES_MIN
-        while not member.eof:
-            piece = memoryview(b"")
-            if member.needs_input:
-                data = data or memoryview(read(READ_BYTES))
-                if not data:
-                    raise FormatError("the gzip stream ends early")
-                piece, data = data[:step], data[step:]
-                step = min(2 * step, READ_BYTES)
-            try:
-                block = member.decompress(piece, BLOCK_BYTES)
-            except _IGZIP_ERROR as error:
-                raise FormatError(f"the gzip stream is damaged ({error})") from error
-            if block:
-                yield block
-        if member.unused_data:
-            data = _put_back(member.unused_data, data)
-
-
-def _put_back(unused: bytes, data: memoryview) -> memoryview:
-    """`unused` and then `data`: nearly always it lies right before it in the same buffer, and nothing is copied."""
-    whole = memoryview(data.obj)
-    start = len(whole) - len(data) - len(unused)
-    if start >= 0 and whole[start : start + len(unused)] == unused:
-        return whole[start:]
-    return memoryview(unused + data.tobytes())
-
-
-def _only_zeros(data: memoryview, read: Read) -> None:
-    while data:
-        if bytes(data).strip(b"\0"):
-            raise FormatError("something that is not gzip follows a gzip stream")
-        data = memoryview(read(READ_BYTES))
 
 
 class _Feed:
     """Compressed bytes that can be looked at before they are used."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, kind: Compression) -> None:
         self._read = read
+        self._kind = kind
         self.data = b""
         self.position = 0
 
@@ -139,7 +93,12 @@ class _Feed:
 
     def need(self, count: int) -> None:
         if not self.has(count):
-            raise FormatError("the zstd stream ends early")
+            raise FormatError(f"the {self._kind.value} stream ends early")
+
+    def take(self, count: int) -> bytes:
+        self.need(count)
+        self.position += count
+        return self.data[self.position - count : self.position]
 
     def skip(self, count: int) -> None:
         """Pass over `count` bytes, however many, without keeping them."""
@@ -148,6 +107,77 @@ class _Feed:
             step = min(count, len(self.data) - self.position)
             self.position += step
             count -= step
+
+    def put_back(self, unused: bytes) -> None:
+        """Undo the use of the last bytes; nearly always they still lie before `position`, and nothing is copied."""
+        start = self.position - len(unused)
+        if start >= 0 and self.data[start : self.position] == unused:
+            self.position = start
+        else:
+            self.data = unused + self.data[self.position :]
+            self.position = 0
+
+
+def _gzip(feed: _Feed) -> Iterator[bytes]:
+    """Members one after another; zeros may follow the last (tapes, and gzip(1) allows it)."""
+    is_first = True
+    while feed.has(1):
+        if feed.data[feed.position] == 0 and not is_first:
+            while feed.has(1):
+                if feed.data.count(0, feed.position) != len(feed.data) - feed.position:
+                    raise FormatError("something that is not gzip follows a gzip stream")
+                feed.position = len(feed.data)
+            return
+        _gzip_header(feed, is_first=is_first)
+        yield from _gzip_member(feed)
+        is_first = False
+
+
+def _gzip_header(feed: _Feed, *, is_first: bool) -> None:
+    """Pass over a member's header. Not left to igzip, which misreads one of several fields that comes in pieces."""
+    head = feed.take(_GZIP_HEADER_BYTES)
+    if head[:2] != _GZIP_MAGIC:
+        raise FormatError("the stream is not gzip" if is_first else "something that is not gzip follows a gzip stream")
+    flags = head[3]
+    if head[2] != _GZIP_DEFLATE or flags & _GZIP_RESERVED:
+        raise FormatError(f"a gzip header with method {head[2]} and flags {flags:#x}")
+    crc = zlib.crc32(head)
+    if flags & _GZIP_EXTRA:
+        raw_size = feed.take(2)
+        crc = zlib.crc32(feed.take(int.from_bytes(raw_size, "little")), zlib.crc32(raw_size, crc))
+    for flag in (_GZIP_NAME, _GZIP_COMMENT):
+        end = 0
+        while flags & flag and not end:
+            feed.need(1)
+            end = feed.data.find(0, feed.position) + 1
+            crc = zlib.crc32(feed.take((end or len(feed.data)) - feed.position), crc)
+    if flags & _GZIP_HEADER_CRC and int.from_bytes(feed.take(2), "little") != crc & 0xFFFF:
+        raise FormatError("a gzip header's checksum is wrong")
+
+
+def _gzip_member(feed: _Feed) -> Iterator[bytes]:
+    """
+    One member's data; its checksum and size are checked.
+
+    It hands back what it did not use, so it gets little at first: no work that grows with the square of the number
+    of members.
+    """
+    member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)
+    step = _GZIP_STEP_BYTES_MIN
+    while not member.eof:
+        piece = memoryview(b"")
+        if member.needs_input:
+            feed.need(1)
+            piece = memoryview(feed.data)[feed.position : feed.position + step]
+            feed.position += len(piece)
+            step = min(2 * step, READ_BYTES)
+        try:
+            block = member.decompress(piece, BLOCK_BYTES)
+        except _IGZIP_ERROR as error:
+            raise FormatError(f"the gzip stream is damaged ({error})") from error
+        if block:
+            yield block
+    feed.put_back(member.unused_data)
 
 
 def _is_skippable(magic: bytes) -> bool:
