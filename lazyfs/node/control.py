@@ -44,6 +44,8 @@ class Controlled(Protocol):
 
     def statistics(self) -> dict[str, Any]: ...
 
+    def touched(self, target: str) -> dict[str, list[int]]: ...
+
     def shut_down(self) -> None: ...
 
 
@@ -163,6 +165,8 @@ async def _dispatch(worker: Controlled, request: dict[str, Any], attached: list[
         return worker.list_mounts()
     if operation == protocol.STATS:
         return worker.statistics()
+    if operation == protocol.TOUCHED:
+        return worker.touched(str(request["target"]))
     if operation == protocol.SHUTDOWN:
         worker.shut_down()
         return True

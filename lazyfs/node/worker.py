@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOUNT_TIMEOUT_S = 30.0           # one mount or umount call in the kernel
+TOUCHED_COUNT_MAX = 100_000      # of one answer; a large program's start touches some thousands
 _TEND_S = 2.0                    # how soon a foreign umount(8), or a complete image, is noticed
 _CHECKPOINT_S = 30.0             # a crash of the machine may cost what was fetched since
 _FINISH_S = 0.1                  # until the last answer is out
@@ -130,6 +131,24 @@ class Worker:
             "fetch": {name: getattr(counters, name) for name in counters.__slots__},
             "mounts": self.list_mounts(),
         }
+
+    def touched(self, target: str) -> dict[str, list[int]]:
+        """
+        What was read through a mount: by layer device's digest, chunk indexes in the order of their first touch.
+
+        At most TOUCHED_COUNT_MAX, so that the answer fits a line. Raises TargetError: not mounted by this worker.
+
+        """
+        mounted = self._mounts.get(target)
+        if mounted is None:
+            raise TargetError(f"{target} is not mounted by this worker")
+        found: dict[str, list[int]] = {}
+        left = TOUCHED_COUNT_MAX
+        for (digest, _), device in zip(mounted.opened.devices, mounted.devices, strict=True):
+            order = device.device.touch_order[:left].tolist()
+            found.setdefault(str(digest), []).extend(order)   # an image may have one layer twice
+            left -= len(order)
+        return found
 
     def shut_down(self) -> None:
         """Begin to end: no new requests."""
