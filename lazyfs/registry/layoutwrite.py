@@ -53,6 +53,7 @@ class LayoutDestination:
         self._files = DirectoryFiles(self._path)
         self._source = LayoutSource(self._files, reference)
         self._staging: Staging | None = None
+        self._lock = threading.Lock()
         self._check_target()
 
     def _check_target(self) -> None:
@@ -84,13 +85,23 @@ class LayoutDestination:
 
     @property
     def staging_dir(self) -> Path:
-        if self._staging is None:
-            self._staging = Staging(self._path)
+        with self._lock:
+            if self._staging is None:
+                self._staging = self._make_staging()
+            return self._staging.path
+
+    def _make_staging(self) -> Staging:
+        staging = Staging(self._path)
+        try:
             with os_errors(self.name):
-                self._blobs().mkdir(parents=True, exist_ok=True)
+                # The layout file first: another process takes a directory without it for somebody else's.
                 if not (self._path / LAYOUT_FILE).exists():
                     write_file(self._path / LAYOUT_FILE, LAYOUT_BYTES)
-        return self._staging.path
+                self._blobs().mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            staging.close()
+            raise
+        return staging
 
     def _blobs(self) -> Path:
         return self._path / "blobs" / "sha256"

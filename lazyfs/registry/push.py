@@ -8,6 +8,7 @@ where nobody sees them; commit() puts the manifest under its tag, and only that 
 from __future__ import annotations
 
 import io
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class RegistryDestination:
         self._reference = reference
         self._source = RegistrySource(client, reference, is_owner=False)
         self._staging: Staging | None = None
+        self._lock = threading.Lock()
         self._scope = client.scope(push=True)
 
     @property
@@ -50,9 +52,10 @@ class RegistryDestination:
 
     @property
     def staging_dir(self) -> Path:
-        if self._staging is None:
-            self._staging = Staging(default_parent())
-        return self._staging.path
+        with self._lock:
+            if self._staging is None:
+                self._staging = Staging(default_parent())
+            return self._staging.path
 
     def _deadline(self) -> float:
         return time.monotonic() + self._client.options.request_deadline_s

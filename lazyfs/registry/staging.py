@@ -54,9 +54,7 @@ class Staging:
         with os_errors(str(parent)):
             parent.mkdir(parents=True, exist_ok=True)
             remove_abandoned(parent)
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mode 0700
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path, self._lock = _make_locked(parent)
         self._is_open = True
 
     def close(self) -> None:
@@ -64,6 +62,17 @@ class Staging:
             self._is_open = False
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
+
+
+def _make_locked(parent: Path) -> tuple[Path, int]:
+    """A new directory and its lock. Somebody who takes it for abandoned, before we have locked it, may remove it."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mode 0700
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return path, lock
+        os.close(lock)
 
 
 def default_parent() -> Path:
@@ -118,7 +127,7 @@ def sync_file(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably and atomically."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=".lazyfs-new-", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
