@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
