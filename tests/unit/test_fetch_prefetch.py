@@ -331,7 +331,6 @@ def test_the_spill_keeps_the_latest_within_its_bound():
 
 
 def test_touches_count_each_chunk_once(tmp_path):
-    from lazyfs.cache.store import CacheDir  # noqa: PLC0415
 
     with CacheDir.open(tmp_path / "cache") as cache:
         device = SAMPLE.device(cache, MemorySource({}))
