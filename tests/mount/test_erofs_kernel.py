@@ -191,7 +191,7 @@ def read_xattr(place: bytes, key: str) -> None:
     try:
         os.getxattr(place, key, follow_symlinks=False)
     except OSError:
-        # The kernel looks into the values of these, and says so; user.* is for files and directories only.
+        # The kernel looks into the values of these, and says so; user.* and ACLs are not for all types.
         assert key.startswith(("system.posix_acl", "security.capability", "user."))
 
 

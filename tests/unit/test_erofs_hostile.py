@@ -13,7 +13,7 @@ from lazyfs import limits
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.erofs import ErofsImage, superblock, write_image
 from lazyfs.image.model import Attributes, DataMap, FileType, Inode
-from tests.erofskit import directory, patched, regular, resealed, symlink
+from tests.erofskit import ACL, directory, patched, regular, resealed, symlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -248,6 +248,15 @@ def test_overlay_xattr_is_refused(name: bytes, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     with pytest.raises(FormatError, match="overlayfs"):
         ErofsImage.parse(data, ())
+
+
+def test_malformed_acl_is_refused() -> None:
+    """The kernel would answer EINVAL to everything in such a directory. (Found by mounting mutated images.)"""
+    good = write_image(directory(f=regular(xattrs=((b"system.posix_acl_access", ACL),))), ())
+    place = good.index(ACL)
+    for offset in (0, 4, 6, 12, len(ACL) - 8):
+        with pytest.raises(FormatError, match="POSIX ACL"):
+            ErofsImage.parse(patched(good, place + offset, "H", 0x7F), ())
 
 
 def test_tree_too_deep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import struct
 
 from lazyfs import limits
 from lazyfs.errors import FormatError
+from lazyfs.image.erofs.acl import check_acl
 from lazyfs.image.erofs.ondisk import round_up
 
 HEADER_BYTES = 12
@@ -27,6 +28,7 @@ _PREFIXES = {
     4: b"trusted.",
     6: b"security.",
 }
+_ACLS = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
 # Private to overlayfs, which would obey them when the mount is its lower directory (redirects, metacopy, whiteouts).
 _FORBIDDEN = (b"trusted.overlay.", b"user.overlay.")
 
@@ -48,6 +50,8 @@ def encode_area(xattrs: tuple[tuple[bytes, bytes], ...]) -> bytes:
             raise FormatError(f"xattr {name[:100]!r} is there twice")
         previous = name
         index, suffix = _split(name)
+        if name in _ACLS:
+            check_acl(value)
         if len(value) > limits.XATTR_VALUE_BYTES_MAX:
             raise FormatError(
                 f"xattr {name!r} has {len(value)} bytes, EROFS holds at most {limits.XATTR_VALUE_BYTES_MAX}"
@@ -95,8 +99,11 @@ def _decode_entry(area: bytes, position: int) -> tuple[bytes, bytes, int]:
     if prefix is None:
         raise FormatError(f"xattr with unknown name prefix {index}")
     suffix = area[start : start + name_bytes]
-    _check_name(prefix + suffix, prefix, suffix)
-    return prefix + suffix, area[start + name_bytes : end], after
+    name, value = prefix + suffix, area[start + name_bytes : end]
+    _check_name(name, prefix, suffix)
+    if name in _ACLS:
+        check_acl(value)
+    return name, value, after
 
 
 def _split(name: bytes) -> tuple[int, bytes]:
