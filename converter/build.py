@@ -18,7 +18,7 @@ from converter.hot import StoredBlobs
 from converter.image import SourceImage, check_diff_ids, put_image, read_source_image
 from converter.journal import Journal
 from converter.layer import convert_layer
-from converter.parallel import Parallel
+from converter.parallel import Parallel, uninterrupted
 from converter.pool import CompressionPool
 from converter.report import ConvertOptions, ConvertReport, Events, ImageReport, LayerReport, NoEvents
 from converter.reuse import LayerContent, Reuse
@@ -128,7 +128,8 @@ class _Conversion:
 
     def _convert_layers(self, images: list[SourceImage]) -> dict[Digest, tuple[LayerContent, LayerReport]]:
         """Each different layer once, the largest first: the last one to end should be a short one."""
-        self.staging_dir = self.destination.staging_dir
+        with uninterrupted():
+            self.staging_dir = self.destination.staging_dir
         layers = {layer.digest: layer for image in images for layer in image.layers}
         ordered = sorted(layers.values(), key=lambda layer: (-layer.size, layer.digest))
         at_once = max(1, min(self.options.jobs, len(ordered)))

@@ -24,6 +24,7 @@ from lazyfs.image.entries import pack_entries
 from lazyfs.image.manifest import LayerBlob, options_key
 from lazyfs.image.model import EntryKind, FileType, LayerEntry
 from lazyfs.image.table import ChunkTable
+from lazyfs.registry.staging import explain_os
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,7 @@ def convert_layer(
         FormatError: the archive is malformed.
         IntegrityError: it has another digest than `layer` says.
         SourceError: it could not be read.
+        DiskFullError, TargetError: the blob could not be written.
 
     """
     name = f"layer {layer.digest.short}"
@@ -72,6 +74,9 @@ def convert_layer(
             if cause is error:
                 raise
             raise cause from error
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise explain_os(error, str(path.parent)) from error
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -7,19 +7,44 @@ registry that has stopped answering. Who calls: converter.build. Layer: converte
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 STOP_WAIT_S = 5.0
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
     """Another task failed, or the user wants to stop: never seen outside this package."""
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """
+    Hold back ^C and SIGTERM for a moment: something is made that the clean-up would not know of yet.
+
+    Python runs signal handlers in its main thread only, so elsewhere there is nothing to hold back. (Blocking the
+    signals would not do: a library's thread takes them, and the main thread runs the handler all the same.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        for interrupt, handler in before.items():
+            signal.signal(interrupt, handler or signal.SIG_DFL)
+        for number in came:
+            signal.raise_signal(number)
 
 
 class Parallel(Generic[T]):

@@ -83,6 +83,7 @@ def group(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit the process with its code."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy would start threads that nothing here uses
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = group.main(args, prog_name="lazyfs", standalone_mode=False)
