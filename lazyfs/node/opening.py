@@ -26,7 +26,8 @@ from lazyfs.image.digest import Digest
 from lazyfs.image.erofs import ErofsImage
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.table import ChunkTable
-from lazyfs.registry import RegistryOptions, open_source, select_image
+from lazyfs.registry import RegistryOptions, open_source
+from lazyfs.registry.select import select_image
 
 if TYPE_CHECKING:
     from lazyfs.image.bootstrap import BlobRef, Bootstrap
