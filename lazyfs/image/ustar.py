@@ -54,7 +54,7 @@ def parse_ustar(archive: bytes | memoryview, names: Sequence[str]) -> tuple[Memb
     for name in names:
         header = bytes(view[offset : offset + _BLOCK_BYTES])
         size = _read_size(header, name)
-        if header != _header(name, size):
+        if (size and name.endswith("/")) or header != _header(name, size):
             raise FormatError(f"bootstrap layer: no member {name} at byte {offset}")
         start = offset + _BLOCK_BYTES
         offset = start + size + -size % _BLOCK_BYTES
