@@ -3,7 +3,7 @@ One repository of a registry: requests with credentials, redirects and errors un
 
 Layer: registry; used by remote.py and upload.py. Distribution-spec v1.1. Invariants: Authorization is sent to the
 registry's own origin only (scheme, host and port), never to where a redirect leads; https never falls to http; at
-most REDIRECT_COUNT_MAX redirects; at most one renewal of credentials a request. Nothing is retried here.
+most REDIRECT_COUNT_MAX redirects; at most one new token a request. Nothing is retried here.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class RegistryClient:
             if answer.status == 401 and origin == own:
                 challenges = answer.headers.getlist("WWW-Authenticate")
                 answer.finish()
-                if renewal_count:
+                is_basic = authorization is not None and authorization.reveal().startswith("Basic ")
+                if renewal_count > is_basic:  # a password's refusal is explained, or a new one found, by renew()
                     raise AuthError(f"{self.host}/{self.repository}: the registry refuses its own token",
                                     hint="the credentials may lack the right to this image, or the clocks differ")
                 renewal_count += 1

@@ -158,6 +158,11 @@ class _HTTPPool(urllib3.HTTPConnectionPool):
 class _HTTPSPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = DeadlineHTTPSConnection
 
+    def _validate_conn(self, conn: Any) -> None:
+        """Connects, as the base does; without its warning where --insecure was asked for."""
+        if conn.is_closed:
+            conn.connect()
+
 
 def make_pool(context: ssl.SSLContext) -> urllib3.PoolManager:
     """A pool manager of such connections; thread-safe."""

@@ -219,14 +219,14 @@ def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsEr
     origin = origin_of(url)
     host = f"{origin.host}:{origin.port}"
     root = _root(error)
-    if isinstance(root, TimeoutError) or isinstance(error, u3.TimeoutError):
-        if time.monotonic() >= deadline:
-            return DeadlineError(f"{where}: {host} did not deliver in time")
-        return SourceError(f"{where}: {host} sent nothing for too long", hint="is the registry reachable and healthy?")
     if isinstance(root, socket.gaierror):
         # Only "try again" is worth trying again; a wrong name stays wrong.
         return SourceError(f"cannot find the host {origin.host}: {root.strerror}", hint="check the name",
                            transient=root.errno == socket.EAI_AGAIN)
+    if isinstance(root, TimeoutError):
+        if time.monotonic() >= deadline:
+            return DeadlineError(f"{where}: {host} did not deliver in time")
+        return SourceError(f"{where}: {host} sent nothing for too long", hint="is the registry reachable and healthy?")
     if isinstance(root, ssl.SSLError) and not isinstance(root, ssl.SSLEOFError):
         return _explain_tls(root, host)
     if isinstance(error, u3.NewConnectionError):
