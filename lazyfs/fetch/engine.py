@@ -167,8 +167,9 @@ class Fetcher:
         if flight.done:
             return
         where = f"{flight.source.name}: blob {flight.blob.short}"
+        reason = f"; the last attempt failed: {flight.last_error}" if flight.last_error else ""
         late = DeadlineError(
-            f"{where}: chunk {flight.index} did not arrive within its deadline",
+            f"{where}: chunk {flight.index} did not arrive within its deadline{reason}",
             hint="is the registry reachable, and the link not overloaded?",
         )
         if time.monotonic() - began > ERROR_MEMORY_S:    # not for callers in a hurry

@@ -30,12 +30,13 @@ class Flight:
     :stored_start, stored_size: where in `blob`, bytes.
     :deadline: the latest of all its waiters', time.monotonic() seconds.
     :data: the chunk's bytes, when it is done but could not be stored.
+    :last_error: of the last attempt that failed; the reason to give when the time runs out.
     :bad: what was wrong with the bytes of the last attempt.
     """
 
     __slots__ = (
         "attempt_count", "bad", "bad_count", "blob", "codec", "data", "deadline", "device", "digest", "done", "error",
-        "event", "index", "size", "source", "stored_size", "stored_start", "waiters",
+        "event", "index", "last_error", "size", "source", "stored_size", "stored_start", "waiters",
     )  # fmt: skip
 
     def __init__(self, device: FetchDevice, index: int, deadline: float) -> None:
@@ -58,6 +59,7 @@ class Flight:
         self.error: LazyfsError | None = None
         self.bad: LazyfsError | None = None
         self.bad_count = 0
+        self.last_error: LazyfsError | None = None
         self.attempt_count = 0
         self.event: trio.Event | None = None
 

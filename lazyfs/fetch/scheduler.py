@@ -257,6 +257,7 @@ class Scheduler:
             again = retry.is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
             pause = retry.pause_s(error, max(1, flight.attempt_count))
             again = again and time.monotonic() + pause < flight.deadline
+        flight.last_error = error
         if again and not self._closed:
             return [flight]
         self._fail(flight, error)

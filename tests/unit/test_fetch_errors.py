@@ -13,6 +13,7 @@ import trio.testing
 from lazyfs.errors import (
     AuthError,
     BugError,
+    DeadlineError,
     FormatError,
     IntegrityError,
     NotFoundError,
@@ -139,8 +140,21 @@ async def test_a_source_that_gives_too_much_is_not_believed(tmp_path):
                 return bytes(self) + b"more"
 
         b.source.faults.append(lambda request: setattr(request, "data", Flood(request.data)))
-        with pytest.raises(SourceError, match="too many"):
-            await b.chunk(1, seconds=0.2)
+        with pytest.raises(SourceError):
+            await b.chunk(1, seconds=0.5)
+        assert not b.device.cached.present(1, 1)
+
+
+async def test_when_time_runs_out_the_last_reason_is_told(tmp_path):
+    async with bench(tmp_path) as b:
+        def fault(request: Request) -> None:
+            if request.number == 0:
+                raise SourceError("connection refused")
+            time.sleep(0.6)
+
+        b.source.faults.append(fault)
+        with pytest.raises(DeadlineError, match=r"within its deadline; .* connection refused"):
+            await b.chunk(1, seconds=0.5)
 
 
 def spoiling(times: int, position: int = 50):
