@@ -75,7 +75,7 @@ def parse(block: bytes, extended: Extended) -> Header:
 
     """
     name, mode, uid, gid, raw_size, mtime, kind, link, magic, major, minor, tail = _FIELDS.unpack(block)
-    name, link = text(name), text(link)
+    name, link = text(name), text(link) if link[0] else b""
     is_gnu = magic == _MAGIC_GNU
     if tail[0]:
         name = _prefix(magic, tail) + name

@@ -8,8 +8,6 @@ no layer needs it, and readers disagree on it.
 
 from __future__ import annotations
 
-import re
-
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.model import EntryKind
 from lazyfs.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, PATH_DEPTH_MAX, SYMLINK_BYTES_MAX
@@ -17,31 +15,41 @@ from lazyfs.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, PATH_DEPTH_MAX, SYMLIN
 WHITEOUT = b".wh."
 AUFS = b".wh..wh."                # AUFS' own bookkeeping in old layers: never part of the image
 OPAQUE = b".wh..wh..opq"
-# An empty, `.` or `..` component anywhere, or a NUL: anything but a plain relative path.
-_ODD = re.compile(rb"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 
 
 def normalise(raw: bytes, what: str = "name") -> bytes:
     """
-    A path as LayerEntry has it: relative, no empty or `.` component; b"" is the root.
+    A path as LayerEntry has it, but for its length: relative, no empty or `.` component; b"" is the root.
 
     Raises:
-        FormatError: empty, NUL, `..`, a component over 255 bytes, the whole over 4,096 bytes or too deep.
+        FormatError: empty, NUL, or `..`.
 
     """
     path = raw.rstrip(b"/")
-    if _ODD.search(path) or not path:
+    # Most paths are plain: these tests are quicker than looking at each component.
+    if not path or path[0] in b"./" or b"/." in path or b"//" in path or b"\0" in path:
         path = _clean(raw, what)
-    if len(path) > NAME_BYTES_MAX:
-        if len(path) > PATH_BYTES_MAX:
-            raise FormatError(f"the {what} has {len(path)} bytes, at most {PATH_BYTES_MAX} are possible")
-        parts = path.split(b"/")
-        longest = max(map(len, parts))
-        if longest > NAME_BYTES_MAX:
-            raise FormatError(f"a component of the {what} has {longest} bytes, at most {NAME_BYTES_MAX} are possible")
-        if len(parts) > PATH_DEPTH_MAX:
-            raise FormatError(f"the {what} is {len(parts)} components deep, at most {PATH_DEPTH_MAX} are possible")
     return path
+
+
+def check_length(path: bytes, what: str = "name") -> None:
+    """
+    Refuse a normalised path that Linux cannot hold. For whiteouts that is the removed name, without the marker.
+
+    Raises:
+        FormatError: a component over 255 bytes, the whole over 4,096 bytes, or too deep.
+
+    """
+    if len(path) <= NAME_BYTES_MAX:
+        return
+    if len(path) > PATH_BYTES_MAX:
+        raise FormatError(f"the {what} has {len(path)} bytes, at most {PATH_BYTES_MAX} are possible")
+    parts = path.split(b"/")
+    longest = max(map(len, parts))
+    if longest > NAME_BYTES_MAX:
+        raise FormatError(f"a component of the {what} has {longest} bytes, at most {NAME_BYTES_MAX} are possible")
+    if len(parts) > PATH_DEPTH_MAX:
+        raise FormatError(f"the {what} is {len(parts)} components deep, at most {PATH_DEPTH_MAX} are possible")
 
 
 def _clean(raw: bytes, what: str) -> bytes:
@@ -58,6 +66,7 @@ def _clean(raw: bytes, what: str) -> bytes:
 def link_target(raw: bytes) -> bytes:
     """A hard link's target: the normalised path of a file in the image."""
     target = normalise(raw, "link target")
+    check_length(target, "link target")
     if not target:
         raise FormatError("a hard link to the root directory")
     if WHITEOUT in target:

@@ -21,7 +21,7 @@ from converter.tar import pax as pax_format
 from converter.tar import sparse, xattrs
 from converter.tar.fields import bounded, check_checksum, number
 from converter.tar.header import BLOCK, SIZE_FIELD, TYPE_OFFSET, Extended, Header
-from converter.tar.names import WHITEOUT, link_target, normalise, symlink_target, whiteout
+from converter.tar.names import WHITEOUT, check_length, link_target, normalise, symlink_target, whiteout
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.model import EntryKind, FileType, LayerEntry
 from lazyfs.limits import ENTRY_COUNT_MAX, KIB, LAYER_BYTES_MAX, TAR_HEADER_BYTES_MAX
@@ -189,7 +189,9 @@ class TarReader:
                 self._drop("AUFS metadata", "")
                 return None
             if found[0] is not _NODE:
+                check_length(found[1])
                 return TarMember(LayerEntry(found[1], found[0]), _NOTHING)
+        check_length(path)
         if kind is None:
             if header.kind == _HARDLINK:
                 return TarMember(LayerEntry(path, EntryKind.HARDLINK, target=link_target(header.link)), _NOTHING)
@@ -265,6 +267,11 @@ class TarReader:
 
     def _skip_member(self) -> None:
         """Pass over what is left of the current member. The zeros after the last one's data may be missing."""
+        end = self._position + self._left + self._padding
+        if end <= len(self._block):
+            self._position = end
+            self._left = self._padding = 0
+            return
         if self._left:
             self._skip(self._left)
             self._left = 0

@@ -75,6 +75,7 @@ REFUSED: list[tuple[str, TarBuilder, str]] = [
     ("whiteout of nothing", TarBuilder().file("d/.wh."), "whiteout of b''"),
     ("whiteout of .", TarBuilder().file("d/.wh.."), "whiteout of b'.'"),
     ("whiteout of ..", TarBuilder().file("d/.wh..."), "whiteout of b'..'"),
+    ("whiteout of a name too long", TarBuilder().whiteout("n" * 256), "256 bytes"),
     ("below a whiteout", TarBuilder().file("d/.wh.x/y"), "below a whiteout"),
     ("below a whiteout by PAX", named("d/.wh.x/y"), "below a whiteout"),
     # types

@@ -145,6 +145,12 @@ def test_whiteouts() -> None:
     assert reader.dropped == {"AUFS metadata": 4}
 
 
+def test_whiteout_of_the_longest_name() -> None:
+    """Its marker is longer than a name may be: nobody needs to make a file of it."""
+    entry = one(TarBuilder().whiteout("d/" + "n" * 255))[0].entry
+    assert (entry.kind, entry.path) == (EntryKind.WHITEOUT, b"d/" + b"n" * 255)
+
+
 def test_old_formats() -> None:
     v7 = header("d/", type="\0", magic=b"") + header("f", type="\0", magic=b"", size=3) + pad(b"abc")
     contiguous = header("c", type="7", size=1) + pad(b"c")
