@@ -50,11 +50,16 @@ class _Server(ThreadingHTTPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """The TLS handshake is made here, in the connection's own thread."""
-        if self.ssl_context is not None:
-            request.settimeout(UPSTREAM_SECONDS)
-            request = self.ssl_context.wrap_socket(request, server_side=True)
-            self.proxy.track(request)
-        super().finish_request(request, client_address)
+        if self.ssl_context is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(UPSTREAM_SECONDS)
+        with self.ssl_context.wrap_socket(request, server_side=True) as secure:
+            self.proxy.track(secure)
+            try:
+                super().finish_request(secure, client_address)
+            finally:
+                self.proxy.untrack(secure)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)

@@ -8,7 +8,8 @@ A real registry for tests: Debian's docker-registry (distribution 2.8) on loopba
         registry.restart() / registry.stop() / registry.start()   # same port, same storage
 
 Options of running_registry: username/password (htpasswd), token_realm + token_service + token_issuer + token_ca (for
-bearer tokens, see tests/tokenserver.py), tls_certificate + tls_key (PEM files), delete (default True), read_only.
+bearer tokens, see tests/tokenserver.py), tls_certificate + tls_key (PEM files), delete (default True), read_only,
+relative_urls (in Location).
 The process is ended when the block ends, whatever happens, and also when the thread that started it ends (so start it
 from a thread that stays, best the main one). `require_registry()` skips a test, saying why, without docker-registry.
 """
@@ -140,6 +141,7 @@ def registry_config(
     tls_key: Path | None = None,
     delete: bool = True,
     read_only: bool = False,
+    relative_urls: bool = False,
 ) -> str:
     """The registry's configuration. JSON is YAML."""
     config: dict[str, object] = {
@@ -150,7 +152,7 @@ def registry_config(
             "delete": {"enabled": delete},
             "maintenance": {"readonly": {"enabled": read_only}, "uploadpurging": {"enabled": False}},
         },
-        "http": {"addr": host, "secret": "a-secret-for-tests"},
+        "http": {"addr": host, "secret": "a-secret-for-tests", "relativeurls": relative_urls},
     }
     http_part = config["http"]
     assert isinstance(http_part, dict)
@@ -177,6 +179,7 @@ def running_registry(
     tls_key: Path | None = None,
     delete: bool = True,
     read_only: bool = False,
+    relative_urls: bool = False,
     storage: Path | None = None,
     port: int = 0,
     address: str = "127.0.0.1",
@@ -200,7 +203,7 @@ def running_registry(
     config.write_text(
         registry_config(
             storage, host, htpasswd=htpasswd, token=token, tls_certificate=tls_certificate, tls_key=tls_key,
-            delete=delete, read_only=read_only,
+            delete=delete, read_only=read_only, relative_urls=relative_urls,
         )
     )
     registry = Registry(host, home, storage, config, tls=tls_certificate is not None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from lazyfs.errors import SourceError
 
@@ -47,6 +47,15 @@ def origin_of(url: str) -> Origin:
         raise SourceError(f"the server named something that is not an http address: {printable(url)!r}",
                           transient=False)
     return Origin(parts.scheme, host.lower(), port or DEFAULT_PORTS[parts.scheme])
+
+
+def resolve(base: str, location: str) -> str:
+    """The absolute URL that `location`, out of a header, means at `base`. Raises SourceError."""
+    try:
+        return urljoin(base, location)
+    except ValueError:
+        raise SourceError(f"{printable(base)}: names a broken address: {printable(location)!r}",
+                          transient=False) from None
 
 
 def printable(url: str) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
 from lazyfs.errors import AuthError, FormatError, SourceError
+from lazyfs.image.digest import Digest
 from lazyfs.limits import MANIFEST_BYTES_MAX, REDIRECT_COUNT_MAX
-from lazyfs.registry.addresses import Origin, origin_of, printable
+from lazyfs.registry.addresses import Origin, origin_of, printable, resolve
 from lazyfs.registry.auth import Authenticator
 from lazyfs.registry.documents import ACCEPT, make_document
 from lazyfs.registry.endpoint import Endpoint
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import IO
 
-    from lazyfs.image.digest import Digest
     from lazyfs.registry.options import RegistryOptions
     from lazyfs.registry.place import Document
 
@@ -116,7 +116,7 @@ class RegistryClient:
             raise SourceError(f"{answer.where}: more than {REDIRECT_COUNT_MAX} redirects", transient=False)
         if not location:
             raise SourceError(f"{answer.where}: a redirect that leads nowhere", transient=False)
-        target = urljoin(answer.url, location)
+        target = resolve(answer.url, location)
         if origin.scheme == "https" and origin_of(target).scheme != "https":
             raise SourceError(f"{answer.where}: redirected from https to {printable(target)}: refused", transient=False)
         return target
@@ -126,7 +126,7 @@ class RegistryClient:
         location = answer.headers.get("Location", "")
         if not location:
             raise SourceError(f"{answer.where}: no Location for the upload", transient=False)
-        target = urljoin(answer.url, location)
+        target = resolve(answer.url, location)
         own = self.endpoint.origin(deadline)
         found = origin_of(target)
         if own.scheme == "https" and found.scheme == "http":
@@ -147,7 +147,10 @@ class RegistryClient:
             if answer.status != 200:
                 raise_for_status(answer, where)
             content_type = answer.headers.get("Content-Type", "")
+            promised = answer.headers.get("Docker-Content-Digest", "")
             data = answer.read_all(MANIFEST_BYTES_MAX)
+        if expected is None and promised.startswith("sha256:"):
+            expected = Digest(promised)  # nothing to trust, but it finds bytes that were changed on the way
         return make_document(data, content_type, expected, where)
 
     def blob(self, digest: Digest, offset: int, size: int, deadline: float, *, is_whole: bool = False) -> HttpResponse:
@@ -196,7 +199,7 @@ class RegistryClient:
             following = re.match(r'\s*<([^<>]{1,4096})>\s*;[^,]*\brel="?next"?', link)
             if following is None or len(found) >= count_max:
                 break
-            url = urljoin(url, following[1])
+            url = resolve(url, following[1])
             if origin_of(url) != self.endpoint.origin(deadline):
                 break
         return found[:count_max]
@@ -206,18 +209,19 @@ def _check_range(answer: HttpResponse, what: str, offset: int, size: int) -> Non
     """A 206 must be exactly what was asked for: anything else would put wrong bytes in their place."""
     text = answer.headers.get("Content-Range", "")
     met = _CONTENT_RANGE.match(text.strip())
+    who = origin_of(answer.url).netloc
     if met is None or int(met[1]) != offset or int(met[2]) != offset + size - 1:
-        raise SourceError(f"{what}: answered with range {text[:60]!r}, expected bytes {offset}-{offset + size - 1}")
+        raise SourceError(f"{what}: {who} sent range {text[:60]!r}, expected bytes {offset}-{offset + size - 1}")
     if answer.length is not None and answer.length != size:
-        raise SourceError(f"{what}: {answer.length} bytes promised for a range of {size}")
+        raise SourceError(f"{what}: {who} promises {answer.length} bytes for a range of {size}")
 
 
 def _check_whole(answer: HttpResponse, what: str, offset: int, size: int, *, wants_all: bool) -> None:
     """A 200 will do where everything was wanted: of the right length, or chunked (the stream counts)."""
     if offset == 0 and (answer.length == size or (wants_all and answer.length is None)):
         return
-    raise SourceError(f"{what}: a whole blob of {answer.length} bytes came, expected bytes {offset}..{offset + size}",
-                      hint="does the registry answer range requests?")
+    raise SourceError(f"{what}: {origin_of(answer.url).netloc} sent a whole blob of {answer.length} bytes, "
+                      f"expected bytes {offset}..{offset + size}", hint="does it answer range requests?")
 
 
 def _decode_tags(data: bytes, where: str) -> list[str]:
