@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.registry.place import ImageDestination, ImageSource
 
+LAYERS_AT_ONCE_MAX = 8      # each takes some 20 MiB of buffers; more would not fill a link better
 _DOCKER_REFERENCE = "vnd.docker.reference.type"     # BuildKit: an attestation, not an image
 
 
@@ -132,7 +133,7 @@ class _Conversion:
             self.staging_dir = self.destination.staging_dir
         layers = {layer.digest: layer for image in images for layer in image.layers}
         ordered = sorted(layers.values(), key=lambda layer: (-layer.size, layer.digest))
-        at_once = max(1, min(self.options.jobs, len(ordered)))
+        at_once = max(1, min(self.options.jobs, len(ordered), LAYERS_AT_ONCE_MAX))
         with CompressionPool(self.options.jobs, at_once) as pool:
             results = self.parallel.run([partial(self._layer, layer, pool) for layer in ordered], at_once)
         return {layer.digest: result for layer, result in zip(ordered, results, strict=True)}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RUN_BYTES = 2 * limits.MIB      # 8 chunks of 256 KiB: about 6 ms of zstd, a thousand times what the hand-over costs
 RUNS_PER_JOB = 2                # one being compressed, one waiting
+RUN_COUNT_MAX = 40              # of all layers together: with their results about 160 MiB
 _ROW = struct.Struct("<QIHBB32s")   # image.table.ROW
 assert _ROW.size == ROW_BYTES
 assert RUN_BYTES % limits.CHUNK_SIZE_MAX_BYTES == 0
@@ -60,7 +61,7 @@ class CompressionPool:
     def __init__(self, jobs: int, layers_at_once: int) -> None:
         """`layers_at_once`: how many windows share the memory budget."""
         self._executor = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
-        self.window = max(2, -(-(jobs * RUNS_PER_JOB + 2) // layers_at_once))
+        self.window = max(2, min(jobs * RUNS_PER_JOB + 2, RUN_COUNT_MAX) // layers_at_once)
 
     def submit(self, run: memoryview, encoding: Encoding) -> Future[_Encoded]:
         return self._executor.submit(_encode_run, run, encoding)

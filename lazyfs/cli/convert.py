@@ -6,6 +6,7 @@ Layer: cli. Heavy imports happen inside, after the words of the command were fou
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ def convert_command(
     docker-archive:FILE. DST: the same, but for docker-archive. Layers that an earlier conversion put at the same
     place are reused. DST names the new image only once everything is there.
     """
+    gc.set_threshold(100_000, 50, 50)   # millions of entries, hardly a cycle: looking for them took a tenth of the time
     options = _options(words)
     started_s = time.monotonic()
     with make_progress(quiet=quiet) as progress:

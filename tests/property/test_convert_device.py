@@ -204,6 +204,20 @@ def test_zeros_of_a_dense_file_may_be_large(tmp_path: Path) -> None:
     assert sum(len(part) for part in sink.parts if isinstance(part, bytes)) < 8 * limits.MIB
 
 
+@pytest.mark.parametrize("chunk_size", [limits.CHUNK_SIZE_MIN_BYTES, limits.CHUNK_SIZE_MAX_BYTES])
+@pytest.mark.parametrize("gap", [0, 1, limits.MIB - 1, 2 * limits.MIB - 4097, 2 * limits.MIB, 3 * limits.MIB + 5])
+def test_zeros_have_their_exact_length(tmp_path: Path, chunk_size: int, gap: int) -> None:
+    sink = MemorySink()
+    writer = DeviceWriter(sink, chunk_size, tmp_path)
+    writer.add_file(3, ((0, 3),), io.BytesIO(b"abc").read)
+    writer._write_zeros(gap)
+    writer._write(b"end")
+    size = writer.finish()
+    device = b"".join(bytes(part * chunk_size) if isinstance(part, int) else part for part in sink.parts)
+    assert size == len(device)
+    assert device == b"abc" + bytes(BLOCK - 3 + gap) + b"end"
+
+
 def test_a_device_has_a_limit(tmp_path: Path) -> None:
     writer = DeviceWriter(MemorySink(), CHUNK, tmp_path)
     writer.size = limits.DEVICE_BYTES_MAX - BLOCK
