@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lazyfs.errors import BugError, DeadlineError, HostError
@@ -102,16 +103,24 @@ def _start(directory: WorkerDir, order: MountOrder, cache_dir: str, *, attached:
         ours.close()
         _become_worker(directory, cache_dir, theirs)
     theirs.close()
+    client = ControlClient(ours)
     try:
-        return _ask(ControlClient(ours), order, child, attached=attached)
+        return _ask(client, _with_seed(directory, order, cache_dir), child, attached=attached)
     except WorkerGoneError:
         status = _wait_child(child, _END_S)
         text = f"the worker process ended unexpectedly ({_status_text(status)})"
         raise BugError(text, hint=f"its last words: {_log_tail(directory)}") from None
     except BaseException:
+        client.close()   # the worker ends when it sees that
         _wait_child(child, _END_S)
         directory.remove()
         raise
+
+
+def _with_seed(directory: WorkerDir, order: MountOrder, cache_dir: str) -> MountOrder:
+    from lazyfs.node.seed import fetch_seed  # noqa: PLC0415 - heavy, and the worker is already on its way
+
+    return fetch_seed(order, Path(cache_dir), directory.seed)
 
 
 def _become_worker(directory: WorkerDir, cache_dir: str, first: socket.socket) -> NoReturn:

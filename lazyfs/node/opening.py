@@ -11,6 +11,7 @@ our own readers, before the kernel sees a byte of them. Stored in the cache dire
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import mmap
 import os
@@ -20,18 +21,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lazyfs.errors import DiskFullError, IntegrityError
+from lazyfs.errors import DiskFullError, FormatError, IntegrityError
 from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap
+from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
 from lazyfs.image.erofs import ErofsImage
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.table import ChunkTable
-from lazyfs.registry import RegistryOptions, open_source
+from lazyfs.node.seed import DeferredSource, bootstrap_path
+from lazyfs.registry import open_source
 from lazyfs.registry.select import select_image
 
 if TYPE_CHECKING:
     from lazyfs.image.bootstrap import BlobRef, Bootstrap
-    from lazyfs.image.manifest import LazyBootstrap
+    from lazyfs.image.manifest import LazyBootstrap, LazyManifest
     from lazyfs.node.order import MountOrder
     from lazyfs.registry.place import ImageSource
 
@@ -59,49 +62,70 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
         LazyfsError: it cannot be had, is no lazy image, or is damaged.
 
     """
-    source = open_source(order.image, registry_options(order))
+    source, document = _find(order)
     try:
-        document = select_image(source, order.platform)
-        manifest = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
-        bootstrap = _read_bootstrap(source, manifest.bootstrap, cache_dir / "bootstraps")
-        erofs_path = cache_dir / "images" / f"{manifest.bootstrap.digest.hex}.erofs"
+        lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
+        bootstrap = _read_bootstrap(source, lazy.bootstrap, cache_dir, order.seed)
+        _check_parts(lazy, bootstrap)
+        erofs_path = cache_dir / "images" / f"{lazy.bootstrap.digest.hex}.erofs"
         tree = _store_erofs(bootstrap, erofs_path)
         # copies: the tables are views of the whole bootstrap, which then can go
         devices = tuple(
             (device.digest, ChunkTable(device.table.chunk_size, device.table.device_size, np.array(device.table.rows)))
             for device in bootstrap.devices
         )
-        return OpenedImage(source, manifest.bootstrap.digest, bootstrap.blobs, devices, erofs_path, tree)
+        return OpenedImage(source, lazy.bootstrap.digest, bootstrap.blobs, devices, erofs_path, tree)
     except BaseException:
         source.close()
         raise
 
 
-def registry_options(order: MountOrder) -> RegistryOptions:
-    """The order's registry options as the registry wants them."""
-    fields = dict(order.registry)
-    for name in ("ca_file", "auth_file"):
-        if fields.get(name) is not None:
-            fields[name] = Path(fields[name])
-    return RegistryOptions(**fields)
+def _find(order: MountOrder) -> tuple[ImageSource, Document]:
+    """Source and manifest; with a seeded manifest the source is opened when data is missing."""
+    if order.document is None:
+        source = open_source(order.image, order.registry_options())
+        try:
+            return source, select_image(source, order.platform)
+        except BaseException:
+            source.close()
+            raise
+    data = base64.b64decode(order.document)
+    document = Document(data, order.document_type, Digest.of(data))
+    return DeferredSource(order.image, lambda: open_source(order.image, order.registry_options())), document
 
 
-def _read_bootstrap(source: ImageSource, layer: LazyBootstrap, directory: Path) -> Bootstrap:
-    path = directory / f"{layer.digest.hex}.zst"
-    data = _read_cached(path, layer)
+def _read_bootstrap(source: ImageSource, layer: LazyBootstrap, cache_dir: Path, seed: str | None) -> Bootstrap:
+    path = bootstrap_path(cache_dir, layer.digest)
+    data = _read_checked(path, layer)
     if data is None:
-        data = source.read_blob(layer.digest, layer.size)
+        if seed is not None:
+            data = _read_checked(Path(seed), layer)
+        if data is None:
+            data = source.read_blob(layer.digest, layer.size)
         _write_file(path, data)
+    if seed is not None:
+        Path(seed).unlink(missing_ok=True)
     return parse_bootstrap(decompress_layer(data, layer.raw_size))
 
 
-def _read_cached(path: Path, layer: LazyBootstrap) -> bytes | None:
+def _read_checked(path: Path, layer: LazyBootstrap) -> bytes | None:
     with contextlib.suppress(OSError):
         if path.stat().st_size == layer.size:
             data = path.read_bytes()
             if Digest.of(data) == layer.digest:
                 return data
     return None
+
+
+def _check_parts(lazy: LazyManifest, bootstrap: Bootstrap) -> None:
+    """Manifest and bootstrap must speak of the same blobs: what is pulled, kept and deleted is what is read."""
+    promised = {blob.digest: (blob.size, False) for blob in lazy.layers}
+    if lazy.hot is not None:
+        promised[lazy.hot.digest] = (lazy.hot.size, True)
+    if len(bootstrap.devices) != len(lazy.layers):
+        raise FormatError(f"bootstrap has {len(bootstrap.devices)} devices, the manifest {len(lazy.layers)} layers")
+    if {blob.digest: (blob.size, blob.hot) for blob in bootstrap.blobs} != promised:
+        raise FormatError("bootstrap and manifest do not name the same blobs")
 
 
 def _store_erofs(bootstrap: Bootstrap, path: Path) -> ErofsImage:

@@ -7,10 +7,14 @@ Layer: node; light to import. It may hold a password: it goes over the control s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from lazyfs import limits
 from lazyfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from lazyfs.registry import RegistryOptions
 
 READ_TIMEOUT_S_MIN, READ_TIMEOUT_S_MAX = 0.1, 3600.0
 
@@ -28,6 +32,8 @@ class MountOrder:
         prefetch: whether to fetch the hot blob at once.
         read_timeout_s: a read without its bytes by then ends with an errno.
         registry: keyword arguments of registry.RegistryOptions, paths as text.
+        document, document_type: the image's manifest (base64) and its media type, if the client has read it.
+        seed: a file with the bootstrap layer as the client fetched it; the worker removes it.
 
     """
 
@@ -38,6 +44,9 @@ class MountOrder:
     prefetch: bool = True
     read_timeout_s: float = limits.READ_DEADLINE_S
     registry: dict[str, Any] = field(default_factory=dict, repr=False)
+    document: str | None = field(default=None, repr=False)
+    document_type: str = ""
+    seed: str | None = None
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:
@@ -47,6 +56,16 @@ class MountOrder:
                              f"{READ_TIMEOUT_S_MIN:g} to {READ_TIMEOUT_S_MAX:g}")
         if not self.target.startswith("/"):
             raise UsageError(f"mount target {self.target!r:.100} is not absolute")
+
+    def registry_options(self) -> RegistryOptions:
+        """What the registry client wants."""
+        from lazyfs.registry import RegistryOptions  # noqa: PLC0415 - the command line needs it only to start a worker
+
+        fields = dict(self.registry)
+        for name in ("ca_file", "auth_file"):
+            if fields.get(name) is not None:
+                fields[name] = Path(fields[name])
+        return RegistryOptions(**fields)
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

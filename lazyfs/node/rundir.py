@@ -96,6 +96,10 @@ class WorkerDir:
         return self.root / "worker.log"
 
     @property
+    def seed(self) -> Path:
+        return self.root / "seed"
+
+    @property
     def fuse(self) -> Path:
         return self.root / "fuse"
 
@@ -168,7 +172,7 @@ class WorkerDir:
         with contextlib.suppress(OSError):
             for path in (self.fuse, self.control_mount, self.mounts):
                 os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
-            for path in (self.socket, self.identity, self.log, self.root / "lock"):
+            for path in (self.socket, self.identity, self.seed, self.log, self.root / "lock"):
                 path.unlink(missing_ok=True)
             self.root.rmdir()
 

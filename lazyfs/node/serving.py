@@ -81,7 +81,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
             worker = Worker(directory, cache, fetcher, served, mounter)
             listener = control.listen(directory.socket)
             try:
-                nursery.start_soon(control.serve_connection, _stream(first), worker)
+                nursery.start_soon(_serve_first, _stream(first), worker)
                 nursery.start_soon(_accept, listener, worker, nursery)
                 nursery.start_soon(worker.tend)
                 await nursery.start(_watch_signals, worker)
@@ -125,6 +125,12 @@ def _tune(session: FuseSession, directory: WorkerDir, mounter: MounterClient) ->
     device = session.device()
     drivers.set_read_ahead([device], drivers.READ_AHEAD_FUSE_KIB)
     mounter.call("set_max_background", device, str(directory.control_mount), timeout_s=5)
+
+
+async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:
+    """The starter's connection: if it closes without a mount, there is nothing to live for."""
+    await control.serve_connection(connection, worker)
+    worker.finish_if_idle()
 
 
 async def _accept(listener: trio.SocketListener, worker: Worker, nursery: trio.Nursery) -> None:

@@ -93,7 +93,7 @@ class Worker:
             return mounted.describe()
         finally:
             self._busy_targets.discard(order.target)
-            self._finish_if_idle()
+            self.finish_if_idle()
 
     async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]:
         """
@@ -117,7 +117,7 @@ class Worker:
                 self._let_go(mounted, in_use=lazy and not force)
         finally:
             self._busy_targets.discard(target)
-            self._finish_if_idle()
+            self.finish_if_idle()
         return {"target": target, "detached": mounted.detached, "ending": self.closing}
 
     def list_mounts(self) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ class Worker:
             for mounted in [one for one in self._detached if not one.in_use(self._served)]:
                 self._detached.remove(mounted)
                 mounted.release(self._served)
-            self._finish_if_idle()
+            self.finish_if_idle()
             if elapsed_s >= _CHECKPOINT_S:
                 elapsed_s = 0.0
                 await trio.to_thread.run_sync(self._cache.checkpoint)
@@ -186,7 +186,7 @@ class Worker:
         self._mounts.clear()
         self._detached.clear()
 
-    def _finish_if_idle(self) -> None:
+    def finish_if_idle(self) -> None:
         """An embedded worker ends with its last mount."""
         if not (self._mounts or self._detached or self._busy_targets):
             self.shut_down()
