@@ -10,6 +10,7 @@ credentials, get into the image.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 TAG = "latest"
 _KEY_FILE = "lazyfs-recipe"  # beside oci-layout: which recipe the cached image was made by
-_UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# setpriv: the namespace also goes when we are killed by SIGKILL
+_UNSHARE = [
+    *("setpriv", "--pdeathsig", "KILL", "--"),
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+]
 _BASE_TIMEOUT_S = 900.0
 _ENV = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -90,6 +95,7 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> P
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     work = Path(tempfile.mkdtemp(prefix=f".{recipe.name}-{os.getpid()}-", dir=folder))
     try:
         out = work / "layout"
@@ -101,6 +107,14 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> P
     finally:
         shutil.rmtree(work)
     return layout
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what builds that were killed have left."""
+    for path in folder.glob(".*"):
+        found = re.fullmatch(r"\.[a-z]+-(\d+)-\w+", path.name)
+        if found and not Path("/proc", found[1]).exists():
+            shutil.rmtree(path)
 
 
 class _Builder:
@@ -128,6 +142,9 @@ class _Builder:
                 jobs.append(self._pack(pool, writer, step.comment))
             self._say("  compressing the layers")
             layers = [job.result() for job in jobs]
+        except BaseException:
+            writer.abort()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         writer.finish(layers, tag=TAG, command=list(self._recipe.command), env=list(self._recipe.env))

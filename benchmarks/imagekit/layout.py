@@ -44,12 +44,14 @@ class Layer:
 class _HashingPipe:
     """A file object that hashes and counts what goes into a compressor."""
 
-    def __init__(self, sink: IO[bytes]) -> None:
-        self._sink = sink
+    def __init__(self, sink: IO[bytes], aborted: threading.Event) -> None:
+        self._sink, self._aborted = sink, aborted
         self.hash = hashlib.sha256()
         self.size_bytes = 0
 
     def write(self, data: bytes) -> int:
+        if self._aborted.is_set():
+            raise ToolError("the image is given up")
         self.hash.update(data)
         self.size_bytes += len(data)
         self._sink.write(data)
@@ -68,6 +70,11 @@ class LayoutWriter:
         self._top = top
         self._blobs = top / "blobs" / "sha256"
         self._blobs.mkdir(parents=True)
+        self._aborted = threading.Event()
+
+    def abort(self) -> None:
+        """Have the layers that other threads are writing fail soon."""
+        self._aborted.set()
 
     def add_layer(self, comment: str, fill: Callable[[IO[bytes]], int], compression: Compression = "gzip") -> Layer:
         """
@@ -85,7 +92,7 @@ class LayoutWriter:
             assert compressor.stdin is not None
             try:
                 with compressor.stdin as stdin:
-                    pipe = _HashingPipe(stdin)
+                    pipe = _HashingPipe(stdin, self._aborted)
                     entry_count = fill(cast("IO[bytes]", pipe))
             except BaseException:
                 compressor.kill()

@@ -14,7 +14,7 @@ _TOOLS = {
     "runc": ["runc", "--version"],
     "skopeo": ["skopeo", "--version"],
     "docker-registry": ["docker-registry", "--version"],
-    "mkfs.erofs": ["mkfs.erofs", "--version"],
+    "mkfs.erofs": ["mkfs.erofs", "-V"],
 }
 
 

@@ -20,5 +20,7 @@ def measure(session: Session) -> list[Figure]:
         starts = [start_lazy(session, subject, "lazy") for _ in range(session.runs)]
         link = [start.link_bytes / 1e6 for start in starts]
         touched = [start.touched_bytes / 1e6 for start in starts]
-        figures.append(ratio(key, f"{subject.program}: MB over the link / MB touched", target, link, touched))
+        fetched = [start.fetched_bytes / 1e6 for start in starts]
+        title = f"{subject.program}: MB over the link / MB touched"
+        figures.append(ratio(key, title, target, link, touched, fetched_mb=fetched))
     return figures

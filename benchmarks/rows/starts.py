@@ -25,6 +25,7 @@ class Start:
         ready_s: of this, until the image could be used (mounted, or pulled and unpacked).
         link_bytes: that crossed the link until the program's end, both ways.
         touched_bytes: stored (compressed) size of the chunks that were read; 0 where there are none.
+        fetched_bytes: stored bytes that lazyfs received: touched, read ahead and prefetched ones.
 
     """
 
@@ -32,6 +33,7 @@ class Start:
     ready_s: float
     link_bytes: int
     touched_bytes: int = 0
+    fetched_bytes: int = 0
 
 
 def start_whole(session: Session, subject: Subject) -> Start:
@@ -57,7 +59,7 @@ def start_lazy(session: Session, subject: Subject, tag: str, *convert_options: s
     container.run(subject.command)
     total_s = time.perf_counter() - begin
     link_bytes = session.link.bytes_total() - before
-    touched = int(mount.statistics()["fetch"]["touched_stored_bytes"])
+    fetch = mount.statistics()["fetch"]
     container.close()
     mount.close()
-    return Start(total_s, ready_s, link_bytes, touched)
+    return Start(total_s, ready_s, link_bytes, fetch["touched_stored_bytes"], fetch["fetched_stored_bytes"])
