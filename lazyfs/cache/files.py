@@ -175,11 +175,13 @@ def _read(path: Path, identity: Identity) -> bytes:
         if error.errno in _NOT_DAMAGE:
             raise
         return b""
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             return b""
-        return file.read(limit)
+        return os.pread(fd, limit, 0)    # short: no record, as any other damage
+    finally:
+        os.close(fd)
 
 
 def _data_path(directory: Path, generation: bytes) -> Path:
