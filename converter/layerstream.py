@@ -2,8 +2,8 @@
 LayerStream: a compressed layer as one checked stream of its uncompressed bytes.
 
 Called by converter, which puts a TarReader on it. Two threads work ahead, because the libraries do all of it outside
-of the interpreter lock: one reads and decompresses, one hashes both sides. What is between them is bounded (a dozen
-blocks of 1 MiB), and they end when the stream does, fails, is closed or is forgotten. The layer's bytes are checked
+of the interpreter lock: one reads and decompresses, one hashes both sides. What is between them is bounded (some
+blocks of 512 KiB), and they end when the stream does, fails, is closed or is forgotten. The layer's bytes are checked
 against the manifest's promise at the end; until finish() has returned, nothing that was read may be relied on.
 Sources: OCI image-spec v1.1 media-types.md, layer.md, config.md ("DiffID").
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lazyfs.registry.place import ByteStream
 
-_READY_COUNT = 4                # blocks waiting for read(): enough that neither side waits for the other
+_READY_COUNT = 6                # blocks waiting for read(): enough that neither side waits for the other
 _HASHING_COUNT = 4              # pieces waiting to be hashed
 _SMALL_BYTES = READ_BYTES       # blocks below it (of many small members) are handed over together
 _JOIN_TIMEOUT_S = 1.0           # close() waits so long; a thread in a network read ends at that read's own deadline
