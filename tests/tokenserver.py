@@ -9,7 +9,8 @@ A token server for bearer tests: distribution's token specification, with tokens
 GET with Basic, GET without (anonymous may pull if `anonymous_pull`), POST with grant_type=refresh_token and a token out
 of `refresh_tokens`. Knobs that may be changed while it runs: lifetime_s (0 < x; also the token's real `exp`),
 says_lifetime (False: no expires_in), status (not 0: answer that), location (with a 3xx status), delay_s, answer (raw
-bytes instead of a token), allows_push. Only ES256 with a certificate chain in the header (x5c) is made.
+bytes instead of a token), allows_push; reset() puts them back.
+Only ES256 with a certificate chain in the header (x5c) is made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -79,6 +80,13 @@ class TokenServer:
         self._server.block_on_close = False
         self._server.kit = self  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def reset(self, *, users: dict[str, str], refresh_tokens: set[str]) -> None:
+        """All knobs as at the start, and an empty log."""
+        self.users, self.refresh_tokens, self.requests = users, refresh_tokens, []
+        for knob in fields(self):
+            if knob.default is not MISSING:
+                setattr(self, knob.name, knob.default)
 
     @property
     def realm(self) -> str:
