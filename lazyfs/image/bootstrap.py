@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BOOTSTRAP_VERSION = 1
-BOOTSTRAP_LEVEL = 9              # zstd; measured in docs/format.md
+BOOTSTRAP_LEVEL = 9              # zstd; 30,000 entries: 517 KB in 0.12 s of CPU (3: 581 KB; 19: 447 KB, 3.1 s)
 _DIRECTORY, _JSON, _TABLES, _EROFS = "lazyfs/", "lazyfs/image.json", "lazyfs/tables.bin", "lazyfs/image.erofs"
 _JSON_BYTES_MAX = limits.MIB     # 1,024 blobs and 512 devices make 200 KiB
 
@@ -171,6 +171,8 @@ def _check_blobs(raw: list[_JsonBlob]) -> tuple[BlobRef, ...]:
     blobs = tuple(BlobRef(Digest(blob.digest), blob.size, blob.hot) for blob in raw)
     if len({blob.digest for blob in blobs}) != len(blobs):
         raise FormatError("bootstrap names the same blob twice")
+    if sum(blob.hot for blob in blobs) > 1:
+        raise FormatError("bootstrap names more than one hot blob")
     return blobs
 
 

@@ -26,7 +26,7 @@ from lazyfs.image.model import EMPTY_MAP, Attributes, DataMap, EntryKind, FileTy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ENTRIES_LEVEL = 9                # zstd: 30,000 entries in 0.2 s of CPU; level 15 takes 5 times as long for 3 % less
+ENTRIES_LEVEL = 9                # zstd; 30,000 entries: 412 KB in 0.08 s of CPU (15: 395 KB, 0.42 s)
 ENTRIES_BYTES_MAX = 8 * limits.GIB
 _EXPANSION_MAX = 2048            # a frame that claims to expand more than this is a bomb (real ones: 5 to 100)
 _EXPANSION_FREE_BYTES = limits.MIB

@@ -94,6 +94,7 @@ def damaged(kind: str) -> bytes:
     device = image["devices"][0]
     changes = {
         "blob twice": {"blobs": [*image["blobs"], image["blobs"][0]]},
+        "two hot blobs": {"blobs": [{**blob, "hot": True} for blob in image["blobs"]]},
         "no blobs": {"blobs": []},
         "too many blobs": {"blobs": image["blobs"] * 1000},
         "blob too small": {"blobs": [{**blob, "size": 1} for blob in image["blobs"]]},
@@ -118,7 +119,8 @@ def damaged(kind: str) -> bytes:
 
 @pytest.mark.parametrize(
     "kind",
-    ["blob twice", "no blobs", "too many blobs", "blob too small", "negative size", "bad digest", "device digest",
+    ["blob twice", "two hot blobs",
+     "no blobs", "too many blobs", "blob too small", "negative size", "bad digest", "device digest",
      "device size", "chunk size", "chunk count", "huge device", "fewer devices", "too many devices", "row too few",
      "row cut", "digest flipped", "blob index", "offset", "not json"],
 )
