@@ -3,19 +3,28 @@ Small hand-made images and devices for tests of the file system, and helpers aro
 
     tree = sample_tree()                  # ErofsImage + the bytes of its device
     MemoryDevice(data)                    # a fs.served.DeviceReader
+    machine = Machine(tmp_path)           # run and cache directory of its own
+    machine.mount("oci:...:lazy", machine.target())
 """
 
 from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lazyfs.fs import mountapi
 from lazyfs.image.erofs import ErofsImage, write_image
 from lazyfs.image.model import Attributes, DataMap, FileType, Inode
+from lazyfs.node import protocol, rundir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +36,7 @@ def require_mounting() -> None:
     """Skip, saying why, where nothing can be mounted."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    if not os.path.exists("/dev/fuse"):
+    if not Path("/dev/fuse").exists():
         pytest.skip("there is no /dev/fuse")
 
 
@@ -119,3 +128,91 @@ def sample_tree(seed: int = 1) -> Sample:
     data = bytes(device)
     image = write_image(root, [len(data)])
     return Sample(image, ErofsImage.parse(image, [len(data)]), data, files)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+LAZYFS = [sys.executable, "-m", "lazyfs"]
+
+
+@dataclass
+class Machine:
+    """A run directory and a cache directory of their own, and `lazyfs` in them."""
+
+    directory: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def cache(self) -> Path:
+        return self.directory / "cache"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "LAZYFS_RUN_DIR": str(self.run_dir)}
+
+    def target(self, name: str = "mnt") -> Path:
+        path = self.directory / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*LAZYFS, *map(str, words)], env=self.environment, **{**pipes, **options})
+
+    def lazyfs(self, *words: str | Path, code: int = 0, timeout_s: float = 60) -> str:
+        """Run a command; returns what it wrote to stderr. `code`: the exit code it must have."""
+        with self.start(*words) as process:
+            try:
+                _, errors = process.communicate(timeout=timeout_s)
+            except BaseException:
+                process.kill()
+                raise
+        assert process.returncode == code, f"lazyfs {words}: exit code {process.returncode}: {errors}"
+        assert "Traceback" not in errors, errors
+        return errors
+
+    def mount(self, image: str, target: Path, *words: str, code: int = 0) -> str:
+        return self.lazyfs("mount", image, target, "--cache-dir", self.cache, *words, code=code)
+
+    def umount(self, target: Path, *words: str, code: int = 0) -> str:
+        return self.lazyfs("umount", target, *words, code=code)
+
+    def worker(self) -> rundir.ProcessIdentity | None:
+        os.environ["LAZYFS_RUN_DIR"] = str(self.run_dir)
+        try:
+            return rundir.WorkerDir.of_cache(os.path.realpath(self.cache)).worker()
+        finally:
+            del os.environ["LAZYFS_RUN_DIR"]
+
+    def statistics(self) -> dict[str, Any]:
+        (socket,) = self.run_dir.glob("*/control.sock")
+        with protocol.ControlClient.connect(socket) as client:
+            found: dict[str, Any] = client.request(protocol.STATS, 10)
+            return found
+
+    def mounts(self) -> list[mountapi.MountEntry]:
+        return [entry for entry in mountapi.mounts() if entry.target.startswith(f"{self.directory}/")]
+
+    def assert_clean(self) -> None:
+        """Nothing is mounted, and the run directory is empty."""
+        deadline = time.monotonic() + 10
+        while self.mounts() or any(self.run_dir.glob("*")):
+            assert time.monotonic() < deadline, f"{self.mounts()} {list(self.run_dir.rglob('*'))}"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Take everything away; for the end of a test, however it ended."""
+        worker = self.worker()
+        if worker is not None:
+            os.kill(worker.pid, signal.SIGKILL)
+        while entries := self.mounts():
+            mountapi.unmount(entries[-1].target, mountapi.MNT_DETACH)
+
+
+def libraries(*programs: str) -> list[Path]:
+    """The shared libraries of programs, and their loader."""
+    text = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True).stdout
+    return sorted({Path(word) for word in text.split() if word.startswith("/") and not word.endswith(":")})

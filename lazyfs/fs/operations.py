@@ -210,6 +210,8 @@ class LazyOperations(pyfuse3.Operations):
         return image.tree.xattrs(nid)
 
     def _child(self, parent: int, name: bytes) -> int:
+        if len(name) > limits.NAME_BYTES_MAX:   # FUSE itself lets 1,024 pass
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         slot, _ = inodes.split(parent)
         found: int | None = None
         if slot:
