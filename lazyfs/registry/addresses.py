@@ -8,12 +8,14 @@ password: neither ever reaches a message.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from lazyfs.errors import SourceError
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+_BLANK = re.compile(r"[\x00-\x20\x7f]")  # neither spaces nor control characters: they would split a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def origin_of(url: str) -> Origin:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port, parts = None, None, urlsplit("")
-    if parts.scheme not in DEFAULT_PORTS or not host or any(c <= " " or c == "\x7f" for c in url):
+    if parts.scheme not in DEFAULT_PORTS or not host or _BLANK.search(url):
         raise SourceError(f"the server named something that is not an http address: {printable(url)!r}",
                           transient=False)
     return Origin(parts.scheme, host.lower(), port or DEFAULT_PORTS[parts.scheme])
