@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from lazyfs.node.rundir import run_root
 from tests import leaks
 
 if TYPE_CHECKING:
@@ -16,10 +16,16 @@ _MARK = leaks.mark_environment()
 _WORK_DIRS = ("/tmp/tutorial",)    # where the documents' commands work
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_run_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test touches /run/lazyfs, where real workers live."""
+    os.environ["LAZYFS_RUN_DIR"] = str(tmp_path_factory.mktemp("run"))
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails a test that leaves a mount, a process, a loop device or an open descriptor behind."""
-    tops = (str(tmp_path_factory.getbasetemp()), str(run_root()), *_WORK_DIRS)
+    tops = (str(tmp_path_factory.getbasetemp()), *_WORK_DIRS)
     scope = leaks.Scope(_MARK, tops)
     before = scope.take()
     yield

@@ -181,11 +181,8 @@ class Machine:
         return self.lazyfs("umount", target, *words, code=code)
 
     def worker(self) -> rundir.ProcessIdentity | None:
-        os.environ["LAZYFS_RUN_DIR"] = str(self.run_dir)
-        try:
-            return rundir.WorkerDir.of_cache(os.path.realpath(self.cache)).worker()
-        finally:
-            del os.environ["LAZYFS_RUN_DIR"]
+        found = [rundir.WorkerDir(path.parent).worker() for path in self.run_dir.glob("*/worker.json")]
+        return next((worker for worker in found if worker is not None), None)
 
     def statistics(self) -> dict[str, Any]:
         (socket,) = self.run_dir.glob("*/control.sock")

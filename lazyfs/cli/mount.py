@@ -136,7 +136,7 @@ def _check_before(target: str, driver: str) -> None:
     """What can be refused without a worker. The worker checks again."""
     from lazyfs.fs.drivers import choose_driver  # noqa: PLC0415
     from lazyfs.node.rundir import find_record  # noqa: PLC0415
-    from lazyfs.node.unmount import check_target, clean_stale  # noqa: PLC0415
+    from lazyfs.node.unmount import check_target, clean_and_remove  # noqa: PLC0415
 
     choose_driver(driver)
     if not Path("/dev/fuse").exists():
@@ -147,7 +147,7 @@ def _check_before(target: str, driver: str) -> None:
         found = find_record(target)
         if found is None or found[1].worker.alive:
             raise
-        clean_stale(found[0])   # a mount of ours whose worker died
+        clean_and_remove(found[0])   # a mount of ours whose worker died
         check_target(target)
 
 

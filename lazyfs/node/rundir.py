@@ -16,6 +16,7 @@ lives is told by pid, start time and boot, never by the pid alone. LAZYFS_RUN_DI
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -119,14 +120,19 @@ class WorkerDir:
             HostError: not possible here.
 
         """
-        try:
-            run_root().mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in (self.root, self.control_mount, self.mounts):
-                path.mkdir(mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileExistsError):   # a dead FUSE mount on it: exists, but cannot be looked at
-                os.mkdir(self.fuse, 0o700)   # noqa: PTH102 - Path.mkdir(exist_ok) would look
-        except OSError as error:
-            raise HostError(f"cannot make {error.filename}: {error.strerror}", hint="mounting needs root") from error
+        for last in (False, False, False, True):
+            try:
+                run_root().mkdir(mode=0o700, parents=True, exist_ok=True)
+                # os.mkdir, because Path.mkdir(exist_ok=True) looks at what is there: on fuse/ may be a dead mount
+                for path in (self.root, self.control_mount, self.mounts, self.fuse):
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(path, 0o700)   # noqa: PTH102
+            except OSError as error:
+                if last or error.errno != errno.ENOENT:   # the last mount's worker may just be removing it
+                    text = f"cannot make {error.filename}: {error.strerror}"
+                    raise HostError(text, hint="mounting needs root") from error
+            else:
+                return
 
     def try_lock(self) -> int | None:
         """

@@ -116,14 +116,24 @@ def clean_stale(directory: WorkerDir) -> list[str]:
     return cleaned
 
 
+def clean_and_remove(directory: WorkerDir) -> list[str]:
+    """clean_stale(), then the directory itself; nothing if a worker lives there or is being started."""
+    lock = directory.try_lock()
+    if lock is None:
+        return []
+    try:
+        if directory.worker() is not None:
+            return []
+        cleaned = clean_stale(directory)
+        directory.remove()
+        return cleaned
+    finally:
+        os.close(lock)
+
+
 def clean_all_stale() -> list[str]:
-    """clean_stale() wherever the worker is dead."""
-    cleaned = []
-    for directory in all_worker_dirs():
-        records = directory.records()
-        if records and not any(record.worker.alive for record in records):
-            cleaned += clean_stale(directory)
-    return cleaned
+    """clean_and_remove() wherever the worker is dead."""
+    return [target for directory in all_worker_dirs() for target in clean_and_remove(directory)]
 
 
 def _is_ours(record: MountRecord, directory: WorkerDir) -> bool:

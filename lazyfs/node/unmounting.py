@@ -6,15 +6,13 @@ Never hangs: every step has a deadline (node.protocol, fs.isolate), and nothing 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 
-from lazyfs.errors import BusyError, DeadlineError, LazyfsError, TargetError
+from lazyfs.errors import BusyError, DeadlineError, TargetError
 from lazyfs.fs import mountapi
 from lazyfs.node.protocol import UNMOUNT, ControlClient, WorkerGoneError
 from lazyfs.node.rundir import MountRecord, WorkerDir, find_record
-from lazyfs.node.unmount import busy_error, clean_stale, unmount_directly
+from lazyfs.node.unmount import busy_error, clean_and_remove, unmount_directly
 
 _ANSWER_S = 15.0                 # above the worker's own bound for one umount2
 _ANSWER_FORCED_S = 5.0           # --force does not wait long for a worker that hangs
@@ -74,12 +72,7 @@ def _wait_gone(target: str) -> bool:
 
 
 def _clean(directory: WorkerDir, target: str) -> None:
-    cleaned = clean_stale(directory)
-    lock = directory.try_lock()
-    if lock is not None:
-        with contextlib.suppress(OSError):
-            directory.remove()
-        os.close(lock)
+    cleaned = clean_and_remove(directory)
     if target not in cleaned and mountapi.mount_at(target) is not None:
-        raise LazyfsError(f"{target}: what is mounted there is not what its dead worker had mounted",
+        raise TargetError(f"{target}: what is mounted there is not what its dead worker had mounted",
                           hint=f"look at it, then: umount {target}")
