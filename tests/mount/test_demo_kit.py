@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import figures
 from benchmarks.hotlist import _largest, _Piece
 from benchmarks.imagekit import apt
 from benchmarks.imagekit.layer import write_layer
@@ -289,3 +290,27 @@ def test_a_chunk_becomes_its_largest_piece():
     assert _largest(pieces, starts, 0, 16384) == (b"c", 0, 8192)
     assert _largest(pieces, starts, 16384, 32768) == (b"c", 8192, 11808)
     assert _largest(pieces, starts, 32768, 65536) is None
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_kept_with_their_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    first = figures.ratio("1a", "title", 0.5, [1.0, 3.0, 2.0], [4.0, 4.0, 8.0], link_mb=[1.0, 1.0, 1.0])
+    assert (first.value, first.spread, first.met) == (0.5, (0.25, 0.75), True)
+    extra = figures.plain("10-cold", "title", None, "s", [3.0, 1.0, 2.0])
+    assert (extra.value, extra.met) == (2.0, None)
+    figures.save([first], {"cpu": "x"}, "abc")
+    missed = figures.plain("10", "title", 0.5, "s", [0.7, 0.6, 0.8])
+    path = figures.save([missed, extra], {"cpu": "x"}, "def+")
+    assert "MISSED" in figures.show(missed)
+    day = json.loads(path.read_text())
+    assert set(day["figures"]) == {"1a", "10", "10-cold"}
+    assert day["figures"]["1a"]["samples"]["theirs"] == [4.0, 4.0, 8.0]
+    newest = json.loads((tmp_path / "figures.json").read_text())
+    assert set(newest) == {"image.1a", "image.10"}
+    assert newest["image.10"] == {
+        "value": 0.7, "target": 0.5, "better": "lower", "unit": "s", "runs": 3, "spread": [0.6, 0.8],
+        "commit": "def+", "date": day["date"],
+    }
