@@ -181,8 +181,10 @@ def test_an_archive_reuses_what_it_replaces(tmp_path: Path) -> None:
     destination.commit(image.document)
     destination.close()
     check(f"oci-archive:{tmp_path}/x.tar:v1", image)
+    source = open_source(f"oci-archive:{tmp_path}/x.tar:v1", OPTIONS)
     with pytest.raises(NotFoundError):
-        open_source(f"oci-archive:{tmp_path}/x.tar:v1", OPTIONS).open_blob(Digest.of(LAYERS[1]), len(LAYERS[1]))
+        source.open_blob(Digest.of(LAYERS[1]), len(LAYERS[1]))
+    source.close()
 
 
 def test_damage_at_rest_is_found(tmp_path: Path) -> None:
