@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +125,7 @@ class LayoutDestination:
         return self._source
 
     def has_blob(self, digest: Digest, size: int) -> bool:
-        try:
-            status = (self._path / blob_member(digest)).stat()
-        except OSError:
-            return False
-        return status.st_size == size
+        return _holds(self._path / blob_member(digest), digest, size)
 
     def put_blob(self, path: Path, digest: Digest, size: int) -> None:
         with os_errors(self.name):
@@ -157,7 +154,7 @@ class LayoutDestination:
         other = Path(other_identity.removeprefix("oci:")) / blob_member(digest)
         self.staging_dir  # noqa: B018 - makes the directories
         try:
-            if not other.is_file() or other.stat().st_size != size:
+            if not _holds(other, digest, size):
                 return False
             with contextlib.suppress(FileExistsError):
                 (self._path / blob_member(digest)).hardlink_to(other.resolve())
@@ -210,6 +207,17 @@ class LayoutDestination:
         if self._staging is not None:
             self._staging.close()
             self._staging = None
+
+
+def _holds(path: Path, digest: Digest, size: int) -> bool:
+    """Whether the file is that blob. It is read whole: a damaged blob must be written anew, not handed on."""
+    try:
+        if path.stat().st_size != size:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest.hex
+    except OSError:
+        return False
 
 
 def _tag_of(entry: object) -> str:

@@ -127,6 +127,18 @@ def test_layers_are_reused_across_images_without_being_read(layout: Layout, tmp_
     assert lazy.read(b"noise") == NOISE
 
 
+def test_a_damaged_blob_is_converted_again_not_handed_on(layout: Layout, tmp_path: Path) -> None:
+    report = convert(layout, tmp_path)
+    blob = tmp_path / "out/blobs/sha256" / report.images[0].layers[0].blob_digest.hex
+    damaged = bytearray(blob.read_bytes())
+    damaged[100] ^= 1
+    blob.write_bytes(damaged)
+    again = convert(layout, tmp_path)
+    assert not again.images[0].layers[0].reused
+    assert again.images[0].digest == report.images[0].digest
+    Lazy(out(tmp_path)).verify()
+
+
 def test_other_options_are_not_reused(layout: Layout, tmp_path: Path) -> None:
     convert(layout, tmp_path)
     report = convert(layout, tmp_path, encoding=Encoding(Codec.LZ4, 1, 128 * 1024))
