@@ -12,6 +12,7 @@ import errno
 import functools
 import itertools
 import logging
+import time
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -26,6 +27,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _log = logging.getLogger("lazyfs.fs")
 _incident = itertools.count(1)
+# An outage fails thousands of reads with few texts: each text is logged once in a while, with how often it came.
+_REPEAT_S = 10.0
+_TEXT_COUNT_MAX = 256
+_said: dict[str, list[float]] = {}   # text -> [when it was logged, how often since]
 
 
 def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -46,10 +51,10 @@ def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
 def errno_of(error: Exception, what: str) -> int:
     """The errno to answer with. Expected errors are logged in one line, others with a traceback and a number."""
     if isinstance(error, trio.TooSlowError):
-        _log.warning("%s: deadline passed", what)
+        _log_rarely(f"{what}: deadline passed")
         return errno.ETIMEDOUT
     if isinstance(error, LazyfsError) and not isinstance(error, BugError):
-        _log.warning("%s: %s", what, error)
+        _log_rarely(f"{what}: {error}")
         return error.errno
     number = next(_incident)
     if isinstance(error, MemoryError):
@@ -57,3 +62,15 @@ def errno_of(error: Exception, what: str) -> int:
         return errno.ENOMEM
     _log.error("incident %d: unexpected %s in %s", number, type(error).__name__, what, exc_info=error)
     return errno.EIO
+
+
+def _log_rarely(text: str) -> None:
+    now = time.monotonic()
+    said = _said.get(text)
+    if said is not None and now - said[0] < _REPEAT_S:
+        said[1] += 1
+        return
+    if len(_said) >= _TEXT_COUNT_MAX:
+        _said.clear()
+    _said[text] = [now, 0]
+    _log.warning("%s%s", text, f" ({said[1]:.0f} more since)" if said and said[1] else "")

@@ -13,13 +13,14 @@ import pyfuse3
 import pytest
 import trio
 
-from lazyfs.errors import DeadlineError, DiskFullError, FormatError, IntegrityError, SourceError
-from lazyfs.fs import inodes, operations
+from lazyfs.errors import DeadlineError, DiskFullError, FormatError, IntegrityError, LazyfsError, SourceError
+from lazyfs.fs import guard, inodes, operations
 from lazyfs.fs.operations import LazyOperations
 from lazyfs.fs.served import Served
 from tests.mountkit import BLOCK, MemoryDevice, sample_tree
 
 SAMPLE = sample_tree()
+UNKNOWN = {errno.ESTALE, errno.EINVAL, errno.EIO, errno.ENOTDIR, errno.ENOENT}
 CTX: Any = None
 
 
@@ -83,7 +84,8 @@ def test_attributes_say_what_the_image_says(path: bytes, kind: int):
     if path == b"sub/disk":
         assert (os.major(entry.st_rdev), os.minor(entry.st_rdev)) == (259, 70_000)
     if path == b"sub":
-        assert (entry.st_uid, entry.st_gid, entry.st_mode & 0o7777, entry.st_mtime_ns) == (1000, 70_000, 0o2750, -5 * 10**9)
+        assert (entry.st_uid, entry.st_gid, entry.st_mode & 0o7777) == (1000, 70_000, 0o2750)
+        assert entry.st_mtime_ns == -5 * 10**9
     if path == b"two":
         assert (entry.st_nlink, entry.st_mode & 0o7777, entry.st_mtime_ns) == (2, 0o4755, 1_700_000_000_123_456_789)
         assert entry.st_ino == walk(ops, slot, b"sub/one").st_ino
@@ -158,11 +160,13 @@ def test_opening_for_writing_is_refused():
 @pytest.mark.parametrize(("error", "code"), [
     (SourceError("down"), errno.EIO), (DeadlineError("late"), errno.ETIMEDOUT), (DiskFullError("full"), errno.ENOSPC),
     (IntegrityError("bad"), errno.EIO), (FormatError("odd"), errno.EIO), (ValueError("bug"), errno.EIO),
-    (MemoryError(), errno.ENOMEM), (KeyError(3), errno.EIO), (RecursionError(), errno.EIO), (trio.TooSlowError(), errno.ETIMEDOUT),
+    (MemoryError(), errno.ENOMEM), (KeyError(3), errno.EIO), (RecursionError(), errno.EIO),
+    (trio.TooSlowError(), errno.ETIMEDOUT),
     (OSError(errno.ENOSPC, "x"), errno.EIO),
 ])
 def test_errors_of_a_read_end_that_read_with_an_errno(error: Exception, code: int, caplog: pytest.LogCaptureFixture):
     ops, device, slot, inode = serve()
+    guard._said.clear()
 
     def fail(offset: int, size: int) -> None:
         raise error
@@ -171,7 +175,8 @@ def test_errors_of_a_read_end_that_read_with_an_errno(error: Exception, code: in
     with caplog.at_level(logging.WARNING, "lazyfs.fs"):
         assert error_of(ops.read, inode, 0, 4096) == code
         assert error_of(ops.read, walk(ops, slot, b"f1").st_ino, 0, 4096) == code
-    assert len(caplog.records) == 2
+    expected = isinstance(error, LazyfsError | trio.TooSlowError)
+    assert len(caplog.records) == (1 if expected else 2), "an outage must not fill the log"
     device.fail = None
     assert run(ops.read, inode, 0, 4096) == SAMPLE.data[:4096]
 
@@ -187,7 +192,7 @@ def test_a_read_of_another_length_is_an_error_never_data(short: bytes, caplog: p
 
 def test_a_device_that_ignores_its_deadline_is_cut_off(autojump_clock: trio.testing.MockClock):
     ops, device, _, inode = serve()
-    device.fail = lambda offset, size: trio.sleep(10_000)
+    device.fail = lambda offset, size: trio.sleep(10_000)   # noqa: ASYNC105 - MemoryDevice awaits it
 
     async def main() -> None:
         before = trio.current_time()
@@ -223,7 +228,7 @@ def test_numbers_that_mean_nothing_get_an_errno(inode: int, caplog: pytest.LogCa
     ops, *_ = serve()
     for handler, arguments in ((ops.getattr, (CTX,)), (ops.read, (0, 10)), (ops.readlink, (CTX,)),
                                (ops.readdir, (0, None)), (ops.lookup, (b"x", CTX))):
-        assert error_of(handler, inode, *arguments) in {errno.ESTALE, errno.EINVAL, errno.EIO, errno.ENOTDIR, errno.ENOENT}
+        assert error_of(handler, inode, *arguments) in UNKNOWN
 
 
 def test_open_files_are_counted_for_a_lazy_detach():

@@ -86,8 +86,8 @@ def test_one_lock_holder_at_a_time_also_across_removal():
 
 
 @pytest.mark.parametrize(("image", "expected"), [
-    ("oci:dir:tag", "oci:/cwd/dir:tag"), ("oci:/abs:tag", "oci:/abs:tag"), ("oci-archive:x.tar", "oci-archive:/cwd/x.tar"),
-    ("docker://h/r:t", "docker://h/r:t"), ("h:5000/r:t", "h:5000/r:t"), ("docker-archive:./a", "docker-archive:/cwd/./a"),
+    ("oci:dir:tag", "oci:/cwd/dir:tag"), ("oci:/abs:tag", "oci:/abs:tag"), ("oci-archive:x", "oci-archive:/cwd/x"),
+    ("docker://h/r:t", "docker://h/r:t"), ("h:1/r:t", "h:1/r:t"), ("docker-archive:./a", "docker-archive:/cwd/./a"),
 ])
 def test_relative_image_paths_are_made_absolute(image: str, expected: str):
     assert absolute_image(image, "/cwd") == expected
