@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import lazyfs.errors
-
 from lazyfs.errors import BugError, BusyError, DeadlineError, LazyfsError, RateLimitedError, TargetError
 from lazyfs.fs import isolate, mounter
 
