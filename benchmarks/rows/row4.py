@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.figures import Figure, ratio
 from benchmarks.kit.host import drop_page_cache
-from benchmarks.rows.trees import fill_cache, open_mount, read_tree
+from benchmarks.rows.trees import fill_cache, open_mount, read_tree, settle
 
 if TYPE_CHECKING:
     from benchmarks.session import Session
@@ -17,6 +17,7 @@ TITLE = "whole tree read, data in the cache, page cache cold, against ext4"
 def measure(session: Session) -> list[Figure]:
     cache = session.place.folder("full-cache")
     fill_cache(session, cache)
+    settle(session.tree, cache)
     theirs: list[float] = []
     erofs: list[float] = []
     fuse: list[float] = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from benchmarks.figures import Figure, plain
 from benchmarks.kit.host import drop_page_cache
 from benchmarks.kit.proc import run
-from benchmarks.rows.trees import READ_TIMEOUT_S, fill_cache, large_files, open_mount, random_reads_us
+from benchmarks.rows.trees import READ_TIMEOUT_S, fill_cache, large_files, open_mount, random_reads_us, settle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,7 @@ def measure(session: Session) -> list[Figure]:
     mount = open_mount(session, "auto", caches["part"])
     _read_files([mount.path / name for name in names])
     mount.close()
+    settle(session.tree, *caches.values())
     times: dict[str, list[float]] = {case[0]: [] for case in _CASES}
     ext4 = []
     for _ in range(session.runs):

@@ -68,6 +68,18 @@ def fill_cache(session: Session, cache: Path) -> None:
     mount.close()
 
 
+def settle(*folders: Path) -> None:
+    """
+    Read freshly written files once from the disk, unmeasured.
+
+    On a virtual machine the first read of what was just written is several times slower than later cold ones (the
+    host's own cache); every side gets this first read for nothing.
+    """
+    drop_page_cache()
+    for folder in folders:
+        read_tree(folder)
+
+
 def open_mount(session: Session, driver: str, cache: Path | None = None) -> LazyMount:
     """Mount the large image from the registry on loopback, page cache cold."""
     image = session.lazy(TENSORFLOW, session.near)
