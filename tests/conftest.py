@@ -22,6 +22,14 @@ def _own_run_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LAZYFS_RUN_DIR"] = str(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_journal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's conversion journal knows the blobs of earlier test sessions: older code's answers would be reused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache-home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails a test that leaves a mount, a process, a loop device or an open descriptor behind."""

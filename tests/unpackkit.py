@@ -191,8 +191,9 @@ class _Applier:
             assert folder is not None
             source = folder + b"/" + os.path.basename(item.target)
             # The name is cleared before the link is made: what is in it or below it cannot be linked to any more.
-            below = (source + b"/").startswith(path + b"/")
-            if below or not os.path.lexists(source) or _is_directory(source):
+            # So is a file that gives way to a parent of the new name.
+            cleared = (source + b"/").startswith(path + b"/") or (parent + b"/").startswith(source + b"/")
+            if cleared or not os.path.lexists(source) or _is_directory(source):
                 raise RefusedError(NO_TARGET)
         self.make_parents(parent)
         if os.path.lexists(path) and not (item.kind == "directory" and _is_directory(path)):
@@ -220,8 +221,11 @@ class _Applier:
             self.state.gave_way = True
             self.remove(path)
         os.mkdir(path, 0o755)
-        for name in os.listxattr(path):    # ACLs inherited while unpacking: nobody said they are in the image
+        # What mkdir(2) inherits (ACLs; group and bit of a setgid directory) nobody said is in the image: containerd
+        # and umoci leave it there, as a side effect of unpacking. Ours are 0755, root's, without more.
+        for name in os.listxattr(path):
             os.removexattr(path, name)
+        os.chown(path, 0, 0)
         os.chmod(path, 0o755)
         self.state.implied.add(path)
 

@@ -13,7 +13,7 @@ Sources: POSIX.1-2017 pax; GNU tar manual "Tar Internals"; OCI image-spec v1.1 l
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from converter.tar import header as header_format
@@ -35,6 +35,7 @@ _WARNING_COUNT_MAX = 20       # more are only counted
 _MESSAGE_BYTES_MAX = 200      # of a path in a message
 _EXTENSIONS = frozenset(b"xXgLK")
 _HARDLINK = b"1"
+_SYMLINK_MODE = 0o777
 _TYPES = {
     b"0": FileType.REGULAR, b"\0": FileType.REGULAR, b"7": FileType.REGULAR, b"S": FileType.REGULAR,
     b"2": FileType.SYMLINK, b"3": FileType.CHARACTER, b"4": FileType.BLOCK, b"5": FileType.DIRECTORY,
@@ -72,7 +73,8 @@ class TarReader:
         name: of the layer, for messages.
 
     Attributes:
-        dropped: how much was left out, by reason ("AUFS metadata", "overlay xattr", "xattr namespace", "text label").
+        dropped: how much was left out, by reason ("AUFS metadata", "overlay xattr", "xattr namespace",
+            "xattr of another file type", "text label").
         warnings: one line each for the first of them.
 
     """
@@ -204,7 +206,7 @@ class TarReader:
         pax = header.pax
         kept: tuple[tuple[bytes, bytes], ...] = ()
         if pax is not None and (pax.xattrs or pax.dropped):
-            kept = xattrs.select(pax.xattrs, self._drop_xattr)
+            kept = xattrs.select(pax.xattrs, kind, self._drop_xattr)
             for key in pax.dropped:
                 self._drop("text label", repr(key[:60]))
         found = header_format.attributes(header, kept)
@@ -213,6 +215,8 @@ class TarReader:
         if kind is _DIRECTORY or kind is FileType.FIFO:
             return LayerEntry(path, _NODE, kind, found)
         if kind is FileType.SYMLINK:
+            # Linux has one mode of symlinks, whatever an archive says.
+            found = found if found.mode == _SYMLINK_MODE else replace(found, mode=_SYMLINK_MODE)
             return LayerEntry(path, _NODE, kind, found, target=symlink_target(header.link))
         return LayerEntry(path, _NODE, kind, found, rdev=header_format.device(header))
 

@@ -2,8 +2,10 @@
 Extended attributes of a tar entry: which are kept, in which form.
 
 Pure; called by the reader once an entry has any. Kept: user., trusted., security. and the two POSIX ACLs. Dropped and
-counted: the overlay file system's own (they would act on the overlay that the image becomes a lower layer of), and
-namespaces that only some file system knows. Source: xattr(7); Linux include/uapi/linux/posix_acl_xattr.h.
+counted: the overlay file system's own (they would act on the overlay that the image becomes a lower layer of),
+namespaces that only some file system knows, and what Linux has on other types of file only (user.* on a symlink would
+be listed but not readable, and so stop a copy-up; containerd drops it with a warning).
+Source: xattr(7), acl(5); Linux include/uapi/linux/posix_acl_xattr.h.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import FormatError
+from lazyfs.image.model import FileType
 from lazyfs.limits import XATTR_INODE_BYTES_MAX, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -21,20 +24,26 @@ if TYPE_CHECKING:
 
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 _OVERLAY = (b"trusted.overlay.", b"user.overlay.")
-_ACLS = {b"system.posix_acl_access", b"system.posix_acl_default"}
+_USER = b"user."
+_ACL_ACCESS, _ACL_DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
+_ACLS = {_ACL_ACCESS, _ACL_DEFAULT}
 _ACL_VERSION = struct.pack("<I", 2)
 _ACL_ENTRY_BYTES = 8
 _ESCAPE = re.compile(rb"%(..?)?", re.DOTALL)
 _HEX_DIGITS = 2
 
 
-def select(found: Mapping[bytes, bytes], dropped: Callable[[str, bytes], None]) -> tuple[tuple[bytes, bytes], ...]:
+def select(
+    found: Mapping[bytes, bytes], kind: FileType, dropped: Callable[[str, bytes], None]
+) -> tuple[tuple[bytes, bytes], ...]:
     """
     Check and sort an entry's attributes.
 
     Args:
         found: all of them, by full name.
-        dropped: called with a reason ("overlay xattr" or "xattr namespace") and the name of each that is left out.
+        kind: type of the entry.
+        dropped: called with a reason ("overlay xattr", "xattr namespace" or "xattr of another file type") and the
+            name of each that is left out.
 
     """
     kept = []
@@ -48,6 +57,9 @@ def select(found: Mapping[bytes, bytes], dropped: Callable[[str, bytes], None]) 
         if not name.startswith(_NAMESPACES) and name not in _ACLS:
             dropped("xattr namespace", name)
             continue
+        if not _fits(name, kind):
+            dropped("xattr of another file type", name)
+            continue
         if name in _NAMESPACES:
             raise FormatError(f"xattr {name!r} has no name after its namespace")
         if len(value) > XATTR_VALUE_BYTES_MAX:
@@ -60,6 +72,15 @@ def select(found: Mapping[bytes, bytes], dropped: Callable[[str, bytes], None]) 
         raise FormatError(f"xattrs of {total_bytes} bytes in all, at most {XATTR_INODE_BYTES_MAX} are possible")
     kept.sort()
     return tuple(kept)
+
+
+def _fits(name: bytes, kind: FileType) -> bool:
+    """Whether Linux has the attribute on a file of that type (xattr(7), acl(5))."""
+    if name.startswith(_USER):
+        return kind in {FileType.REGULAR, FileType.DIRECTORY}
+    if name == _ACL_DEFAULT:
+        return kind is FileType.DIRECTORY
+    return name != _ACL_ACCESS or kind is not FileType.SYMLINK
 
 
 def decode_libarchive(name: bytes, value: bytes) -> tuple[bytes, bytes]:

@@ -96,9 +96,13 @@ def check(wanted: Wanted, entry: Any, data: bytes, segments: Any, style: str) ->
         return
     found = entry.attributes
     assert entry.type is types[wanted.kind]
-    assert (found.mode, found.uid, found.gid) == tuple(wanted.attributes[key] for key in ("mode", "uid", "gid"))
+    mode = 0o777 if wanted.kind == "symlink" else wanted.attributes["mode"]       # Linux has no other
+    assert (found.mode, found.uid, found.gid) == (mode, wanted.attributes["uid"], wanted.attributes["gid"])
     assert (found.mtime_s, found.mtime_ns) == wanted.attributes["mtime"]
-    assert found.xattrs == tuple(sorted(wanted.attributes["xattrs"].items()))
+    xattrs = sorted(wanted.attributes["xattrs"].items())
+    if wanted.kind not in {"file", "sparse", "directory"}:
+        xattrs = [(name, value) for name, value in xattrs if not name.startswith(b"user.")]
+    assert found.xattrs == tuple(xattrs)
     if wanted.kind == "file":
         assert (entry.size, data, segments) == (len(wanted.data), wanted.data, ((0, len(data)),) if data else ())
     elif wanted.kind == "sparse":
@@ -141,7 +145,7 @@ def test_what_is_written_is_read(chosen: list[tuple[Wanted, bytes]], style: str,
         check(wanted, member.entry, data, member.segments, style)
         count += 1
     assert count == len(chosen)
-    assert not reader.dropped
+    assert set(reader.dropped) <= {"xattr of another file type"}
 
 
 @settings(deadline=None, max_examples=300)
