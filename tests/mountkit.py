@@ -48,10 +48,14 @@ class MemoryDevice:
     read_timeout_s: float = 5.0
     reads: list[tuple[int, int]] = field(default_factory=list)
     fail: Callable[[int, int], object] | None = None
+    waiting: set[Any] = field(default_factory=set)
 
     @property
     def size(self) -> int:
         return len(self.data)
+
+    def read_now(self, offset: int, size: int) -> bytes | None:
+        return None
 
     async def read(self, offset: int, size: int, deadline: float) -> bytes:
         self.reads.append((offset, size))

@@ -32,7 +32,7 @@ from lazyfs.fs.guard import guarded
 from lazyfs.image.model import FileType
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lazyfs.fs.served import DeviceReader, Served, ServedImage
 
@@ -62,6 +62,7 @@ class LazyOperations(pyfuse3.Operations):
     def __init__(self, served: Served) -> None:
         super().__init__()
         self._served = served
+        self.before_wait: Callable[[], None] = lambda: None   # fs.session sets it
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self.read_count = 0
         self.read_bytes = 0
@@ -172,9 +173,16 @@ class LazyOperations(pyfuse3.Operations):
         return data
 
     async def _read_device(self, device: DeviceReader, offset: int, size: int) -> bytes | memoryview:
-        timeout_s = device.read_timeout_s
-        with trio.fail_after(timeout_s + _GRACE_S):
-            data = await device.read(offset, size, time.monotonic() + timeout_s)
+        data: bytes | memoryview | None = device.read_now(offset, size)
+        if data is None:
+            self.before_wait()
+            timeout_s = device.read_timeout_s
+            with trio.fail_after(timeout_s + _GRACE_S) as scope:
+                device.waiting.add(scope)
+                try:
+                    data = await device.read(offset, size, time.monotonic() + timeout_s)
+                finally:
+                    device.waiting.discard(scope)
         if len(data) != size:   # a short answer would read as the end of the file, or as zeros
             raise BugError(f"read of {size} bytes at {offset} gave {len(data)}")
         return data

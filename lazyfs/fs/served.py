@@ -16,6 +16,8 @@ from lazyfs.fs import inodes
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    import trio
+
     from lazyfs.image.erofs import ErofsImage
 
 
@@ -30,6 +32,15 @@ class DeviceReader(Protocol):
     @property
     def read_timeout_s(self) -> float:
         """How long a read of it may take."""
+        ...
+
+    @property
+    def waiting(self) -> set[trio.CancelScope]:
+        """Scopes of the reads that wait now: cancelling one ends that read with an errno."""
+        ...
+
+    def read_now(self, offset: int, size: int) -> bytes | None:
+        """Exactly `size` bytes if that needs no waiting; else None, and then `read` is the way."""
         ...
 
     def read(self, offset: int, size: int, deadline: float) -> Awaitable[bytes | memoryview]:

@@ -7,7 +7,6 @@ libfuse the descriptor: libfuse's own mount would be nosuid,nodev, and a later k
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import pyfuse3
 import trio
 
 from lazyfs.errors import HostError
-from lazyfs.fs import drivers, mountapi
+from lazyfs.fs import drivers, loop, mountapi
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from lazyfs.fs.operations import LazyOperations
 
 FS_TYPE = "fuse.lazyfs"          # the subtype shows in mountinfo and df
-_TASKS_MIN = 4                   # idle handlers that are kept
-_log = logging.getLogger("lazyfs.fs")
 
 
 class FuseSession:
@@ -34,7 +31,6 @@ class FuseSession:
     def __init__(self, operations: LazyOperations, mount_point: Path) -> None:
         self.mount_point = mount_point
         self._operations = operations
-        self._closing = False
 
     def open(self) -> None:
         """
@@ -49,6 +45,7 @@ class FuseSession:
             # default_permissions: the kernel checks modes. No MS_NOSUID, no MS_NODEV: a container needs both.
             data = f"fd={descriptor},rootmode={stat.S_IFDIR:o},user_id=0,group_id=0,allow_other,default_permissions"
             mountapi.mount("lazyfs", str(self.mount_point), FS_TYPE, mountapi.MS_RDONLY, data)
+            self._operations.before_wait = loop.install().hand_over
             pyfuse3.init(self._operations, f"/dev/fd/{descriptor}", set())
         except BaseException:
             os.close(descriptor)
@@ -60,20 +57,13 @@ class FuseSession:
         return entry.device if entry else ""
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Answer the kernel until close() or until the mount goes away. Cancellation: stops answering."""
+        """Answer the kernel until the mount goes away. Cancellation: stops answering."""
         task_status.started()
-        while not self._closing:
-            try:
-                await pyfuse3.main(min_tasks=_TASKS_MIN, max_tasks=drivers.SESSION_TASKS_MAX)
-            except* OSError as group:
-                _log.error("reading from /dev/fuse failed, going on: %s", group.exceptions[0])
-                await trio.sleep(0.1)
-            else:
-                return
+        # no reader is ever "one too many" (min_tasks): one that ends while the lock is free would leave nobody to read
+        await pyfuse3.main(min_tasks=drivers.SESSION_TASKS_MAX, max_tasks=drivers.SESSION_TASKS_MAX)
 
     def close(self) -> None:
         """Unmount (lazily: nothing may keep us) and end the connection; who still waits gets ECONNABORTED."""
-        self._closing = True
         if mountapi.mount_at(str(self.mount_point)):
             mountapi.unmount(str(self.mount_point), mountapi.MNT_DETACH)
         pyfuse3.close(unmount=False)
@@ -81,14 +71,14 @@ class FuseSession:
 
 def open_device() -> int:
     """
-    Open /dev/fuse.
+    Open /dev/fuse, non-blocking (fs.loop says why).
 
     Raises:
         HostError: not there, or not allowed.
 
     """
     try:
-        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise HostError("there is no /dev/fuse", hint="load it with: modprobe fuse") from error
     except OSError as error:

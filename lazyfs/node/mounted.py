@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    import trio
+
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.engine import Fetcher, PrefetchHandle
     from lazyfs.fs.drivers import Driver
@@ -29,10 +31,22 @@ class LazyDevice:
     fetcher: Fetcher
     device: FetchDevice
     read_timeout_s: float
+    waiting: set[trio.CancelScope] = field(default_factory=set)
 
     @property
     def size(self) -> int:
         return self.device.size
+
+    def read_now(self, offset: int, size: int) -> bytes | None:
+        """The short way for what was read before: the fetcher itself counts first touches and sees to misses."""
+        device = self.device
+        end = offset + size
+        if device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0:
+            return None
+        data = device.cached.read_if_present(offset, size)
+        if data is not None:
+            self.fetcher.statistics.hits += 1
+        return data
 
     def read(self, offset: int, size: int, deadline: float) -> Awaitable[bytes | memoryview]:
         return self.fetcher.read(self.device, offset, size, deadline=deadline)
@@ -72,8 +86,15 @@ class MountedImage:
     def complete(self) -> bool:
         return all(device.device.cached.complete for device in self.devices)
 
+    def abort_reads(self) -> None:
+        """End all reads that wait, with an errno: an umount would wait for them in the kernel."""
+        for device in self.devices:
+            for scope in device.waiting:
+                scope.cancel()
+
     def release(self, served: Served) -> None:
-        """Stop serving it; reads under way still end. Its inodes then answer ESTALE."""
+        """Stop serving it; reads that wait end. Its inodes then answer ESTALE."""
+        self.abort_reads()
         if self.prefetch is not None:
             self.prefetch.cancel()
         for index in self.device_indexes:

@@ -44,7 +44,8 @@ def unmount_target(target: str, *, lazy: bool, force: bool) -> None:
     except DeadlineError:
         if not (lazy or force):
             raise
-        unmount_directly(target, lazy=True)   # the worker hangs; it finds out when it is back
+        if mountapi.mount_at(target) is not None:   # else it was only slow
+            unmount_directly(target, lazy=True)   # the worker hangs; it finds out when it is back
 
 
 def _ask_worker(directory: WorkerDir, record: MountRecord, *, lazy: bool, force: bool) -> None:
