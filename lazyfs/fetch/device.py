@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lazyfs.errors import BugError, LazyfsError
-from lazyfs.fetch.constants import ERROR_MEMORY_COUNT_MAX, ERROR_MEMORY_S, READAHEAD_BYTES_MAX, TOUCH_ORDER_COUNT_MAX
+from lazyfs.fetch.constants import (
+    ERROR_MEMORY_COUNT_MAX,
+    ERROR_MEMORY_S,
+    READAHEAD_BYTES_MAX,
+    READAHEAD_SEQUENCE_BYTES_MIN,
+    TOUCH_ORDER_COUNT_MAX,
+)
 from lazyfs.fetch.readahead import Readahead
 from lazyfs.image.codec import Codec
 
@@ -59,7 +65,8 @@ class FetchDevice:
         self.touch_order = array("I")
         self.shift = table.chunk_size.bit_length() - 1
         self.size = table.device_size
-        self.readahead = Readahead(max(1, READAHEAD_BYTES_MAX // table.chunk_size))
+        size = table.chunk_size
+        self.readahead = Readahead(max(1, READAHEAD_BYTES_MAX // size), max(2, READAHEAD_SEQUENCE_BYTES_MIN // size))
         self._errors = {}
         cached.mark_zeros(np.flatnonzero(table.rows["codec"] == Codec.ZERO).tolist())
 

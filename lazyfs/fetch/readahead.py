@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lazyfs.fetch.constants import READAHEAD_STREAM_COUNT_MAX, READAHEAD_TOUCH_COUNT_MIN
+from lazyfs.fetch.constants import READAHEAD_STREAM_COUNT_MAX
 
 
 @dataclass(slots=True)
@@ -22,8 +22,17 @@ class _Stream:
 class Readahead:
     """`advance` is called once for each chunk, when it is touched for the first time."""
 
-    def __init__(self, window_count_max: int) -> None:
+    def __init__(self, window_count_max: int, sequence_count_min: int) -> None:
+        """
+        Both count chunks.
+
+        Args:
+            window_count_max: read ahead at most.
+            sequence_count_min: touched in a row before anything is read ahead.
+
+        """
         self._window_count_max = window_count_max
+        self._sequence_count_min = sequence_count_min
         self._streams: dict[int, _Stream] = {}    # by the chunk expected next; oldest first
 
     def advance(self, index: int, *, missing: bool) -> range:
@@ -43,7 +52,7 @@ class Readahead:
         stream.touch_count += 1
         helped = missing or index < stream.ahead_end
         self._streams[index + 1] = stream
-        if not helped or stream.touch_count < READAHEAD_TOUCH_COUNT_MIN:
+        if not helped or stream.touch_count < self._sequence_count_min:
             return range(0)
         window = min(stream.touch_count, self._window_count_max)
         begin = max(index + 1, stream.ahead_end)

@@ -208,7 +208,8 @@ async def test_the_hot_blob_of_several_layers_is_one_stream(tmp_path):
 
 
 @pytest.mark.trio
-async def test_a_sequential_reader_finds_chunks_there_and_nothing_comes_twice(tmp_path):
+async def test_a_sequential_reader_finds_chunks_there_and_nothing_comes_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("lazyfs.fetch.device.READAHEAD_SEQUENCE_BYTES_MIN", 3 * BIG.table.chunk_size)
     async with bench(tmp_path, FetchLimits(), sample=BIG) as b:
         for index in range(80):
             await b.chunk(index)
@@ -228,7 +229,7 @@ async def test_a_random_reader_gets_what_it_asks_for_only(tmp_path):
 
 
 def test_readahead_grows_with_the_stream_and_stops_at_its_bound():
-    ahead = Readahead(8)
+    ahead = Readahead(8, 3)
     asked: list[int] = []
     for index in range(100, 140):
         wanted = ahead.advance(index, missing=index not in asked)
@@ -239,7 +240,7 @@ def test_readahead_grows_with_the_stream_and_stops_at_its_bound():
 
 
 def test_readahead_tells_streams_apart_and_leaves_found_chunks_alone():
-    ahead = Readahead(8)
+    ahead = Readahead(8, 3)
     for step in range(2):
         for base in range(0, 16_000, 1000):
             assert not ahead.advance(base + step, missing=True)
