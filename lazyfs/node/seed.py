@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import SourceError
-from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
+from lazyfs.image.oci import parse_manifest
 from lazyfs.registry import open_source
 from lazyfs.registry.select import select_image
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lazyfs.image.descriptor import Document
+    from lazyfs.image.descriptor import Descriptor, Document
     from lazyfs.image.digest import Digest
     from lazyfs.node.order import MountOrder
     from lazyfs.registry.place import ByteStream, ImageSource
 
 BOOTSTRAPS = "bootstraps"        # in the cache directory
+# image.manifest.BOOTSTRAP_KEY; a test keeps them alike. That module imports numpy, 100 ms that nobody here needs.
+BOOTSTRAP_KEY = "containerd.io/snapshot/lazyfs.bootstrap"
 
 
 def bootstrap_path(cache_dir: Path, digest: Digest) -> Path:
@@ -42,22 +44,20 @@ def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrde
     Fetch the manifest, and the bootstrap layer unless the cache seems to have it.
 
     Returns:
-        The order with both.
+        The order with both; without the layer if the image does not look lazy (the worker says what is wrong).
 
     Raises:
-        LazyfsError: the image cannot be had, or is no lazy image.
+        LazyfsError: the image cannot be had.
 
     """
     source = open_source(order.image, order.registry_options())
     try:
         document = select_image(source, order.platform)
-        layer = parse_lazy_manifest(parse_manifest(document.data, document.media_type)).bootstrap
+        layers = parse_manifest(document.data, document.media_type).layers
         seeded = replace(order, document=base64.b64encode(document.data).decode(), document_type=document.media_type)
-        try:
-            if bootstrap_path(cache_dir, layer.digest).stat().st_size == layer.size:
-                return seeded
-        except OSError:
-            pass
+        if not layers or BOOTSTRAP_KEY not in layers[-1].annotations or _is_cached(cache_dir, layers[-1]):
+            return seeded
+        layer = layers[-1]
         data = source.read_blob(layer.digest, layer.size)
     finally:
         source.close()
@@ -66,6 +66,13 @@ def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrde
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
     return replace(seeded, seed=str(seed_path))
+
+
+def _is_cached(cache_dir: Path, layer: Descriptor) -> bool:
+    try:
+        return bootstrap_path(cache_dir, layer.digest).stat().st_size == layer.size
+    except OSError:
+        return False
 
 
 class DeferredSource:

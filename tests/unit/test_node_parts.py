@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import trio
 
 from lazyfs.cli.mount import absolute_image
 from lazyfs.errors import BugError, DeadlineError, TargetError, UsageError
-from lazyfs.node import control, protocol, rundir
+from lazyfs.image import manifest
+from lazyfs.node import control, protocol, rundir, seed
 from lazyfs.node.holders import describe_holders
 from lazyfs.node.order import MountOrder
 from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
@@ -91,6 +94,15 @@ def test_one_lock_holder_at_a_time_also_across_removal():
 ])
 def test_relative_image_paths_are_made_absolute(image: str, expected: str):
     assert absolute_image(image, "/cwd") == expected
+
+
+def test_the_seed_looks_for_the_annotation_that_bootstraps_have():
+    assert seed.BOOTSTRAP_KEY == manifest.BOOTSTRAP_KEY
+
+
+def test_a_seed_needs_no_numpy():
+    code = "import sys, lazyfs.node.seed, lazyfs.node.launch; sys.exit('numpy' in sys.modules or 'trio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_orders_travel_and_are_checked():
