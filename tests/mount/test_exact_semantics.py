@@ -1,8 +1,8 @@
 """
-Point by point what an image may hold and a mount must show exactly, with both drivers: sizes, names, times, rights.
+Point by point what an image may hold and a mount must show exactly, with both drivers: names, owners, times, rights.
 
 What every file system must do (read-only errors, listing, overlayfs below a container) is in test_mount_drivers.py;
-random combinations are in tests/property/test_images_match_unpacked.py.
+random combinations are in tests/property/test_images_match_unpacked.py; large things in test_exact_sizes.py.
 """
 
 # ruff: noqa: PTH104, PTH116, PTH118, PTH208 (system calls, and paths of bytes, are what is tested here)
@@ -14,7 +14,6 @@ import os
 import stat
 import struct
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +26,10 @@ from tests.mountkit import Machine, require_mounting
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 pytestmark = pytest.mark.mount
 DRIVERS = ("erofs", "fuse")
-GIB, TIB = 1 << 30, 1 << 40
 LONG = b"n" * 253 + b"\xc3\xbc"                        # 255 bytes
 ODD_NAMES = [b"\xff\xfe", LONG, b"new\nline", b" ", b"-rf", b"back\\slash", b".wh", b"a.wh.b", b"..."]
 DEEP = b"deep/" + b"/".join([b"d" * 250] * 15 + [b"f" * 200])         # 3,970 bytes
@@ -41,30 +39,11 @@ BIG_XATTRS = {f"user.{number}": bytes([number]) * 65_000 for number in range(3)}
 SOMEBODY = 12_345                # no user of this machine
 
 
-@contextmanager
-def mount(tmp_path: Path, tars: Sequence[bytes], driver: str = "erofs") -> Iterator[Path]:
-    """Convert and mount; nothing is left."""
-    reference = convert(tmp_path, tars)
-    machine = Machine(tmp_path)
-    try:
-        target = machine.target()
-        machine.mount(reference, target, "--driver", driver)
-        yield target
-        machine.umount(target)
-        machine.assert_clean()
-    finally:
-        machine.close()
-
-
 def convert(place: Path, tars: Sequence[bytes]) -> str:
     layout = Layout(place / "in")
     layout.add_image("app", tars)
     run_convert(layout.reference("app"), f"oci:{place}/out:app")
     return f"oci:{place}/out:app"
-
-
-def stored_bytes(place: Path) -> int:
-    return sum(path.stat().st_size for path in (place / "out/blobs/sha256").iterdir())
 
 
 # --- one image of many things -----------------------------------------------------------------------------------------
@@ -216,7 +195,7 @@ def test_hard_links_across_layers(top: Path) -> None:
 def test_rarer_changes_are_refused_as_read_only(top: Path) -> None:
     descriptor = os.open(top, os.O_RDONLY)
     try:
-        for change in [
+        changes: list[Callable[[], object]] = [
             lambda: os.open(top, os.O_TMPFILE | os.O_RDWR),
             lambda: os.open(top / "second", os.O_RDONLY | os.O_TRUNC),
             lambda: os.rename(top / "second", top / "setuid"),
@@ -225,7 +204,8 @@ def test_rarer_changes_are_refused_as_read_only(top: Path) -> None:
             lambda: os.utime("second", ns=(1, 1), dir_fd=descriptor),
             lambda: os.lchown(top / "xattrs/link", 1, 1),
             lambda: os.open("new", os.O_CREAT | os.O_EXCL | os.O_WRONLY, dir_fd=descriptor),
-        ]:
+        ]
+        for change in changes:
             with pytest.raises(OSError) as info:
                 change()
             assert info.value.errno == errno.EROFS
