@@ -131,7 +131,8 @@ def test_128_layers(tmp_path: Path, driver: str) -> None:
 
 
 # A million files: 1,000 directories of 1,000. Measured: 1.8 GiB to convert (all entries, and the merged tree, are
-# objects in memory: 1.9 kB an entry), 0.59 GiB for a worker with the image mounted twice. So that it does not get worse:
+# objects in memory: 1.9 kB an entry), 0.59 GiB for a worker with the image mounted twice.
+# So that it does not get worse:
 MILLION_CONVERT_BYTES_MAX = 5 * GIB // 2
 MILLION_WORKER_BYTES_MAX = GIB
 
