@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import struct
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
@@ -71,15 +72,23 @@ def allowed(connection: trio.SocketStream) -> bool:
     return uid in {0, os.geteuid()}
 
 
-async def serve_connection(connection: trio.SocketStream, worker: Controlled) -> None:
-    """Answer one connection's requests until it closes. Never raises an Exception."""
+async def serve_connection(connection: trio.SocketStream, worker: Controlled, *, starter: bool = False) -> None:
+    """
+    Answer one connection's requests until it closes. Never raises an Exception.
+
+    Args:
+        connection: of whoever asks.
+        worker: who is asked.
+        starter: the connection is that of the process that forked us; only it may seed an order.
+
+    """
     attached: list[str] = []
     try:
         async with connection:
             if not allowed(connection):
                 _log.warning("control connection of a foreign user refused")
                 return
-            await _serve_lines(connection, worker, attached)
+            await _serve_lines(connection, Asked(worker, attached, starter))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
     except Exception:  # noqa: BLE001 - one bad connection must not end the worker
@@ -90,7 +99,16 @@ async def serve_connection(connection: trio.SocketStream, worker: Controlled) ->
                 await _detach(worker, attached)
 
 
-async def _serve_lines(connection: trio.SocketStream, worker: Controlled, attached: list[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who is asked by one connection, and what that has attached to itself."""
+
+    worker: Controlled
+    attached: list[str]
+    starter: bool
+
+
+async def _serve_lines(connection: trio.SocketStream, asked: Asked) -> None:
     buffer = bytearray()
     while True:
         while b"\n" not in buffer:
@@ -100,20 +118,20 @@ async def _serve_lines(connection: trio.SocketStream, worker: Controlled, attach
             buffer += part
         line, _, rest = bytes(buffer).partition(b"\n")
         buffer = bytearray(rest)
-        reply = await _answer_while_connected(connection, worker, line, attached)
+        reply = await _answer_while_connected(connection, asked, line)
         if reply is None:
             return
         await connection.send_all(json.dumps(reply).encode() + b"\n")
 
 
 async def _answer_while_connected(
-    connection: trio.SocketStream, worker: Controlled, line: bytes, attached: list[str]
+    connection: trio.SocketStream, asked: Asked, line: bytes
 ) -> dict[str, Any] | None:
     """The reply; None if the connection closed first (the request has then been cancelled)."""
     reply: dict[str, Any] | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when_closed, connection, nursery.cancel_scope)
-        reply = await _answer(worker, line, attached)
+        reply = await _answer(asked, line)
         nursery.cancel_scope.cancel()
     return reply
 
@@ -132,12 +150,12 @@ async def _cancel_when_closed(connection: trio.SocketStream, scope: trio.CancelS
         await trio.sleep(0.05)   # a client that does not wait for its answer
 
 
-async def _answer(worker: Controlled, line: bytes, attached: list[str]) -> dict[str, Any]:
+async def _answer(asked: Asked, line: bytes) -> dict[str, Any]:
     try:
         request = json.loads(line)
-        if worker.closing:
+        if asked.worker.closing:
             return {"closing": True}
-        return {"result": await _dispatch(worker, request, attached)}
+        return {"result": await _dispatch(asked, request)}
     except LazyfsError as error:
         return {"error": error_to(error)}
     except OSError as error:
@@ -150,13 +168,16 @@ async def _answer(worker: Controlled, line: bytes, attached: list[str]) -> dict[
         return {"error": error_to(error)}
 
 
-async def _dispatch(worker: Controlled, request: dict[str, Any], attached: list[str]) -> Any:
+async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
+    worker = asked.worker
     operation = request.get("op")
     if operation == protocol.MOUNT:
         order = MountOrder.from_json(request["order"])
+        if not asked.starter:
+            order = replace(order, seed=None, document=None, layer=None, checked=False)
         result = await worker.mount(order)
         if request.get("attached"):
-            attached.append(order.target)
+            asked.attached.append(order.target)
         return result
     if operation == protocol.UNMOUNT:
         lazy, force = bool(request.get("lazy")), bool(request.get("force"))

@@ -1,17 +1,16 @@
 """
-From an image's name to all that a mount needs: source, checked bootstrap, checked EROFS image in a file.
+From a mount order to all that a mount needs: source, checked tables, checked EROFS image in a file.
 
 Layer: node. Who calls: node.worker, in a thread (all of it blocks). Nothing that came from outside is used before it
 is checked: manifest by its digest (registry), bootstrap layer by the manifest's, the tables and the EROFS image by
 our own readers, before the kernel sees a byte of them. Stored in the cache directory, checked again at each use:
 
     bootstraps/<hex of the layer's digest>.zst     the bootstrap layer as it came
-    images/<hex of the layer's digest>.erofs       what the kernel mounts
+    images/<hex of the layer's digest>.erofs       what the kernel mounts; what it holds has been checked once
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import mmap
 import os
@@ -21,34 +20,38 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lazyfs.errors import DiskFullError, FormatError, IntegrityError
+from lazyfs.errors import DiskFullError, IntegrityError
+from lazyfs.fs.drivers import Driver, choose_driver
 from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap
-from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
-from lazyfs.image.erofs import ErofsImage
-from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.table import ChunkTable
-from lazyfs.node.seed import DeferredSource, bootstrap_path
-from lazyfs.registry import open_source
-from lazyfs.registry.select import select_image
+from lazyfs.node.layers import (
+    StoredLayer,
+    bootstrap_path,
+    check_parts,
+    deferred_source,
+    erofs_path,
+    find_image,
+    read_checked,
+)
 
 if TYPE_CHECKING:
     from lazyfs.image.bootstrap import BlobRef, Bootstrap
-    from lazyfs.image.manifest import LazyBootstrap, LazyManifest
+    from lazyfs.image.erofs import ErofsImage
     from lazyfs.node.order import MountOrder
     from lazyfs.registry.place import ImageSource
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedImage:
-    """A checked image. `close()` when it is no longer needed; `tree` keeps `erofs_path` mapped."""
+    """A checked image. `close()` when it is no longer needed. `tree`: for driver fuse; keeps `erofs_path` mapped."""
 
     source: ImageSource
     bootstrap_digest: Digest
     blobs: tuple[BlobRef, ...]
     devices: tuple[tuple[Digest, ChunkTable], ...]
     erofs_path: Path
-    tree: ErofsImage
+    tree: ErofsImage | None
 
     def close(self) -> None:
         self.source.close()
@@ -62,75 +65,48 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
         LazyfsError: it cannot be had, is no lazy image, or is damaged.
 
     """
-    source, document = _find(order)
+    lazy = None
+    if order.layer is None:
+        source, lazy = find_image(order)
+        layer = StoredLayer.of(lazy)
+    else:
+        source = deferred_source(order)
+        layer = StoredLayer(Digest(order.layer[0]), order.layer[1], order.layer[2])
     try:
-        lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
-        bootstrap = _read_bootstrap(source, lazy.bootstrap, cache_dir, order.seed)
-        _check_parts(lazy, bootstrap)
-        erofs_path = cache_dir / "images" / f"{lazy.bootstrap.digest.hex}.erofs"
-        tree = _store_erofs(bootstrap, erofs_path)
+        bootstrap = _read_bootstrap(source, layer, cache_dir, order.seed)
+        if lazy is not None:
+            check_parts(lazy, bootstrap)
+        path = erofs_path(cache_dir, layer.digest)
+        want_tree = choose_driver(order.driver) is Driver.FUSE
+        tree = _store_erofs(bootstrap, path, checked=order.checked, want_tree=want_tree)
         # copies: the tables are views of the whole bootstrap, which then can go
         devices = tuple(
             (device.digest, ChunkTable(device.table.chunk_size, device.table.device_size, np.array(device.table.rows)))
             for device in bootstrap.devices
         )
-        return OpenedImage(source, lazy.bootstrap.digest, bootstrap.blobs, devices, erofs_path, tree)
+        return OpenedImage(source, layer.digest, bootstrap.blobs, devices, path, tree)
     except BaseException:
         source.close()
         raise
 
 
-def _find(order: MountOrder) -> tuple[ImageSource, Document]:
-    """Source and manifest; with a seeded manifest the source is opened when data is missing."""
-    if order.document is None:
-        source = open_source(order.image, order.registry_options())
-        try:
-            return source, select_image(source, order.platform)
-        except BaseException:
-            source.close()
-            raise
-    data = base64.b64decode(order.document)
-    document = Document(data, order.document_type, Digest.of(data))
-    return DeferredSource(order.image, lambda: open_source(order.image, order.registry_options())), document
-
-
-def _read_bootstrap(source: ImageSource, layer: LazyBootstrap, cache_dir: Path, seed: str | None) -> Bootstrap:
+def _read_bootstrap(source: ImageSource, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:
     path = bootstrap_path(cache_dir, layer.digest)
-    data = _read_checked(path, layer)
+    data = read_checked(path, layer)
     if data is None:
         if seed is not None:
-            data = _read_checked(Path(seed), layer)
+            data = read_checked(Path(seed), layer)
         if data is None:
             data = source.read_blob(layer.digest, layer.size)
         _write_file(path, data)
-    if seed is not None:
+    if seed is not None and Path(seed) != path:
         Path(seed).unlink(missing_ok=True)
     return parse_bootstrap(decompress_layer(data, layer.raw_size))
 
 
-def _read_checked(path: Path, layer: LazyBootstrap) -> bytes | None:
-    with contextlib.suppress(OSError):
-        if path.stat().st_size == layer.size:
-            data = path.read_bytes()
-            if Digest.of(data) == layer.digest:
-                return data
-    return None
-
-
-def _check_parts(lazy: LazyManifest, bootstrap: Bootstrap) -> None:
-    """Manifest and bootstrap must speak of the same blobs: what is pulled, kept and deleted is what is read."""
-    promised = {blob.digest: (blob.size, False) for blob in lazy.layers}
-    if lazy.hot is not None:
-        promised[lazy.hot.digest] = (lazy.hot.size, True)
-    if len(bootstrap.devices) != len(lazy.layers):
-        raise FormatError(f"bootstrap has {len(bootstrap.devices)} devices, the manifest {len(lazy.layers)} layers")
-    if {blob.digest: (blob.size, blob.hot) for blob in bootstrap.blobs} != promised:
-        raise FormatError("bootstrap and manifest do not name the same blobs")
-
-
-def _store_erofs(bootstrap: Bootstrap, path: Path) -> ErofsImage:
+def _store_erofs(bootstrap: Bootstrap, path: Path, *, checked: bool, want_tree: bool) -> ErofsImage | None:
     """
-    Put the EROFS image into `path` and check what is mapped from there: exactly the bytes that will be mounted.
+    Check the EROFS image and have it in `path`: exactly the bytes that will be mounted.
 
     Raises:
         FormatError: the image is not a valid one.
@@ -138,12 +114,25 @@ def _store_erofs(bootstrap: Bootstrap, path: Path) -> ErofsImage:
     """
     sizes = [device.table.device_size for device in bootstrap.devices]
     mapped = _map_file(path)
-    if mapped is None or len(mapped) != len(bootstrap.erofs) or memoryview(mapped) != bootstrap.erofs:
+    if not _holds(mapped, bootstrap.erofs):
+        if not checked:
+            _parse_tree(bootstrap.erofs, sizes)
         _write_file(path, bootstrap.erofs)
         mapped = _map_file(path)
-        if mapped is None or memoryview(mapped) != bootstrap.erofs:
-            raise IntegrityError(f"{path} does not hold what was written to it", hint="check the disk")
-    return ErofsImage.parse(mapped, sizes)
+    if mapped is None or not _holds(mapped, bootstrap.erofs):
+        raise IntegrityError(f"{path} does not hold what was written to it", hint="check the disk")
+    # A tree keeps the bytes that it was made of: those of the file, whose pages need not stay in memory.
+    return _parse_tree(mapped, sizes) if want_tree else None
+
+
+def _holds(mapped: mmap.mmap | None, data: bytes | memoryview) -> bool:
+    return mapped is not None and len(mapped) == len(data) and memoryview(mapped) == data
+
+
+def _parse_tree(data: memoryview | bytes | mmap.mmap, sizes: list[int]) -> ErofsImage:
+    from lazyfs.image.erofs import ErofsImage  # noqa: PLC0415 - a seeded worker with driver erofs needs none
+
+    return ErofsImage.parse(data, sizes)
 
 
 def _map_file(path: Path) -> mmap.mmap | None:

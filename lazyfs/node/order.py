@@ -32,8 +32,10 @@ class MountOrder:
         prefetch: whether to fetch the hot blob at once.
         read_timeout_s: a read without its bytes by then ends with an errno.
         registry: keyword arguments of registry.RegistryOptions, paths as text.
-        document, document_type: the image's manifest (base64) and its media type, if the client has read it.
-        seed: a file with the bootstrap layer as the client fetched it; the worker removes it.
+        seed: from the worker's starter only: a file with the bootstrap layer; the worker removes it.
+        document, document_type: likewise: the image's manifest (base64) and its media type.
+        layer: likewise: digest, size and uncompressed size of the bootstrap layer.
+        checked: likewise: the EROFS image in it is valid.
 
     """
 
@@ -44,9 +46,11 @@ class MountOrder:
     prefetch: bool = True
     read_timeout_s: float = limits.READ_DEADLINE_S
     registry: dict[str, Any] = field(default_factory=dict, repr=False)
+    seed: str | None = None
     document: str | None = field(default=None, repr=False)
     document_type: str = ""
-    seed: str | None = None
+    layer: tuple[str, int, int] | None = None
+    checked: bool = False
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:
@@ -74,6 +78,7 @@ class MountOrder:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Raises UsageError: not a mount order."""
         try:
-            return cls(**data)
-        except TypeError as error:
+            layer = data.get("layer")
+            return cls(**{**data, "layer": None if layer is None else (str(layer[0]), int(layer[1]), int(layer[2]))})
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             raise UsageError(f"malformed mount order: {error}") from error

@@ -1,120 +1,99 @@
 """
-What the starter of a worker fetches while the worker is still importing its libraries: manifest and bootstrap layer.
+What the starter of a worker does while the worker is still importing its libraries: fetch the bootstrap, and check it
+if there is time.
 
-Two processes, two cores: this takes the registry's part out of the time from `lazyfs mount` to the mount. The worker
-trusts none of it further than the one who asks: it is checked against its digests there (node.opening).
+Two processes, two cores: this takes the registry's part, and often the check of the EROFS image, out of the time from
+`lazyfs mount` to the mount. The worker still checks the layer against its digest, and reads the tables itself; the
+EROFS image it believes to be valid if its own starter says so (nobody else may: node.control).
 
-Layer: node. Who calls: node.launch (fetch_seed), node.opening (DeferredSource).
+Layer: node. Who calls: node.launch. Imports are inside the functions that need them: numpy takes 60 ms.
 """
 
 from __future__ import annotations
 
 import base64
 import os
-import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lazyfs.errors import SourceError
 from lazyfs.image.oci import parse_manifest
+from lazyfs.node.layers import StoredLayer, bootstrap_path, erofs_path, read_checked
 from lazyfs.registry import open_source
 from lazyfs.registry.select import select_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from lazyfs.image.descriptor import Descriptor, Document
-    from lazyfs.image.digest import Digest
+    from lazyfs.image.descriptor import Document
     from lazyfs.node.order import MountOrder
-    from lazyfs.registry.place import ByteStream, ImageSource
 
-BOOTSTRAPS = "bootstraps"        # in the cache directory
-# image.manifest.BOOTSTRAP_KEY; a test keeps them alike. That module imports numpy, 100 ms that nobody here needs.
+# image.manifest.BOOTSTRAP_KEY, whose module imports numpy; a test keeps the two alike.
 BOOTSTRAP_KEY = "containerd.io/snapshot/lazyfs.bootstrap"
-
-
-def bootstrap_path(cache_dir: Path, digest: Digest) -> Path:
-    """Where a cache directory keeps a bootstrap layer as it came."""
-    return cache_dir / BOOTSTRAPS / f"{digest.hex}.zst"
+# Checking takes 150 ms with its imports; a worker that was forked less than this ago would have to wait for its own.
+_CHECK_HERE_S = 0.1
 
 
 def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrder:
     """
-    Fetch the manifest, and the bootstrap layer unless the cache seems to have it.
+    Find and fetch an image's bootstrap. An image that is not lazy is left to the worker, which says so.
+
+    Args:
+        order: what to mount.
+        cache_dir: may hold the layer already; read only.
+        seed_path: where to put the layer if not.
 
     Returns:
-        The order with both; without the layer if the image does not look lazy (the worker says what is wrong).
+        The order with the manifest, the layer, and whether it was checked.
 
     Raises:
-        LazyfsError: the image cannot be had.
+        LazyfsError: the image cannot be had, or is damaged.
 
     """
+    began = time.monotonic()
     source = open_source(order.image, order.registry_options())
     try:
         document = select_image(source, order.platform)
+        order = replace(order, document=base64.b64encode(document.data).decode(), document_type=document.media_type)
         layers = parse_manifest(document.data, document.media_type).layers
-        seeded = replace(order, document=base64.b64encode(document.data).decode(), document_type=document.media_type)
-        if not layers or BOOTSTRAP_KEY not in layers[-1].annotations or _is_cached(cache_dir, layers[-1]):
-            return seeded
+        if not layers or BOOTSTRAP_KEY not in layers[-1].annotations:
+            return order
         layer = layers[-1]
-        data = source.read_blob(layer.digest, layer.size)
+        path = bootstrap_path(cache_dir, layer.digest)
+        data = read_checked(path, layer)
+        if data is None:
+            data = source.read_blob(layer.digest, layer.size)
+            path = seed_path
+            _write_private(path, data)
     finally:
         source.close()
-    seed_path.unlink(missing_ok=True)
-    descriptor = os.open(seed_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    order = replace(order, seed=str(path))
+    if time.monotonic() - began > _CHECK_HERE_S or erofs_path(cache_dir, layer.digest).exists():
+        return order
+    return _check(order, document, data)
+
+
+def _check(order: MountOrder, document: Document, data: bytes) -> MountOrder:
+    """What node.opening does with an image; the tables are read there again."""
+    from lazyfs.fs.drivers import Driver, choose_driver  # noqa: PLC0415
+    from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap  # noqa: PLC0415
+    from lazyfs.image.manifest import parse_lazy_manifest  # noqa: PLC0415
+    from lazyfs.node.layers import check_parts  # noqa: PLC0415
+
+    lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
+    layer = StoredLayer.of(lazy)
+    bootstrap = parse_bootstrap(decompress_layer(data, layer.raw_size))
+    check_parts(lazy, bootstrap)
+    checked = choose_driver(order.driver) is Driver.EROFS   # driver fuse needs the parsed image, there
+    if checked:
+        from lazyfs.image.erofs import ErofsImage  # noqa: PLC0415
+
+        ErofsImage.parse(bootstrap.erofs, [device.table.device_size for device in bootstrap.devices])
+    return replace(order, layer=(layer.digest.text, layer.size, layer.raw_size), checked=checked)
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
-    return replace(seeded, seed=str(seed_path))
-
-
-def _is_cached(cache_dir: Path, layer: Descriptor) -> bool:
-    try:
-        return bootstrap_path(cache_dir, layer.digest).stat().st_size == layer.size
-    except OSError:
-        return False
-
-
-class DeferredSource:
-    """An ImageSource that is opened when it is first used: a mount whose data is cached never is."""
-
-    def __init__(self, name: str, opener: Callable[[], ImageSource]) -> None:
-        self._name = name
-        self._opener = opener
-        self._source: ImageSource | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    def root(self) -> Document:
-        return self._open().root()
-
-    def document(self, digest: Digest) -> Document:
-        return self._open().document(digest)
-
-    def open_blob(self, digest: Digest, size: int) -> ByteStream:
-        return self._open().open_blob(digest, size)
-
-    def read_blob(self, digest: Digest, size: int) -> bytes:
-        return self._open().read_blob(digest, size)
-
-    def read_range(self, digest: Digest, offset: int, size: int, deadline: float) -> ByteStream:
-        return self._open().read_range(digest, offset, size, deadline)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            if self._source is not None:
-                self._source.close()
-
-    def _open(self) -> ImageSource:
-        if self._source is None:
-            with self._lock:
-                if self._source is None and not self._closed:
-                    self._source = self._opener()
-        if self._source is None:
-            raise SourceError(f"{self._name} was closed", transient=False)
-        return self._source

@@ -129,7 +129,7 @@ def _tune(session: FuseSession, directory: WorkerDir, mounter: MounterClient) ->
 
 async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:
     """The starter's connection: if it closes without a mount, there is nothing to live for."""
-    await control.serve_connection(connection, worker)
+    await control.serve_connection(connection, worker, starter=True)
     worker.finish_if_idle()
 
 

@@ -100,13 +100,13 @@ def test_the_seed_looks_for_the_annotation_that_bootstraps_have():
     assert seed.BOOTSTRAP_KEY == manifest.BOOTSTRAP_KEY
 
 
-def test_a_seed_needs_no_numpy():
+def test_a_starter_begins_without_numpy_and_trio():
     code = "import sys, lazyfs.node.seed, lazyfs.node.launch; sys.exit('numpy' in sys.modules or 'trio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_orders_travel_and_are_checked():
-    order = MountOrder("i", "/t", registry={"password": "secret"})
+    order = MountOrder("i", "/t", registry={"password": "secret"}, layer=("d", 1, 2))
     assert MountOrder.from_json(json.loads(json.dumps(order.to_json()))) == order
     assert "secret" not in repr(order)
     for bad in ({"image": "i"}, {"image": "i", "target": "relative"}, {"image": "i", "target": "/t", "driver": "nfs"},
