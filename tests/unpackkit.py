@@ -74,7 +74,9 @@ class State:
     listed: dict[bytes, int] = field(default_factory=dict)   # directories that an entry names: their mtime_ns
     implied: set[bytes] = field(default_factory=set)         # directories that nobody lists: their time is unknown
     refused: dict[int, str] = field(default_factory=dict)    # of the last layer: entries that cannot be applied, why
-    gave_way: bool = False       # a file of a lower layer was in a parent's place: umoci and containerd "native" fail
+    # Unclear things that umoci refuses or takes as they stand: a file of a lower layer in a parent's place (in
+    # overlayfs it gives way), whiteouts behind a loop of symlinks, or behind a symlink that the layer itself replaces.
+    beyond_umoci: bool = False
 
     @property
     def implied_paths(self) -> set[bytes]:
@@ -135,11 +137,13 @@ class _Applier:
         own = {b"/" + item.path for item in items if not item.hides}
         hidden = []
         for item in items:
-            with contextlib.suppress(RefusedError):
+            try:
                 if item.kind == "opaque" and (path := self.real(item.path, own)) is not None:
                     hidden += [path + b"/" + name for name in _children(path)]
                 elif item.kind == "whiteout" and (path := self.real(os.path.dirname(item.path), own)) is not None:
                     hidden.append(path + b"/" + os.path.basename(item.path))
+            except RefusedError:
+                self.state.beyond_umoci = True
         for path in hidden:
             self.remove(path)
         for number, item in enumerate(items):
@@ -166,6 +170,7 @@ class _Applier:
             elif os.path.islink(full):
                 hops += 1
                 if full in stop:
+                    self.state.beyond_umoci = True
                     return None
                 if hops > _HOPS_MAX:
                     raise RefusedError(LOOP)
@@ -218,7 +223,7 @@ class _Applier:
             return
         self.make_parents(path.rpartition(b"/")[0])
         if os.path.lexists(path):      # in overlayfs the upper directory simply lies over the lower file
-            self.state.gave_way = True
+            self.state.beyond_umoci = True
             self.remove(path)
         os.mkdir(path, 0o755)
         # What mkdir(2) inherits (ACLs; group and bit of a setgid directory) nobody said is in the image: containerd
