@@ -18,6 +18,7 @@ import pytest
 
 from lazyfs.cache.store import CacheDir
 from lazyfs.fs import mountapi
+from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.registry import RegistryOptions
 from tests.convertkit import Layout, run_convert
 from tests.faultproxy import Fault, FaultProxy, Kind
@@ -503,5 +504,27 @@ def test_nothing_is_fetched_twice_and_a_complete_device_needs_no_fuse(machine: M
     machine.mount(f"oci:{layout}:lazy", target, "--driver", "fuse")
     assert all(read(target / name) == data for name, data in FILES.items())
     assert machine.statistics()["fetch"]["requests"] == 0
+    machine.umount(target)
+    machine.assert_clean()
+
+
+@DRIVERS
+def test_the_hot_blob_is_fetched_ahead_unless_told_not_to(machine: Machine, layout: str, driver: str):
+    source = f"oci:{Path(layout).parent}/in:app"
+    hot = f"oci:{machine.directory}/hot:lazy"
+    run_convert(source, hot, prefetch=parse_prefetch(b"f4\nf9\n"))
+    target = machine.target()
+    machine.mount(hot, target, "--driver", driver)
+    deadline = time.monotonic() + 20
+    while (count := machine.statistics()["mounts"][0]["prefetched_chunks"]) < 12:    # two files of 400 kB
+        assert time.monotonic() < deadline, count
+        time.sleep(0.02)
+    assert read(target / "f9") == FILES["f9"]
+    assert machine.statistics()["fetch"]["misses"] == 0
+    machine.umount(target)
+    machine.assert_clean()
+    machine.lazyfs("mount", hot, target, "--cache-dir", machine.directory / "other", "--no-prefetch")
+    assert machine.statistics()["mounts"][0]["prefetched_chunks"] == 0
+    assert read(target / "f4") == FILES["f4"]
     machine.umount(target)
     machine.assert_clean()
