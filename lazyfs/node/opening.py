@@ -44,14 +44,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedImage:
-    """A checked image. `close()` when it is no longer needed. `tree`: for driver fuse; keeps `erofs_path` mapped."""
+    """A checked image. `close()` when it is no longer needed. `parsed`: for driver fuse; keeps `erofs_path` mapped."""
 
     source: ImageSource
     bootstrap_digest: Digest
     blobs: tuple[BlobRef, ...]
     devices: tuple[tuple[Digest, ChunkTable], ...]
     erofs_path: Path
-    tree: ErofsImage | None
+    parsed: ErofsImage | None
+
+    @property
+    def tree(self) -> ErofsImage:
+        """The tree; parsed now unless it was made for driver fuse. Raises FormatError: the file was damaged since."""
+        if self.parsed is not None:
+            return self.parsed
+        mapped = _map_file(self.erofs_path)
+        if mapped is None:
+            raise IntegrityError(f"{self.erofs_path} is gone", hint="mount the image again")
+        return _parse_tree(mapped, [table.device_size for _, table in self.devices])
 
     def close(self) -> None:
         self.source.close()

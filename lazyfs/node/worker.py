@@ -209,7 +209,6 @@ class Worker:
             size_kib = drivers.READ_AHEAD_BUFFERED_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
             drivers.set_read_ahead(mounted.bdi_names, size_kib)
         else:
-            assert opened.tree is not None
             image = self._served.add_image(mounted.slot, opened.tree, tuple(mounted.devices))
             mounted.attempted = True
             source = self._directory.fuse / "tree" / os.fsdecode(image.name)
