@@ -57,11 +57,11 @@ class ChunkSize(click.ParamType[int]):
 @click.command("convert", epilog=_EXAMPLES)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
-@click.option("--codec", type=click.Choice(["lz4", "zstd", "none"]), default="lz4", show_default=True,
+@click.option("--codec", type=click.Choice(["lz4", "zstd", "none"]), default="zstd", show_default=True,
               help="How chunks are compressed: lz4 reads fastest, zstd is smallest.")
 @click.option("--level", type=int, metavar="N", help="Of the codec: lz4 1-12, zstd 1-19.  [default: by codec]")
 @click.option("--chunk-size", type=ChunkSize(), default=limits.CHUNK_SIZE_DEFAULT_BYTES, metavar="SIZE",
-              help=f"From 64k to 1m.  [default: {limits.CHUNK_SIZE_DEFAULT_BYTES // 1024}k]")
+              help=f"From 64k to 1m.  [default: {limits.CHUNK_SIZE_DEFAULT_BYTES // limits.MIB}m]")
 @click.option("--prefetch", type=click.File("rb"), metavar="LIST",
               help="Paths and globs, one a line, in the order in which a start needs them ('-': stdin).")
 @click.option("--jobs", type=click.IntRange(1, _JOBS_MAX), metavar="N",

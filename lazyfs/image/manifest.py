@@ -51,6 +51,9 @@ VERSION_KEY = PREFIX + "version"              # every layer, and the manifest: "
 BLOB_KEY = PREFIX + "blob"                    # blob layers: "layer" or "hot"
 SOURCE_KEY = PREFIX + "source"                # layer blob: digest of the source layer; manifest: of the source manifest
 DIFF_ID_KEY = PREFIX + "source.diff-id"       # layer blob: sha256 of the source layer's uncompressed tar
+# Bump it whenever the same layer gives another blob: what is read out of an archive, or how it is laid out. Blobs that
+# were made by other rules are then not reused.
+LAYER_RULES = 1
 OPTIONS_KEY = PREFIX + "options"              # layer blob: options_key()
 TAIL_DIGEST_KEY = PREFIX + "tail.digest"      # layer blob: sha256 of metadata, table and footer
 TAIL_SIZE_KEY = PREFIX + "tail.size"
@@ -120,7 +123,7 @@ class LazyManifest:
 def options_key(codec: Codec, level: int, chunk_size: int) -> str:
     """All that changes a layer blob's bytes besides the layer: equal key and layer, equal blob."""
     check_chunk_size(chunk_size)
-    return f"v{BLOB_VERSION},{codec.name.lower()},{level},{chunk_size}"
+    return f"v{BLOB_VERSION}.{LAYER_RULES},{codec.name.lower()},{level},{chunk_size}"
 
 
 def is_lazy(manifest: Manifest) -> bool:
