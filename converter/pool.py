@@ -11,6 +11,7 @@ Who calls: converter.layer (and converter.device through the Sink protocol). Lay
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from typing import BinaryIO, Self
 
 RUN_BYTES = 2 * limits.MIB      # 8 chunks of 256 KiB: about 6 ms of zstd, a thousand times what the hand-over costs
-RUNS_PER_JOB = 2                # one being compressed, one waiting
+RUNS_PER_JOB = 6                # one being compressed, the others waiting: an archive's small files come in bursts
+WRITEBACK_BYTES = 32 * limits.MIB
 RUN_COUNT_MAX = 40              # of all layers together: with their results about 160 MiB
 _ROW = struct.Struct("<QIHBB32s")   # image.table.ROW
 assert _ROW.size == ROW_BYTES
@@ -79,6 +81,7 @@ class BlobFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
+        self._started_size = 0   # what the disk was told to begin with
         self.blob_size = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -86,6 +89,15 @@ class BlobFile:
         self._file.write(data)
         self._sha256.update(data)
         self.blob_size += len(data)
+        if self.blob_size - self._started_size >= WRITEBACK_BYTES:
+            self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        """Let the disk work while we compress: the sync at the end then waits for the last few megabytes only."""
+        self._file.flush()
+        length = self.blob_size - self._started_size
+        os.posix_fadvise(self._file.fileno(), self._started_size, length, os.POSIX_FADV_DONTNEED)
+        self._started_size = self.blob_size
 
     def digest(self) -> Digest:
         """Of everything written so far."""

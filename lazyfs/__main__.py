@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lazyfs.cli.main import main
+from lazyfs.cli.entry import main
 
 if __name__ == "__main__":
     main()

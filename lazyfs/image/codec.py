@@ -26,7 +26,7 @@ class Codec(enum.IntEnum):
     ZSTD = 3    # one zstd frame that states its content size
 
 
-LEVEL_DEFAULTS = {Codec.NONE: 0, Codec.LZ4: 3, Codec.ZSTD: 3}   # by measurement, docs/design.md
+LEVEL_DEFAULTS = {Codec.NONE: 0, Codec.LZ4: 2, Codec.ZSTD: 3}   # by measurement, docs/design.md
 LEVEL_RANGES = {Codec.NONE: (0, 0), Codec.LZ4: (1, 12), Codec.ZSTD: (1, 19)}
 _LZ4_FAST_LEVEL = 1              # level 1 is lz4's fast mode, from 2 on the high-compression mode
 _local = threading.local()

@@ -1,7 +1,7 @@
 """
 Find the worker of a cache directory, or start one, and give it a mount order.
 
-Layer: node; light to import, and forks before anything heavy is: the time from the command to the mount counts.
+Layer: node; light to import: the time from the command to the mount counts.
 Who calls: cli.mount. Several commands at once: whoever gets the run directory's lock starts the worker, the others
 find it.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from lazyfs.errors import BugError, DeadlineError, HostError
+from lazyfs.errors import BugError, DeadlineError
+from lazyfs.node import early
 from lazyfs.node.protocol import MOUNT, ControlClient, WorkerGoneError
 from lazyfs.node.rundir import WorkerDir
 from lazyfs.node.unmount import clean_stale
@@ -69,7 +67,9 @@ def mount_image(order: MountOrder, cache_dir: str, *, attached: bool = False) ->
     while time.monotonic() < deadline:
         directory.create()
         with contextlib.suppress(WorkerGoneError):
-            return _ask(ControlClient.connect(directory.socket), order, None, attached=attached)
+            client = ControlClient.connect(directory.socket)
+            early.discard()
+            return _ask(client, order, None, attached=attached)
         lock = directory.try_lock()
         if lock is not None:
             try:
@@ -94,19 +94,14 @@ def _ask(client: ControlClient, order: MountOrder, child: int | None, *, attache
 
 
 def _start(directory: WorkerDir, order: MountOrder, cache_dir: str, *, attached: bool) -> MountHandle:
-    """Fork a worker and be its first client. The caller holds the lock."""
-    ours, theirs = socket.socketpair()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        ours.close()
-        _become_worker(directory, cache_dir, theirs)
-    theirs.close()
-    client = ControlClient(ours)
+    """Employ a worker and be its first client. The caller holds the lock."""
+    worker = early.take()
+    child = worker.process
+    client = ControlClient(worker.connection)
     try:
+        worker.employ(cache_dir)
         return _ask(client, _with_seed(directory, order, cache_dir), child, attached=attached)
-    except WorkerGoneError:
+    except (WorkerGoneError, ConnectionError):
         status = _wait_child(child, _END_S)
         text = f"the worker process ended unexpectedly ({_status_text(status)})"
         raise BugError(text, hint=f"its last words: {_log_tail(directory)}") from None
@@ -121,45 +116,6 @@ def _with_seed(directory: WorkerDir, order: MountOrder, cache_dir: str) -> Mount
     from lazyfs.node.seed import fetch_seed  # noqa: PLC0415 - heavy, and the worker is already on its way
 
     return fetch_seed(order, Path(cache_dir), directory.seed)
-
-
-def _become_worker(directory: WorkerDir, cache_dir: str, first: socket.socket) -> NoReturn:
-    code = 70
-    try:
-        os.setsid()
-        os.chdir("/")
-        os.umask(0o077)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _redirect(directory, first)
-        from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
-
-        _, mounter = start_mounter()   # before threads, big imports and /dev/fuse
-        from lazyfs.node.serving import run_worker  # noqa: PLC0415
-
-        code = run_worker(directory, cache_dir, first, mounter)
-    except BaseException:  # noqa: BLE001 - the child must never come back into its parent's code
-        import traceback  # noqa: PLC0415
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _redirect(directory: WorkerDir, keep: socket.socket) -> None:
-    """Standard streams to the log, nothing else of the caller's stays open (its pipes must see their end)."""
-    try:
-        log = os.open(directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HostError(f"cannot write {directory.log}: {error.strerror}") from error
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, number in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, number)
-    kept = keep.fileno()
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX") if kept < 1024 else kept + 1024)
 
 
 def _wait_child(child: int, timeout_s: float) -> int | None:

@@ -1,7 +1,7 @@
 """
 The worker process from its first line to its last: cache, FUSE session, control socket, signals, the end.
 
-Layer: node. Who calls: node.launch, in the forked child. Heavy imports (trio, pyfuse3, numpy, urllib3) begin here.
+Layer: node. Who calls: node.early, in the process it forked. Heavy imports (trio, pyfuse3, numpy, urllib3) begin here.
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mount
             first.sendall(json.dumps({"error": error_to(error)}).encode() + b"\n")
         return error.exit_code if isinstance(error, LazyfsError) else BugError.exit_code
     return 0
+
+
+def run_employed(cache_dir: str, first: socket.socket, mounter: socket.socket) -> int:
+    """run_worker() for a process that was started early: now its messages have a place to go."""
+    directory = WorkerDir.of_cache(cache_dir)
+    log = os.open(directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    return run_worker(directory, cache_dir, first, mounter)
 
 
 def limit_arenas() -> None:

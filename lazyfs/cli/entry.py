@@ -1,0 +1,32 @@
+"""
+Where the `lazyfs` command begins: for `mount`, the worker's process starts importing before the command line is read.
+
+Light: imports nothing that `lazyfs.cli.main` would not. Who calls: the console script, `python -m lazyfs`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the command of sys.argv; exits."""
+    if _will_start_a_worker(sys.argv[1:]):
+        from lazyfs.node import early  # noqa: PLC0415
+
+        gc.disable()   # this process lives for a moment, and imports most of the time
+        early.begin()
+    from lazyfs.cli.main import main as run  # noqa: PLC0415
+
+    run()
+
+
+def _will_start_a_worker(arguments: list[str]) -> bool:
+    """A guess, on the safe side: `mount` by root, with no worker about. A wrong one costs time, nothing else."""
+    if arguments[:1] != ["mount"] or os.geteuid() != 0 or {"-h", "--help"} & set(arguments):
+        return False
+    run_dir = Path(os.environ.get("LAZYFS_RUN_DIR") or "/run/lazyfs")
+    return not any(run_dir.glob("*/control.sock"))
