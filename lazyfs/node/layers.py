@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from lazyfs.errors import FormatError, SourceError
+from lazyfs.errors import SourceError
 from lazyfs.image.digest import Digest
 from lazyfs.registry import open_source
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lazyfs.image.bootstrap import Bootstrap
     from lazyfs.image.descriptor import Descriptor, Document
     from lazyfs.image.manifest import LazyManifest
     from lazyfs.node.order import MountOrder
@@ -88,23 +87,6 @@ def read_checked(path: Path, layer: StoredLayer | Descriptor) -> bytes | None:
             if Digest.of(data) == layer.digest:
                 return data
     return None
-
-
-def check_parts(lazy: LazyManifest, bootstrap: Bootstrap) -> None:
-    """
-    Manifest and bootstrap must speak of the same blobs: what is pulled, kept and deleted is what is read.
-
-    Raises:
-        FormatError: they do not.
-
-    """
-    promised = {blob.digest: (blob.size, False) for blob in lazy.layers}
-    if lazy.hot is not None:
-        promised[lazy.hot.digest] = (lazy.hot.size, True)
-    if len(bootstrap.devices) != len(lazy.layers):
-        raise FormatError(f"bootstrap has {len(bootstrap.devices)} devices, the manifest {len(lazy.layers)} layers")
-    if {blob.digest: (blob.size, blob.hot) for blob in bootstrap.blobs} != promised:
-        raise FormatError("bootstrap and manifest do not name the same blobs")
 
 
 class DeferredSource:

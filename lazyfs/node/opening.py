@@ -24,11 +24,11 @@ from lazyfs.errors import DiskFullError, IntegrityError
 from lazyfs.fs.drivers import Driver, choose_driver
 from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap
 from lazyfs.image.digest import Digest
+from lazyfs.image.parts import check_parts
 from lazyfs.image.table import ChunkTable
 from lazyfs.node.layers import (
     StoredLayer,
     bootstrap_path,
-    check_parts,
     deferred_source,
     erofs_path,
     find_image,

@@ -78,7 +78,7 @@ def _check(order: MountOrder, document: Document, data: bytes) -> MountOrder:
     from lazyfs.fs.drivers import Driver, choose_driver  # noqa: PLC0415
     from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap  # noqa: PLC0415
     from lazyfs.image.manifest import parse_lazy_manifest  # noqa: PLC0415
-    from lazyfs.node.layers import check_parts  # noqa: PLC0415
+    from lazyfs.image.parts import check_parts  # noqa: PLC0415
 
     lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
     layer = StoredLayer.of(lazy)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lazyfs.errors import FormatError
 from lazyfs.image.bootstrap import Bootstrap, decompress_layer, parse_bootstrap
 from lazyfs.image.erofs import ErofsImage
 from lazyfs.image.manifest import LazyManifest, Manifest, parse_lazy_manifest, parse_manifest
+from lazyfs.image.parts import check_parts
 
 if TYPE_CHECKING:
     from lazyfs.image.descriptor import Document
@@ -44,12 +44,6 @@ def load_lazy_image(source: ImageSource, document: Document) -> LazyImage:
     lazy = parse_lazy_manifest(manifest)
     layer = lazy.bootstrap
     bootstrap = parse_bootstrap(decompress_layer(source.read_blob(layer.digest, layer.size), layer.raw_size))
-    promised = {blob.digest: (blob.size, False) for blob in lazy.layers}
-    if lazy.hot is not None:
-        promised[lazy.hot.digest] = (lazy.hot.size, True)
-    if len(bootstrap.devices) != len(lazy.layers):
-        raise FormatError(f"bootstrap has {len(bootstrap.devices)} devices, the manifest {len(lazy.layers)} layers")
-    if {blob.digest: (blob.size, blob.hot) for blob in bootstrap.blobs} != promised:
-        raise FormatError("bootstrap and manifest do not name the same blobs")
+    check_parts(lazy, bootstrap)
     sizes = [device.table.device_size for device in bootstrap.devices]
     return LazyImage(document, manifest, lazy, bootstrap, ErofsImage.parse(bootstrap.erofs, sizes))
