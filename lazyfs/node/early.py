@@ -71,6 +71,7 @@ def _live(connection: socket.socket) -> NoReturn:
         from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
 
         _, mounter = start_mounter()   # before threads, big imports and /dev/fuse
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's idle threads spin, and we need none
         gc.disable()                   # a tenth of the time that imports take
         from lazyfs.node import serving  # noqa: PLC0415
 

@@ -140,7 +140,7 @@ def _holds(mapped: mmap.mmap | None, data: bytes | memoryview) -> bool:
 
 
 def _parse_tree(data: memoryview | bytes | mmap.mmap, sizes: list[int]) -> ErofsImage:
-    from lazyfs.image.erofs import ErofsImage  # noqa: PLC0415 - a seeded worker with driver erofs needs none
+    from lazyfs.image.erofs.reader import ErofsImage  # noqa: PLC0415 - a seeded worker with driver erofs needs none
 
     return ErofsImage.parse(data, sizes)
 

@@ -1,8 +1,7 @@
 """
-What the starter of a worker does while the worker is still importing its libraries: fetch the bootstrap, and check it
-if there is time.
+What the starter of a worker does while the worker is still importing its libraries: fetch the bootstrap, and check it.
 
-Two processes, two cores: this takes the registry's part, and often the check of the EROFS image, out of the time from
+Two processes, two cores: this takes the registry's part, and the check of the EROFS image, out of the time from
 `lazyfs mount` to the mount. The worker still checks the layer against its digest, and reads the tables itself; the
 EROFS image it believes to be valid if its own starter says so (nobody else may: node.control).
 
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import os
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 
 # image.manifest.BOOTSTRAP_KEY, whose module imports numpy; a test keeps the two alike.
 BOOTSTRAP_KEY = "containerd.io/snapshot/lazyfs.bootstrap"
-# Checking takes 150 ms with its imports; a worker that was forked less than this ago would have to wait for its own.
-_CHECK_HERE_S = 0.1
 
 
 def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrder:
@@ -50,7 +46,6 @@ def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrde
         LazyfsError: the image cannot be had, or is damaged.
 
     """
-    began = time.monotonic()
     source = open_source(order.image, order.registry_options())
     try:
         document = select_image(source, order.platform)
@@ -68,7 +63,7 @@ def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrde
     finally:
         source.close()
     order = replace(order, seed=str(path))
-    if time.monotonic() - began > _CHECK_HERE_S or erofs_path(cache_dir, layer.digest).exists():
+    if erofs_path(cache_dir, layer.digest).exists():
         return order
     return _check(order, document, data)
 
@@ -86,7 +81,7 @@ def _check(order: MountOrder, document: Document, data: bytes) -> MountOrder:
     check_parts(lazy, bootstrap)
     checked = choose_driver(order.driver) is Driver.EROFS   # driver fuse needs the parsed image, there
     if checked:
-        from lazyfs.image.erofs import ErofsImage  # noqa: PLC0415
+        from lazyfs.image.erofs.reader import ErofsImage  # noqa: PLC0415
 
         ErofsImage.parse(bootstrap.erofs, [device.table.device_size for device in bootstrap.devices])
     return replace(order, layer=(layer.digest.text, layer.size, layer.raw_size), checked=checked)
