@@ -15,6 +15,7 @@ keeper that died) changes nothing: a later keeper fetches the descriptors from h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -122,7 +123,8 @@ async def _serve(
     served = Served()
     session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
-    async with Fetcher() as fetcher:
+    async with Fetcher() as fetcher, trio.open_nursery() as signs:
+        signs.start_soon(_beat, channel, place.beat_s)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True)
         if take_over:
             await worker.restore()
@@ -134,9 +136,9 @@ async def _serve(
         async with serving.running(session, directory, mounter) as nursery:
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
-            nursery.start_soon(_beat, channel, place.beat_s)
             nursery.start_soon(_listen, lines, worker)
             await nursery.start(_watch_term, worker)
+            _say(channel, READY)
             await worker.finished.wait()
             nursery.cancel_scope.cancel()
         if worker.idle:
@@ -148,28 +150,35 @@ async def _serve(
 
 
 async def _beat(channel: socket.socket, every_s: float) -> None:
-    """Tell the keeper that the loop turns. It may be gone; that is none of our business."""
-    import contextlib  # noqa: PLC0415
-
+    """Tell the keeper that the loop turns, also while images are restored."""
     import trio  # noqa: PLC0415
 
-    word = READY
     while True:
-        with contextlib.suppress(OSError):
-            channel.send(word, socket.MSG_DONTWAIT)   # a keeper that does not read must not stop us
-            word = BEAT
+        _say(channel, BEAT)
         await trio.sleep(every_s)
 
 
+def _say(channel: socket.socket, word: bytes) -> None:
+    """Tell the keeper. It may be gone, or not read: that must not stop us."""
+    with contextlib.suppress(OSError):
+        channel.send(word, socket.MSG_DONTWAIT)
+
+
 async def _listen(lines: BinaryIO, worker: Worker) -> None:
+    """What the keeper says, until it says that we are not needed, or is gone."""
     import trio  # noqa: PLC0415
 
-    while line := await trio.to_thread.run_sync(lines.readline, abandon_on_cancel=True):
+    def next_line() -> bytes:
+        try:
+            return lines.readline()
+        except OSError:   # it died with something of ours unread
+            return b""
+
+    while line := await trio.to_thread.run_sync(next_line, abandon_on_cancel=True):
         if line == LEAVE:
             worker.finish_if_idle(even_lasting=True)
-        if line == RETIRE or worker.closing:
+        elif line == RETIRE:
             worker.shut_down()
-            return
 
 
 async def _watch_term(worker: Worker, task_status: trio.TaskStatus[None]) -> None:

@@ -71,9 +71,14 @@ class OpenedImage:
         self.source.close()
 
 
-def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
+def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> OpenedImage:
     """
     Open and check an image.
+
+    Args:
+        order: which.
+        cache_dir: where bootstraps are kept.
+        offline: use only what is kept; `order.layer` is given.
 
     Raises:
         LazyfsError: it cannot be had, is no lazy image, or is damaged.
@@ -88,7 +93,7 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
         layer = StoredLayer(Digest(order.layer[0]), order.layer[1], order.layer[2])
     try:
         if layer.size:
-            bootstrap = _read_bootstrap(source, layer, cache_dir, order.seed)
+            bootstrap = _read_bootstrap(None if offline else source, layer, cache_dir, order.seed)
         else:
             bootstrap = _read_unpacked(layer, cache_dir, order.bootstrap_dir)
         if lazy is not None:
@@ -107,13 +112,16 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
         raise
 
 
-def _read_bootstrap(source: ImageSource, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:
+def _read_bootstrap(source: ImageSource | None, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:
     path = bootstrap_path(cache_dir, layer.digest)
     data = read_checked(path, layer)
     if data is None:
         if seed is not None:
             data = read_checked(Path(seed), layer)
+        if data is None and source is None:
+            raise IntegrityError(f"{path} is missing or damaged", hint="it is fetched again in a moment")
         if data is None:
+            assert source is not None
             data = source.read_blob(layer.digest, layer.size)
         _write_file(path, data)
     if seed is not None and Path(seed) != path:

@@ -58,9 +58,9 @@ def state_of(record: MountRecord, directory: WorkerDir) -> State:
     return State.DETACHED
 
 
-def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher) -> MountedImage:
+def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool) -> MountedImage:
     """
-    Open a record's image and devices again. Blocking; asks no registry.
+    Open a record's image and devices again. Blocking; `offline`: asks no registry.
 
     Raises:
         LazyfsError: the cache directory does not have it any more, or its files are damaged.
@@ -69,7 +69,7 @@ def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher) -> MountedIma
     order = MountOrder.from_json(record.order)
     layer = (record.bootstrap, record.layer_size, record.raw_size)
     order = replace(order, layer=layer, checked=True, seed=None, document=None, driver=record.driver)
-    opened = open_image(order, cache.path)
+    opened = open_image(order, cache.path, offline=offline)
     mounted = MountedImage(order, record.slot, opened, Driver(record.driver), attempted=True)
     mounted.mount_id, mounted.bdi_names = record.mount_id, list(record.bdi_names)
     try:

@@ -237,16 +237,17 @@ class Worker:
         self._served.begin_numbers(*self._directory.read_numbers())
         for record in self._directory.records():
             self._served.begin_numbers(max([-1, *record.device_indexes]) + 1, record.slot + 1)
-            await self._restore(record)
+            await self._restore(record, offline=True)
 
-    async def _restore(self, record: MountRecord) -> None:
+    async def _restore(self, record: MountRecord, *, offline: bool) -> None:
         state = restore.state_of(record, self._directory)
         if state is restore.State.GONE:
             self._broken.pop(record.slot, None)
             self._directory.remove_record(record.slot)
             return
         try:
-            mounted = await trio.to_thread.run_sync(restore.reopen, record, self._cache, self._fetcher)
+            mounted = await trio.to_thread.run_sync(
+                restore.reopen, record, self._cache, self._fetcher, offline, abandon_on_cancel=True)
             restore.serve(mounted, record, self._served)
         except Exception as error:  # noqa: BLE001 - one broken image must not keep the others from being served
             if record.slot not in self._broken:
@@ -265,7 +266,7 @@ class Worker:
 
     async def _retry_broken(self) -> None:
         for broken in list(self._broken.values()):
-            await self._restore(broken.record)
+            await self._restore(broken.record, offline=False)
 
     # --- making a mount ----------------------------------------------------------------------------------------------
 
