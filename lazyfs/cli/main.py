@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": ("lazyfs.cli.convert:convert_command", "Make a lazy image out of an OCI or Docker image."),
     "mount": ("lazyfs.cli.mount:mount_command", "Mount a lazy image on a directory."),
     "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
+    "daemon": ("lazyfs.cli.daemon:daemon_command", "Serve all lazy images of this node; survive crashes and upgrades."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }

@@ -63,9 +63,13 @@ class LazyOperations(pyfuse3.Operations):
         super().__init__()
         self._served = served
         self.before_wait: Callable[[], None] = lambda: None   # fs.session sets it
+        self.on_init: Callable[[], None] = lambda: None       # likewise
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self.read_count = 0
         self.read_bytes = 0
+
+    def init(self) -> None:
+        self.on_init()
 
     def forget_image(self, slot: int) -> None:
         """Drop what is remembered of an image that is no longer served."""

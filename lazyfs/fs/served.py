@@ -82,14 +82,29 @@ class Served:
         self.devices[index] = reader
         return index
 
+    def restore_device(self, index: int, reader: DeviceReader) -> None:
+        """Serve a device under the number that a former worker gave it; the kernel's EROFS has it open."""
+        self.devices[index] = reader
+        self.count_open(inodes.device_inode(index), 1)
+
     def remove_device(self, index: int) -> None:
-        del self.devices[index]
+        self.devices.pop(index, None)
 
     def new_slot(self) -> int:
         """A number for a mount."""
         slot = self._next_slot
         self._next_slot += 1
         return slot
+
+    @property
+    def next_numbers(self) -> tuple[int, int]:
+        """The next device index and slot. A worker that takes over must begin with these, or above."""
+        return self._next_device, self._next_slot
+
+    def begin_numbers(self, next_device: int, next_slot: int) -> None:
+        """Give no number below these."""
+        self._next_device = max(self._next_device, next_device)
+        self._next_slot = max(self._next_slot, next_slot)
 
     def add_image(self, slot: int, tree: ErofsImage, devices: tuple[DeviceReader, ...]) -> ServedImage:
         """Serve a tree as directory tree/<slot>."""

@@ -37,13 +37,15 @@ class Controlled(Protocol):
     @property
     def closing(self) -> bool: ...
 
-    async def mount(self, order: MountOrder) -> dict[str, Any]: ...
+    async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
     async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]: ...
 
     def list_mounts(self) -> list[dict[str, Any]]: ...
 
     def statistics(self) -> dict[str, Any]: ...
+
+    def health(self) -> dict[str, Any]: ...
 
     def touched(self, target: str) -> dict[str, list[int]]: ...
 
@@ -168,26 +170,30 @@ async def _answer(asked: Asked, line: bytes) -> dict[str, Any]:
         return {"error": error_to(error)}
 
 
+async def _mount(asked: Asked, request: dict[str, Any]) -> Any:
+    order = MountOrder.from_json(request["order"])
+    if not asked.starter:
+        layer = order.layer if order.bootstrap_dir is not None else None
+        order = replace(order, seed=None, document=None, layer=layer, checked=False)
+    result = await asked.worker.mount(order, ensure=bool(request.get("ensure")))
+    if request.get("attached"):
+        asked.attached.append(order.target)
+    return result
+
+
 async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
     worker = asked.worker
     operation = request.get("op")
     if operation == protocol.MOUNT:
-        order = MountOrder.from_json(request["order"])
-        if not asked.starter:
-            order = replace(order, seed=None, document=None, layer=None, checked=False)
-        result = await worker.mount(order)
-        if request.get("attached"):
-            asked.attached.append(order.target)
-        return result
+        return await _mount(asked, request)
     if operation == protocol.UNMOUNT:
         lazy, force = bool(request.get("lazy")), bool(request.get("force"))
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
-    if operation == protocol.LIST:
-        return worker.list_mounts()
-    if operation == protocol.STATS:
-        return worker.statistics()
     if operation == protocol.TOUCHED:
         return worker.touched(str(request["target"]))
+    plain = {protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health}
+    if operation in plain:
+        return plain[operation]()
     if operation == protocol.SHUTDOWN:
         worker.shut_down()
         return True

@@ -9,15 +9,17 @@ find it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import BugError, DeadlineError
 from lazyfs.node import early
 from lazyfs.node.protocol import MOUNT, ControlClient, WorkerGoneError
-from lazyfs.node.rundir import WorkerDir
+from lazyfs.node.rundir import ProcessIdentity, WorkerDir, daemon_dir
 from lazyfs.node.unmount import clean_stale
 
 if TYPE_CHECKING:
@@ -62,6 +64,10 @@ def mount_image(order: MountOrder, cache_dir: str, *, attached: bool = False) ->
         LazyfsError: whatever is in the way; nothing is left behind.
 
     """
+    daemon = find_daemon()
+    if daemon is not None and daemon.cache_dir == cache_dir:
+        early.discard()
+        return _ask_daemon(daemon.directory, order, attached=attached)
     directory = WorkerDir.of_cache(cache_dir)
     deadline = time.monotonic() + _FIND_S
     while time.monotonic() < deadline:
@@ -82,6 +88,45 @@ def mount_image(order: MountOrder, cache_dir: str, *, attached: bool = False) ->
     raise DeadlineError(
         f"the worker of {cache_dir} neither answers nor ends", hint=f"look at it: {directory.identity}, {directory.log}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """The node's daemon: it runs, or is just getting a new worker."""
+
+    directory: WorkerDir
+    cache_dir: str
+
+
+def find_daemon() -> Daemon | None:
+    """The daemon of this node, if its keeper or its worker lives."""
+    directory = daemon_dir()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        data = json.loads(directory.keeper_identity.read_bytes())
+        keeper = ProcessIdentity(int(data["pid"]), int(data["start_ticks"]), str(data["boot_id"]))
+        if keeper.alive or directory.worker() is not None:
+            return Daemon(directory, str(data["cache_dir"]))
+    return None
+
+
+def _ask_daemon(directory: WorkerDir, order: MountOrder, *, attached: bool) -> MountHandle:
+    """A worker that dies meanwhile is followed by another, which is asked again."""
+    deadline = time.monotonic() + _FIND_S
+    ensure = False
+    while True:
+        try:
+            client = ControlClient.connect(directory.socket)
+            try:
+                result = client.request(MOUNT, MOUNT_REQUEST_S, order=order.to_json(), attached=attached, ensure=ensure)
+            except BaseException:
+                client.close()
+                raise
+            return MountHandle(client, result, None)
+        except WorkerGoneError:
+            if time.monotonic() > deadline:
+                raise DeadlineError("the daemon's worker does not answer", hint="lazyfs daemon status") from None
+            ensure = True
+            time.sleep(_POLL_S)
 
 
 def _ask(client: ControlClient, order: MountOrder, child: int | None, *, attached: bool) -> MountHandle:

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """The bootstrap layer: as image.manifest.LazyBootstrap, whose module a seeded worker does not load."""
+    """
+    The bootstrap layer: as image.manifest.LazyBootstrap, whose module a seeded worker does not load.
+
+    One that was unpacked by somebody else is known by its uncompressed tar only: `size` is 0, `digest` the tar's.
+    """
 
     digest: Digest
     size: int
@@ -67,6 +71,11 @@ def find_image(order: MountOrder) -> tuple[ImageSource, LazyManifest]:
 def deferred_source(order: MountOrder) -> DeferredSource:
     """The order's source, opened at its first use."""
     return DeferredSource(order.image, lambda: open_source(order.image, order.registry_options()))
+
+
+def tar_path(cache_dir: Path, digest: Digest) -> Path:
+    """Where a cache directory keeps a bootstrap that came unpacked."""
+    return cache_dir / "bootstraps" / f"{digest.hex}.tar"
 
 
 def bootstrap_path(cache_dir: Path, digest: Digest) -> Path:

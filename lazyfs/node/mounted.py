@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lazyfs.fetch.device import FetchDevice
+from lazyfs.node.rundir import MountRecord
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+    from pathlib import Path
 
     import trio
 
-    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher, PrefetchHandle
     from lazyfs.fs.drivers import Driver
     from lazyfs.fs.served import Served
     from lazyfs.node.opening import OpenedImage
     from lazyfs.node.order import MountOrder
+    from lazyfs.node.rundir import ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +63,7 @@ class MountedImage:
     A mount and what it keeps open.
 
     Attributes:
-        device_indexes: its files dev/<index>; devices that the kernel reads directly from the cache have none.
+        device_indexes: its files dev/<index>, in order; -1: the kernel reads that device directly from the cache.
         bdi_names: of its EROFS mount, under /sys/class/bdi.
         detached: taken from its directory while still in use; served until it is not.
         local: everything is cached, and read-ahead was set accordingly.
@@ -79,9 +84,22 @@ class MountedImage:
     detached: bool = False
     local: bool = False
 
+    def is_for(self, order: MountOrder) -> bool:
+        """Whether this is the image that `order` wants."""
+        return order.image == self.order.image and (order.layer is None or order.layer == self.order.layer)
+
     def in_use(self, served: Served) -> bool:
         """Whether somebody still reads through us."""
         return any(map(served.device_in_use, self.device_indexes)) or served.image_in_use(self.slot)
+
+    def record(self, worker: ProcessIdentity, cache_dir: Path) -> MountRecord:
+        """What a worker that takes over must know."""
+        layer = self.opened.layer
+        return MountRecord(
+            self.order.target, self.order.image, str(self.driver), str(layer.digest), str(cache_dir), self.slot,
+            worker.pid, worker.start_ticks, worker.boot_id, self.mount_id, layer.size, layer.raw_size,
+            list(self.device_indexes), list(self.bdi_names), self.detached, self.order.to_json(),
+        )
 
     def complete(self) -> bool:
         return all(device.device.cached.complete for device in self.devices)
@@ -98,7 +116,8 @@ class MountedImage:
         if self.prefetch is not None:
             self.prefetch.cancel()
         for index in self.device_indexes:
-            served.remove_device(index)
+            if index >= 0:
+                served.remove_device(index)
         if self.slot in served.images:
             served.remove_image(self.slot)
         for device in self.devices:
@@ -113,13 +132,27 @@ class MountedImage:
             "image": self.order.image,
             "target": self.order.target,
             "driver": str(self.driver),
-            "bootstrap": str(self.opened.bootstrap_digest),
+            "bootstrap": str(self.opened.layer.digest),
             "detached": self.detached,
             "complete": self.complete(),
             "touched_stored_bytes": sum(device.device.touched_stored_bytes for device in self.devices),
             "device_bytes": sum(device.size for device in self.devices),
             "prefetched_chunks": self.prefetch.fetched_count if self.prefetch else 0,
         }
+
+
+def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> None:
+    """Blocking: opens the devices' files in the cache. Raises CacheError."""
+    opened = mounted.opened
+    blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
+    for digest, table in opened.devices:
+        cached = cache.device(digest, table.chunk_size, table.device_size)
+        try:
+            device = FetchDevice(table, cached, blobs)
+        except BaseException:
+            cached.release()
+            raise
+        mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s))
 
 
 def hot_plan(opened: OpenedImage, devices: list[LazyDevice]) -> list[tuple[FetchDevice, int]]:

@@ -6,6 +6,7 @@ is checked: manifest by its digest (registry), bootstrap layer by the manifest's
 our own readers, before the kernel sees a byte of them. Stored in the cache directory, checked again at each use:
 
     bootstraps/<hex of the layer's digest>.zst     the bootstrap layer as it came
+    bootstraps/<hex of the tar's digest>.tar       one that came unpacked (from containerd)
     images/<hex of the layer's digest>.erofs       what the kernel mounts; what it holds has been checked once
 """
 
@@ -14,15 +15,17 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lazyfs import limits
 from lazyfs.errors import DiskFullError, IntegrityError
 from lazyfs.fs.drivers import Driver, choose_driver
-from lazyfs.image.bootstrap import decompress_layer, parse_bootstrap
+from lazyfs.image.bootstrap import decompress_layer, pack_unpacked, parse_bootstrap
 from lazyfs.image.digest import Digest
 from lazyfs.image.parts import check_parts
 from lazyfs.image.table import ChunkTable
@@ -33,6 +36,7 @@ from lazyfs.node.layers import (
     erofs_path,
     find_image,
     read_checked,
+    tar_path,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ class OpenedImage:
     """A checked image. `close()` when it is no longer needed. `parsed`: for driver fuse; keeps `erofs_path` mapped."""
 
     source: ImageSource
-    bootstrap_digest: Digest
+    layer: StoredLayer
     blobs: tuple[BlobRef, ...]
     devices: tuple[tuple[Digest, ChunkTable], ...]
     erofs_path: Path
@@ -67,9 +71,14 @@ class OpenedImage:
         self.source.close()
 
 
-def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
+def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> OpenedImage:
     """
     Open and check an image.
+
+    Args:
+        order: which.
+        cache_dir: where bootstraps are kept.
+        offline: use only what is kept; `order.layer` is given.
 
     Raises:
         LazyfsError: it cannot be had, is no lazy image, or is damaged.
@@ -83,7 +92,10 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
         source = deferred_source(order)
         layer = StoredLayer(Digest(order.layer[0]), order.layer[1], order.layer[2])
     try:
-        bootstrap = _read_bootstrap(source, layer, cache_dir, order.seed)
+        if layer.size:
+            bootstrap = _read_bootstrap(None if offline else source, layer, cache_dir, order.seed)
+        else:
+            bootstrap = _read_unpacked(layer, cache_dir, order.bootstrap_dir)
         if lazy is not None:
             check_parts(lazy, bootstrap)
         path = erofs_path(cache_dir, layer.digest)
@@ -94,24 +106,60 @@ def open_image(order: MountOrder, cache_dir: Path) -> OpenedImage:
             (device.digest, ChunkTable(device.table.chunk_size, device.table.device_size, np.array(device.table.rows)))
             for device in bootstrap.devices
         )
-        return OpenedImage(source, layer.digest, bootstrap.blobs, devices, path, tree)
+        return OpenedImage(source, layer, bootstrap.blobs, devices, path, tree)
     except BaseException:
         source.close()
         raise
 
 
-def _read_bootstrap(source: ImageSource, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:
+def _read_bootstrap(source: ImageSource | None, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:
     path = bootstrap_path(cache_dir, layer.digest)
     data = read_checked(path, layer)
     if data is None:
         if seed is not None:
             data = read_checked(Path(seed), layer)
+        if data is None and source is None:
+            raise IntegrityError(f"{path} is missing or damaged", hint="it is fetched again in a moment")
         if data is None:
+            assert source is not None
             data = source.read_blob(layer.digest, layer.size)
         _write_file(path, data)
     if seed is not None and Path(seed) != path:
         Path(seed).unlink(missing_ok=True)
     return parse_bootstrap(decompress_layer(data, layer.raw_size))
+
+
+def _read_unpacked(layer: StoredLayer, cache_dir: Path, directory: str | None) -> Bootstrap:
+    path = tar_path(cache_dir, layer.digest)
+    data = _read_bounded(path)
+    if data is None or Digest.of(data) != layer.digest:
+        if directory is None:
+            raise IntegrityError(f"{path} is missing or damaged", hint="pull the image again")
+        data = pack_unpacked(lambda name: _read_member(Path(directory) / name))
+        found = Digest.of(data)
+        if found != layer.digest:
+            raise IntegrityError(f"the bootstrap in {directory} is {found.short}, expected {layer.digest.short}",
+                                 hint="remove the image, and pull it again")
+        _write_file(path, data)
+    return parse_bootstrap(data)
+
+
+def _read_member(path: Path) -> bytes:
+    data = _read_bounded(path)
+    if data is None:
+        raise IntegrityError(f"{path} is not there, or is not what a lazy image holds", hint="pull the image again")
+    return data
+
+
+def _read_bounded(path: Path) -> bytes | None:
+    """A regular file's content; None: there is none, or one that is too large."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                data = file.read(limits.BOOTSTRAP_BYTES_MAX + 1)
+                return data if len(data) <= limits.BOOTSTRAP_BYTES_MAX else None
+    return None
 
 
 def _store_erofs(bootstrap: Bootstrap, path: Path, *, checked: bool, want_tree: bool) -> ErofsImage | None:

@@ -34,8 +34,11 @@ class MountOrder:
         registry: keyword arguments of registry.RegistryOptions, paths as text.
         seed: from the worker's starter only: a file with the bootstrap layer; the worker removes it.
         document, document_type: likewise: the image's manifest (base64) and its media type.
-        layer: likewise: digest, size and uncompressed size of the bootstrap layer.
+        layer: likewise: digest, size and uncompressed size of the bootstrap layer; sizes of 0: the digest is that of
+            the uncompressed layer, which is in `bootstrap_dir` or was mounted before.
         checked: likewise: the EROFS image in it is valid.
+        bootstrap_dir: a directory of root's that holds the unpacked bootstrap layer (the snapshotter's), or None; with
+            it, and `layer`, no registry is asked before data is read.
 
     """
 
@@ -51,6 +54,7 @@ class MountOrder:
     document_type: str = ""
     layer: tuple[str, int, int] | None = None
     checked: bool = False
+    bootstrap_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:

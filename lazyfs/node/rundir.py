@@ -1,13 +1,15 @@
 """
 The run directory: who serves what, for everybody who comes later (umount, the next mount, a person).
 
-    /run/lazyfs/<worker id>/          one a cache directory; the id is made of its path
+    /run/lazyfs/<worker id>/          one a cache directory; the id is made of its path; `daemon`: the node daemon's
         lock                          flock: who starts or ends a worker here
         control.sock                  the worker's control socket (node.protocol)
         worker.json                   which process it is
         worker.log                    its messages
         fuse/  ctl/                   its FUSE mount; where fusectl is mounted for a moment
         mounts/<slot>.json            one record a mount
+        numbers.json                  the next device index and slot, for a worker that takes over
+        keeper.json, keeper.sock      of the daemon: which process keeps the descriptors, where it is asked
 
 Layer: node. Nothing here is trusted further than root is: mode 0700. A record outlives its worker; whether the worker
 lives is told by pid, start time and boot, never by the pid alone. LAZYFS_RUN_DIR names another place (for tests).
@@ -21,8 +23,9 @@ import fcntl
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lazyfs.errors import HostError
 
@@ -43,7 +46,7 @@ class ProcessIdentity:
         """None: no such process, or one that has ended and was not collected yet."""
         try:
             text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            boot_id = read_boot_id()
         except OSError:
             return None
         rest = text.rpartition(")")[2].split()
@@ -56,7 +59,18 @@ class ProcessIdentity:
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """One mount. `image`: as the user wrote it; `bootstrap`: digest of its bootstrap layer."""
+    """
+    One mount: for who comes later, and for a worker that takes over.
+
+    Attributes:
+        image: as the user wrote it.
+        bootstrap: digest of its bootstrap layer; `layer_size`, `raw_size`: stored and uncompressed.
+        mount_id: of proc(5) mountinfo; 0: about to be mounted.
+        device_indexes: of dev/<index>, in the image's order; -1: the kernel reads the cache's own file.
+        detached: gone from its target, still in use.
+        order: node.order.MountOrder as JSON; it may hold a password, and the file is for root only.
+
+    """
 
     target: str
     image: str
@@ -67,6 +81,13 @@ class MountRecord:
     pid: int
     start_ticks: int
     boot_id: str
+    mount_id: int = 0
+    layer_size: int = 0
+    raw_size: int = 0
+    device_indexes: list[int] = field(default_factory=list)
+    bdi_names: list[str] = field(default_factory=list)
+    detached: bool = False
+    order: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def worker(self) -> ProcessIdentity:
@@ -91,6 +112,18 @@ class WorkerDir:
     @property
     def identity(self) -> Path:
         return self.root / "worker.json"
+
+    @property
+    def keeper_identity(self) -> Path:
+        return self.root / "keeper.json"
+
+    @property
+    def keeper_socket(self) -> Path:
+        return self.root / "keeper.sock"
+
+    @property
+    def numbers(self) -> Path:
+        return self.root / "numbers.json"
 
     @property
     def log(self) -> Path:
@@ -178,16 +211,25 @@ class WorkerDir:
         with contextlib.suppress(OSError):
             for path in (self.fuse, self.control_mount, self.mounts):
                 os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
-            for path in (self.socket, self.identity, self.seed, self.log, self.root / "lock"):
+            for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,
+                         self.keeper_socket, self.root / "lock"):
                 path.unlink(missing_ok=True)
             self.root.rmdir()
 
     def write_record(self, record: MountRecord) -> None:
         """Store atomically. Raises OSError."""
-        path = self.mounts / f"{record.slot}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
-        temporary.replace(path)
+        _write_json(self.mounts / f"{record.slot}.json", asdict(record))
+
+    def write_numbers(self, next_device: int, next_slot: int) -> None:
+        """Store atomically: no worker after this one may give a number below these. Raises OSError."""
+        _write_json(self.numbers, [next_device, next_slot])
+
+    def read_numbers(self) -> tuple[int, int]:
+        """What write_numbers() stored last; (0, 1) if nothing."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            device, slot = json.loads(self.numbers.read_bytes())
+            return int(device), int(slot)
+        return 0, 1
 
     def remove_record(self, slot: int) -> None:
         (self.mounts / f"{slot}.json").unlink(missing_ok=True)
@@ -198,8 +240,26 @@ class WorkerDir:
         for path in sorted(self.mounts.glob("*.json")):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 data = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
-                found.append(MountRecord(**{field.name: data[field.name] for field in fields(MountRecord)}))
+                found.append(MountRecord(**{known.name: data[known.name] for known in fields(MountRecord)}))
         return found
+
+
+def daemon_dir() -> WorkerDir:
+    """The directory of this node's daemon, whether it runs or not."""
+    return WorkerDir(run_root() / "daemon")
+
+
+def read_boot_id() -> str:
+    """Which boot of the machine this is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _write_json(path: Path, value: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    temporary.replace(path)
 
 
 def run_root() -> Path:

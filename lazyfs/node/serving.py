@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,6 @@ from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.worker import Worker
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator
 
 _END_S = 20.0                    # how long taking everything away may take
@@ -57,7 +57,7 @@ def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mount
     try:
         trio.run(_serve, directory, cache_dir, first, MounterClient(mounter))
     except (LazyfsError, BaseExceptionGroup) as raised:
-        error = _first_error(raised)
+        error = first_error(raised)
         _log.error("cannot serve: %s", error, exc_info=None if isinstance(error, LazyfsError) else raised)
         with contextlib.suppress(OSError):
             first.setblocking(True)
@@ -88,13 +88,13 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
     directory.write_worker(identity)
     served = Served()
     with CacheDir.open(Path(cache_dir)) as cache:
-        async with Fetcher() as fetcher, _session(directory, served, mounter) as nursery:
+        async with Fetcher() as fetcher, _mounted(directory, served, mounter) as nursery:
             worker = Worker(directory, cache, fetcher, served, mounter)
             listener = control.listen(directory.socket)
             try:
                 nursery.start_soon(_serve_first, _stream(first), worker)
-                nursery.start_soon(trio.to_thread.run_sync, _import_registry_client)
-                nursery.start_soon(_accept, listener, worker, nursery)
+                nursery.start_soon(trio.to_thread.run_sync, import_registry_client)
+                nursery.start_soon(accept, listener, worker, nursery)
                 nursery.start_soon(worker.tend)
                 await nursery.start(_watch_signals, worker)
                 await worker.finished.wait()
@@ -112,22 +112,29 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
 
 
 @contextlib.asynccontextmanager
-async def _session(directory: WorkerDir, served: Served, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
-    """A FUSE session that serves as long as the block runs; its end from outside cancels the block."""
+async def _mounted(directory: WorkerDir, served: Served, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
+    """A FUSE session of our own, mounted as long as the block runs."""
     session = FuseSession(LazyOperations(served), directory.fuse)
     session.open()
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_run_session, session)
-            with contextlib.suppress(LazyfsError):   # an optimisation
-                await trio.to_thread.run_sync(_tune, session, directory, mounter)
+        async with running(session, directory, mounter) as nursery:
             yield nursery
-            nursery.cancel_scope.cancel()
     finally:
         session.close()
 
 
-def _import_registry_client() -> None:
+@contextlib.asynccontextmanager
+async def running(session: FuseSession, directory: WorkerDir, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
+    """Serve an open session as long as the block runs; its end from outside cancels the block."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_run_session, session)
+        with contextlib.suppress(LazyfsError):   # an optimisation
+            await trio.to_thread.run_sync(_tune, session, directory, mounter)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+def import_registry_client() -> None:
     """What the first read needs, 60 ms of it: now, while the starter still reads and checks the bootstrap."""
     importlib.import_module("lazyfs.registry.client")
     importlib.import_module("lazyfs.registry.remote")
@@ -151,7 +158,7 @@ async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:
     worker.finish_if_idle()
 
 
-async def _accept(listener: trio.SocketListener, worker: Worker, nursery: trio.Nursery) -> None:
+async def accept(listener: trio.SocketListener, worker: Worker, nursery: trio.Nursery) -> None:
     async with listener:
         while True:
             nursery.start_soon(control.serve_connection, await listener.accept(), worker)
@@ -165,12 +172,17 @@ async def _watch_signals(worker: Worker, task_status: trio.TaskStatus[None]) -> 
             worker.shut_down()
 
 
+def listener_of(descriptor: int) -> trio.SocketListener:
+    """The control socket that the keeper listens on for us."""
+    return trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor)))
+
+
 def _stream(connection: socket.socket) -> trio.SocketStream:
     connection.setblocking(False)
     return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
 
 
-def _first_error(error: BaseException) -> BaseException:
+def first_error(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

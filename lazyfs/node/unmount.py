@@ -15,7 +15,7 @@ from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import mountapi
 from lazyfs.fs.isolate import call_isolated
 from lazyfs.node.holders import describe_holders
-from lazyfs.node.rundir import MountRecord, WorkerDir, all_worker_dirs
+from lazyfs.node.rundir import MountRecord, WorkerDir, all_worker_dirs, read_boot_id
 
 UNMOUNT_TIMEOUT_S = 10.0
 _LINKS_MAX = 40
@@ -105,7 +105,7 @@ def clean_stale(directory: WorkerDir) -> list[str]:
     cleaned = []
     for record in stale_records(directory):
         with contextlib.suppress(LazyfsError):
-            if _is_ours(record, directory):
+            if is_ours(record, directory):
                 unmount_directly(record.target, lazy=True)
                 cleaned.append(record.target)
             directory.remove_record(record.slot)
@@ -136,18 +136,14 @@ def clean_all_stale() -> list[str]:
     return [target for directory in all_worker_dirs() for target in clean_and_remove(directory)]
 
 
-def _is_ours(record: MountRecord, directory: WorkerDir) -> bool:
+def is_ours(record: MountRecord, directory: WorkerDir) -> bool:
     """Whether what is mounted on the record's target now is what the record speaks of."""
     entry = mountapi.mount_at(record.target)
-    if entry is None or record.boot_id != _boot_id():
+    if entry is None or record.boot_id != read_boot_id():
         return False
     if record.driver == "fuse":
         fuse = mountapi.mount_at(str(directory.fuse))
         return entry.fs_type == "fuse.lazyfs" and (fuse is None or fuse.device == entry.device)
     return entry.fs_type == "erofs" and record.bootstrap.rpartition(":")[2] in entry.source
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 

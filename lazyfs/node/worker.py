@@ -1,6 +1,9 @@
 """
 The worker: one cache directory, one FUSE session, one fetch engine, many mounts.
 
+What another worker needs to go on from here is in the run directory before the kernel can ask for it: a record is
+written before its mount is made, and the numbers before they are used (node.restore reads them).
+
 Layer: node. Who calls: node.control with requests, node.serving runs it. Invariants: a mount that fails or is
 cancelled leaves nothing behind; a target has one mount; everything that may hang in the kernel is done by the mounter
 (fs.mounter). Runs on the trio loop; what blocks goes to threads.
@@ -14,13 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from lazyfs import __version__
 from lazyfs.errors import BusyError, LazyfsError, TargetError
-from lazyfs.fetch.device import FetchDevice
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
-from lazyfs.node.mounted import LazyDevice, MountedImage, hot_plan
+from lazyfs.node import restore
+from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
 from lazyfs.node.opening import open_image
-from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
+from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.unmount import check_target
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from lazyfs.fs.mounter import MounterClient
     from lazyfs.fs.served import Served
     from lazyfs.node.order import MountOrder
+    from lazyfs.node.rundir import MountRecord
 
 T = TypeVar("T")
 MOUNT_TIMEOUT_S = 30.0           # one mount or umount call in the kernel
@@ -45,8 +50,10 @@ class Worker:
     """See the module. `finished` is set when the worker should end."""
 
     def __init__(
-        self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient
+        self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient,
+        *, lasting: bool = False,
     ) -> None:
+        """`lasting`: the daemon's, which goes on without mounts; else it ends with the last one."""
         self._directory = directory
         self._cache = cache
         self._fetcher = fetcher
@@ -59,14 +66,20 @@ class Worker:
         self._mounts: dict[str, MountedImage] = {}
         self._detached: list[MountedImage] = []
         self._busy_targets: set[str] = set()
+        self._lasting = lasting
+        self._broken: dict[int, restore.Broken] = {}
         self.closing = False
         self.finished = trio.Event()
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    async def mount(self, order: MountOrder) -> dict[str, Any]:
+    async def mount(self, order: MountOrder, *, ensure: bool = False) -> dict[str, Any]:
         """
         Mount an image; the target is readable when this returns.
+
+        Args:
+            order: what and where.
+            ensure: be content if just that is mounted there already.
 
         Raises:
             LazyfsError: whatever is in the way; nothing is left behind then. The same on cancel.
@@ -75,6 +88,9 @@ class Worker:
         driver = drivers.choose_driver(order.driver)
         if order.target in self._busy_targets:
             raise BusyError(f"{order.target} is being mounted or unmounted by another command")
+        known = self._mounts.get(order.target)
+        if ensure and known is not None and known.is_for(order) and self._is_mounted(known):
+            return known.describe()
         self._busy_targets.add(order.target)
         try:
             await trio.to_thread.run_sync(check_target, order.target)
@@ -129,6 +145,17 @@ class Worker:
             "mounts": self.list_mounts(),
         }
 
+    def health(self) -> dict[str, Any]:
+        """Whether it serves, and what it cannot serve."""
+        return {
+            "ready": not self.closing,
+            "version": __version__,
+            "pid": self._identity.pid,
+            "mounts": len(self._mounts),
+            "detached": len(self._detached),
+            "broken": [broken.describe() for broken in self._broken.values()],
+        }
+
     def touched(self, target: str) -> dict[str, list[int]]:
         """
         What was read through a mount: by layer device's digest, chunk indexes in the order of their first touch.
@@ -169,8 +196,10 @@ class Worker:
                     drivers.set_read_ahead(mounted.bdi_names, drivers.READ_AHEAD_LOCAL_KIB)
             for mounted in [one for one in self._detached if not one.in_use(self._served)]:
                 self._detached.remove(mounted)
+                self._directory.remove_record(mounted.slot)
                 mounted.release(self._served)
             self.finish_if_idle()
+            await self._retry_broken()
             if elapsed_s >= _CHECKPOINT_S:
                 elapsed_s = 0.0
                 await trio.to_thread.run_sync(self._cache.checkpoint)
@@ -183,26 +212,73 @@ class Worker:
         self._mounts.clear()
         self._detached.clear()
 
-    def finish_if_idle(self) -> None:
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to serve."""
+        return not (self._mounts or self._detached or self._busy_targets or self._broken)
+
+    def finish_if_idle(self, *, even_lasting: bool = False) -> None:
         """An embedded worker ends with its last mount."""
-        if not (self._mounts or self._detached or self._busy_targets):
+        if self.idle and (even_lasting or not self._lasting):
             self.shut_down()
 
     def _is_mounted(self, mounted: MountedImage) -> bool:
         entry = mountapi.mount_at(mounted.order.target)
         return entry is not None and entry.mount_id == mounted.mount_id
 
+    # --- taking over -------------------------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """
+        Take up what the worker before this one served, before the kernel asks for it.
+
+        What cannot be restored is reported, answers with errors, and is tried again now and then.
+        """
+        self._served.begin_numbers(*self._directory.read_numbers())
+        for record in self._directory.records():
+            self._served.begin_numbers(max([-1, *record.device_indexes]) + 1, record.slot + 1)
+            await self._restore(record, offline=True)
+
+    async def _restore(self, record: MountRecord, *, offline: bool) -> None:
+        state = restore.state_of(record, self._directory)
+        if state is restore.State.GONE:
+            self._broken.pop(record.slot, None)
+            self._directory.remove_record(record.slot)
+            return
+        try:
+            mounted = await trio.to_thread.run_sync(
+                restore.reopen, record, self._cache, self._fetcher, offline, abandon_on_cancel=True)
+            restore.serve(mounted, record, self._served)
+        except Exception as error:  # noqa: BLE001 - one broken image must not keep the others from being served
+            if record.slot not in self._broken:
+                _log.error("%s (%s) cannot be served: %s", record.target, record.image, error)
+            self._broken[record.slot] = restore.Broken(record, str(error))
+            return
+        self._broken.pop(record.slot, None)
+        if state is restore.State.MOUNTED:
+            entry = mountapi.mount_at(record.target)
+            mounted.mount_id = entry.mount_id if entry is not None else 0
+            self._mounts[record.target] = mounted
+        else:
+            mounted.detached = True
+            self._detached.append(mounted)
+        self._directory.write_record(mounted.record(self._identity, self._cache.path))
+
+    async def _retry_broken(self) -> None:
+        for broken in list(self._broken.values()):
+            await self._restore(broken.record, offline=False)
+
     # --- making a mount ----------------------------------------------------------------------------------------------
 
     async def _attach(self, mounted: MountedImage) -> None:
         order, opened = mounted.order, mounted.opened
-        await trio.to_thread.run_sync(self._open_devices, mounted)
+        await trio.to_thread.run_sync(open_devices, mounted, self._cache, self._fetcher)
         if mounted.driver is Driver.EROFS:
             paths = await self._device_paths(mounted)
             # O_DIRECT on our own files: through the page cache a read costs half as much again, and every page is kept
             # twice. On the cache's files the second copy is worth it: the whole tree cold in 0.6 of O_DIRECT's time.
-            mounted.local = not mounted.device_indexes
-            mounted.attempted = True
+            mounted.local = all(index < 0 for index in mounted.device_indexes)
+            self._note(mounted)
             mounted.bdi_names = await self._call_mounter(
                 "mount_erofs", str(opened.erofs_path), order.target, paths, not mounted.local
             )
@@ -210,29 +286,22 @@ class Worker:
             drivers.set_read_ahead(mounted.bdi_names, size_kib)
         else:
             image = self._served.add_image(mounted.slot, opened.tree, tuple(mounted.devices))
-            mounted.attempted = True
+            self._note(mounted)
             source = self._directory.fuse / "tree" / os.fsdecode(image.name)
             await self._call_mounter("mount_tree", str(source), order.target)
         entry = mountapi.mount_at(order.target)
         if entry is None:
             raise TargetError(f"{order.target} was unmounted while it was being mounted")
         mounted.mount_id = entry.mount_id
-        self._directory.write_record(self._record(mounted))
+        self._directory.write_record(mounted.record(self._identity, self._cache.path))
         if order.prefetch:
             mounted.prefetch = self._fetcher.prefetch(hot_plan(opened, mounted.devices))
 
-    def _open_devices(self, mounted: MountedImage) -> None:
-        """Blocking: opens the devices' files in the cache."""
-        opened = mounted.opened
-        blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
-        for digest, table in opened.devices:
-            cached = self._cache.device(digest, table.chunk_size, table.device_size)
-            try:
-                device = FetchDevice(table, cached, blobs)
-            except BaseException:
-                cached.release()
-                raise
-            mounted.devices.append(LazyDevice(self._fetcher, device, mounted.order.read_timeout_s))
+    def _note(self, mounted: MountedImage) -> None:
+        """Before the kernel is asked to mount: from now on there may be something to unmount, or to take over."""
+        self._directory.write_numbers(*self._served.next_numbers)
+        self._directory.write_record(mounted.record(self._identity, self._cache.path))
+        mounted.attempted = True
 
     async def _device_paths(self, mounted: MountedImage) -> list[str]:
         """The files that the kernel's EROFS reads: ours, or the cache's own where a device is complete."""
@@ -240,18 +309,12 @@ class Worker:
         for device in mounted.devices:
             if device.device.cached.complete and await trio.to_thread.run_sync(device.device.cached.make_durable):
                 paths.append(_short_path(str(device.device.cached.data_path), device.device.cached.fd))
+                mounted.device_indexes.append(-1)
             else:
                 index = self._served.add_device(device)
                 mounted.device_indexes.append(index)
                 paths.append(str(self._directory.fuse / "dev" / str(index)))
         return paths
-
-    def _record(self, mounted: MountedImage) -> MountRecord:
-        identity = self._identity
-        return MountRecord(
-            mounted.order.target, mounted.order.image, str(mounted.driver), str(mounted.opened.bootstrap_digest),
-            str(self._cache.path), mounted.slot, identity.pid, identity.start_ticks, identity.boot_id,
-        )
 
     # --- taking it away ----------------------------------------------------------------------------------------------
 
@@ -297,11 +360,12 @@ class Worker:
     def _let_go(self, mounted: MountedImage, *, in_use: bool) -> None:
         """After it was unmounted: release it, or keep it for those who still use it."""
         del self._mounts[mounted.order.target]
-        self._directory.remove_record(mounted.slot)
         if in_use and mounted.in_use(self._served):
             mounted.detached = True
             self._detached.append(mounted)
+            self._directory.write_record(mounted.record(self._identity, self._cache.path))
         else:
+            self._directory.remove_record(mounted.slot)
             mounted.release(self._served)
 
     async def _call_mounter(self, name: str, *arguments: Any) -> Any:

@@ -1,0 +1,143 @@
+"""
+`lazyfs daemon`: run the node's daemon, ask it, replace it. Thin; the work is in lazyfs.node.keeper.
+
+Running means becoming: this process turns into the keeper, which must not carry what the command line imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from lazyfs.errors import BusyError, HostError, LazyfsError, TargetError
+
+if TYPE_CHECKING:
+    from lazyfs.node.rundir import WorkerDir
+
+DEFAULT_CACHE_DIR = "/var/lib/lazyfs/cache"
+_ANSWER_S = 60.0
+_EPILOG = """\b
+Examples:
+  lazyfs daemon                 run it here (systemd does this)
+  lazyfs daemon status          who serves, since when, what
+  lazyfs daemon upgrade         go on with the version that is installed now; no reader sees an error
+  lazyfs daemon stop            end it; mounts that are in use are still served, by its worker alone
+"""
+
+
+@click.group("daemon", epilog=_EPILOG, invoke_without_command=True, short_help="Serve all lazy images of this node.")
+@click.option("--cache-dir", default=DEFAULT_CACHE_DIR, show_default=True, metavar="DIR",
+              help="Where fetched data is kept.")
+@click.option("--hang-timeout", type=click.FloatRange(2), default=20.0, show_default=True, metavar="SECONDS",
+              help="A worker without a sign of life for that long is replaced.")
+@click.pass_context
+def daemon_command(context: click.Context, cache_dir: str, hang_timeout: float) -> None:
+    """
+    Serve all lazy images of this node through one FUSE mount.
+
+    The keeper holds the kernel's connection, a worker serves it. If the worker dies, the next one goes on with the
+    same mounts: what runs on them waits for a moment, and sees no error.
+    """
+    context.obj = {"cache_dir": os.path.realpath(cache_dir), "hang_s": hang_timeout, "beat_s": 1.0,
+                   "log_level": "INFO"}
+    if context.invoked_subcommand is None:
+        _become_keeper(context.obj)
+
+
+@daemon_command.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status_command(*, as_json: bool) -> None:
+    """Show who serves. Exit code 0: ready."""
+    from lazyfs.node.protocol import HEALTH, LIST, ControlClient, WorkerGoneError  # noqa: PLC0415
+
+    directory = _directory()
+    status: dict[str, Any] = _ask_keeper(directory, "status")
+    try:
+        with ControlClient.connect(directory.socket) as client:
+            status["health"] = client.request(HEALTH, 5.0)
+            status["mounts"] = client.request(LIST, 5.0)
+    except (WorkerGoneError, LazyfsError) as error:
+        status["health"] = {"ready": False, "reason": str(error)}
+    ready = status["ready"] and status["health"]["ready"]
+    if as_json:
+        print(json.dumps(status, indent=2))
+    else:
+        _print_status(status)
+    sys.exit(0 if ready else HostError.exit_code)
+
+
+@daemon_command.command("upgrade")
+@click.pass_context
+def upgrade_command(context: click.Context) -> None:
+    """Go on with the version of lazyfs that is installed now."""
+    print(f"worker {_ask_keeper(_directory(), 'upgrade', settings=context.obj)['worker']} serves")
+
+
+@daemon_command.command("stop")
+def stop_command() -> None:
+    """End the daemon. Its worker goes on as long as there are mounts; `lazyfs umount --all` before ends these."""
+    _ask_keeper(_directory(), "stop")
+
+
+def _become_keeper(settings: dict[str, Any]) -> NoReturn:
+    if os.geteuid() != 0:
+        raise HostError("the daemon needs root: it mounts", hint="run it with sudo")
+    directory = _directory()
+    directory.create()
+    words = [sys.executable, "-m", "lazyfs.node.keeper", json.dumps({"root": str(directory.root), **settings})]
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.execv(sys.executable, words)  # noqa: S606
+
+
+def _directory() -> WorkerDir:
+    from lazyfs.node.rundir import daemon_dir  # noqa: PLC0415
+
+    return daemon_dir()
+
+
+def _ask_keeper(directory: WorkerDir, operation: str, **arguments: Any) -> dict[str, Any]:
+    """Raises TargetError: none runs. BusyError: it refuses."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(_ANSWER_S)
+        try:
+            client.connect(str(directory.keeper_socket))
+            client.sendall(json.dumps({"op": operation, **arguments}).encode())
+            with client.makefile("rb") as stream:
+                line = stream.readline(1 << 20)
+        except (FileNotFoundError, ConnectionError):
+            raise TargetError(_no_daemon(directory), hint="start it: lazyfs daemon") from None
+        except TimeoutError:
+            raise BusyError(f"the daemon did not answer within {_ANSWER_S:g} s", hint="look at its log") from None
+    answer = json.loads(line or b"{}")
+    if "error" in answer:
+        raise BusyError(answer["error"])
+    result: dict[str, Any] = answer.get("result", {})
+    return result
+
+
+def _no_daemon(directory: WorkerDir) -> str:
+    worker = directory.worker()
+    if worker is None:
+        return "no daemon runs on this node"
+    return f"no daemon runs on this node; worker {worker.pid} of an earlier one still serves its mounts"
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    health = status["health"]
+    print(f"keeper {status['keeper']}, worker {status['worker']} ({status['turns']} since the start)")
+    if not health["ready"]:
+        print(f"not ready: {health.get('reason', 'ending')}")
+        return
+    print(f"version {health['version']}, {health['mounts']} mounts, {health['detached']} detached")
+    for mount in status.get("mounts", []):
+        done = "complete" if mount["complete"] else f"{mount['touched_stored_bytes'] / 1e6:.1f} MB touched"
+        print(f"  {mount['target']}  {mount['image']}  {mount['driver']}, {done}")
+    for broken in health["broken"]:
+        print(f"  broken: {broken['target']}  {broken['image']}: {broken['reason']}")

@@ -1,0 +1,195 @@
+"""
+The daemon's worker: `python -m lazyfs.node.daemonworker PLACE`, started by the keeper and by nobody else.
+
+It serves through descriptors that the keeper keeps, so that another one can go on in its place: after its death, or
+when it is told to retire (another version of us, a new configuration). It imports everything first, then waits for
+its turn: the pause that readers see is a hand-over, not a start.
+
+Layer: node. PLACE: JSON of `Place`. Channel to the keeper (node.keeper has the other end), lines of text:
+
+    worker  imported | ready | beat               keeper  go | go-on | retire | leave
+
+"go": mount, "go-on": take over, "retire": step aside, "leave": end if there is nothing to serve. The channel's end (a
+keeper that died) changes nothing: a later keeper fetches the descriptors from here (keeper.json says their numbers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    import trio
+
+    from lazyfs.fs.mounter import MounterClient
+    from lazyfs.node.worker import Worker
+
+IMPORTED, READY, BEAT = b"imported\n", b"ready\n", b"beat\n"
+GO, GO_ON, RETIRE, LEAVE = b"go\n", b"go-on\n", b"retire\n", b"leave\n"
+_log = logging.getLogger("lazyfs.node")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a worker is told. Descriptors: `channel` to the keeper, `fuse`, `listener` of the control socket."""
+
+    root: str
+    cache_dir: str
+    channel: int
+    fuse: int
+    listener: int
+    beat_s: float = 1.0
+    log_level: str = "INFO"
+
+    def to_json(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+
+def main() -> NoReturn:
+    """Serve until told to stop. Exit code 0: retired, or nothing left to serve."""
+    place = Place(**json.loads(sys.argv[1]))
+    for descriptor in (place.channel, place.fuse, place.listener):
+        os.set_inheritable(descriptor, False)   # a credential helper must not hold our mounts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # ^C is for the keeper
+    from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
+
+    _, mounter = start_mounter()   # before threads and big imports
+    code = _run(place, mounter)
+    sys.stdout.flush()
+    os._exit(code)   # half of an ordinary end would be taking libraries apart, while readers wait
+
+
+def _run(place: Place, mounter: socket.socket) -> int:
+    import gc  # noqa: PLC0415
+
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()
+    import trio  # noqa: PLC0415
+
+    from lazyfs.errors import BugError, LazyfsError  # noqa: PLC0415
+    from lazyfs.fs.mounter import MounterClient  # noqa: PLC0415
+    from lazyfs.node import serving  # noqa: PLC0415
+
+    serving.import_registry_client()
+    gc.freeze()
+    gc.enable()
+    logging.basicConfig(stream=sys.stderr, level=place.log_level,
+                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    serving.limit_arenas()
+    channel = socket.socket(fileno=place.channel)
+    channel.sendall(IMPORTED)
+    lines = channel.makefile("rb")
+    turn = lines.readline()
+    if turn not in {GO, GO_ON}:
+        return 0   # not needed, or the keeper is gone: the worker before us goes on
+    try:
+        trio.run(_serve, place, channel, lines, MounterClient(mounter), turn == GO_ON)
+    except (LazyfsError, BaseExceptionGroup) as raised:
+        error = serving.first_error(raised)
+        _log.error("cannot serve: %s", error, exc_info=None if isinstance(error, LazyfsError) else raised)
+        return error.exit_code if isinstance(error, LazyfsError) else BugError.exit_code
+    return 0
+
+
+async def _serve(
+    place: Place, channel: socket.socket, lines: BinaryIO, mounter: MounterClient, take_over: bool
+) -> None:
+    import trio  # noqa: PLC0415
+
+    from lazyfs.cache.store import CacheDir  # noqa: PLC0415
+    from lazyfs.fetch.engine import Fetcher  # noqa: PLC0415
+    from lazyfs.fs.operations import LazyOperations  # noqa: PLC0415
+    from lazyfs.fs.served import Served  # noqa: PLC0415
+    from lazyfs.fs.session import FuseSession  # noqa: PLC0415
+    from lazyfs.node import serving  # noqa: PLC0415
+    from lazyfs.node.rundir import ProcessIdentity, WorkerDir  # noqa: PLC0415
+    from lazyfs.node.unmount import clean_stale  # noqa: PLC0415
+    from lazyfs.node.worker import Worker  # noqa: PLC0415
+
+    directory = WorkerDir(Path(place.root))
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    directory.write_worker(identity)
+    served = Served()
+    session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
+    cache = CacheDir.open(Path(place.cache_dir))
+    async with Fetcher() as fetcher, trio.open_nursery() as signs:
+        signs.start_soon(_beat, channel, place.beat_s)
+        worker = Worker(directory, cache, fetcher, served, mounter, lasting=True)
+        if take_over:
+            await worker.restore()
+            session.take_over()
+        else:
+            for target in await trio.to_thread.run_sync(clean_stale, directory):
+                _log.error("%s was lost with the process that held it: restart what uses it", target)
+            session.open()
+        async with serving.running(session, directory, mounter) as nursery:
+            nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
+            nursery.start_soon(worker.tend)
+            nursery.start_soon(_listen, lines, worker)
+            await nursery.start(_watch_term, worker)
+            _say(channel, READY)
+            await worker.finished.wait()
+            nursery.cancel_scope.cancel()
+        if worker.idle:
+            session.close()
+            await trio.to_thread.run_sync(cache.checkpoint)
+        else:
+            session.leave()   # no goodbye to the mounts: whoever comes next goes on with them
+        os._exit(0)   # the fetcher's end would wait for downloads under way
+
+
+async def _beat(channel: socket.socket, every_s: float) -> None:
+    """Tell the keeper that the loop turns, also while images are restored."""
+    import trio  # noqa: PLC0415
+
+    while True:
+        _say(channel, BEAT)
+        await trio.sleep(every_s)
+
+
+def _say(channel: socket.socket, word: bytes) -> None:
+    """Tell the keeper. It may be gone, or not read: that must not stop us."""
+    with contextlib.suppress(OSError):
+        channel.send(word, socket.MSG_DONTWAIT)
+
+
+async def _listen(lines: BinaryIO, worker: Worker) -> None:
+    """What the keeper says, until it says that we are not needed, or is gone."""
+    import trio  # noqa: PLC0415
+
+    def next_line() -> bytes:
+        try:
+            return lines.readline()
+        except OSError:   # it died with something of ours unread
+            return b""
+
+    while line := await trio.to_thread.run_sync(next_line, abandon_on_cancel=True):
+        if line == LEAVE:
+            worker.finish_if_idle(even_lasting=True)
+        elif line == RETIRE:
+            worker.shut_down()
+
+
+async def _watch_term(worker: Worker, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM: step aside and leave the mounts; a keeper that found us without one sends it."""
+    import trio  # noqa: PLC0415
+
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            worker.shut_down()
+
+
+if __name__ == "__main__":
+    main()

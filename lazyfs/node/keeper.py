@@ -1,0 +1,328 @@
+"""
+The keeper: holds the FUSE connection and the control socket, and sees to it that a worker serves them.
+
+It imports nothing heavy, does no work, and so has no reason to die. A worker that dies is followed by another one,
+which takes the connection over (fs.takeover); requests of running containers wait meanwhile, and fail never. If the
+keeper itself dies, the worker goes on; the next keeper gets the descriptors from systemd's store, or out of the worker.
+
+Layer: node. `python -m lazyfs.node.keeper SETTINGS`; cli.daemon starts it. SETTINGS: JSON, see `Keeper`. State: all in
+the one Keeper; on disk keeper.json (who keeps, under which numbers). Socket keeper.sock, one JSON line each way:
+{"op": "status" | "upgrade" | "stop"} (cli.daemon has the client). The worker's side: node.daemonworker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+from lazyfs.node import notify
+from lazyfs.node.keeperchild import Child
+from lazyfs.node.keeperstart import Kept, find_kept, listen
+
+_POLL_S = 0.5
+_HANDOVER_S = 10.0               # for a worker to step aside; then it is killed
+_LEAVE_S = 3.0
+_HASTY_S = 5.0                   # a worker that dies sooner after it was told to serve did not serve
+_HASTY_COUNT_MAX = 5             # then its connection is given up: errors for its readers, instead of waiting for ever
+_DELAY_S_MAX = 5.0
+_REQUEST_BYTES_MAX = 64 * 1024
+
+
+class Keeper:
+    """
+    See the module.
+
+    Settings: `root` (the daemon's run directory, made), `cache_dir`, `beat_s`, `hang_s` (a worker without a sign of
+    life for that long is replaced), `log_level`; `resume`: what the process image before an upgrade held.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._resume = settings.pop("resume", None)
+        self._settings = settings
+        self._root = settings["root"]
+        self._hang_s = float(settings["hang_s"])
+        self._kept: Kept = find_kept(self._root, self._resume)
+        self._current: Child | None = None
+        self._next: Child | None = None
+        self._retire_by = 0.0
+        self._start_at = 0.0
+        self._hasty = 0
+        self._turns = 0
+        self._began = time.time()
+        self._stopping = False
+        self._clients: dict[int, socket.socket] = {}
+        self._waiting: list[socket.socket] = []     # clients of an upgrade under way
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._server = self._listen()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until it is told to stop. Returns the exit code."""
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, self._on_signal)
+        self._adopt()
+        while not (self._stopping and self._current is None):
+            self._turn()
+        return 0
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number != signal.SIGCHLD:
+            self._stop()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        poll.register(self._server, select.POLLIN)
+        for descriptor in self._clients:
+            poll.register(descriptor, select.POLLIN)
+        children = [child for child in (self._current, self._next) if child is not None]
+        for child in children:
+            poll.register(child.pidfd, select.POLLIN)
+            if child.channel is not None:
+                poll.register(child.channel, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(_POLL_S * 1000)}
+        if self._wake_r in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_r, 4096)
+        for child in children:
+            if child.channel is not None and child.channel.fileno() in ready:
+                self._hear(child)
+            if child.pidfd in ready:
+                self._ended(child)
+        if self._server.fileno() in ready:
+            self._accept()
+        for descriptor in [one for one in self._clients if one in ready]:
+            self._serve(self._clients.pop(descriptor))
+        self._reap_others()
+        self._on_time()
+
+    def _on_time(self) -> None:
+        now = time.monotonic()
+        current = self._current
+        if current is None:
+            if self._next is None and not self._stopping and now >= self._start_at:
+                self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+        elif self._retire_by and now > self._retire_by:
+            _say(f"worker {current.pid} does not step aside: killed")
+            current.kill()
+            self._retire_by = now + _HANDOVER_S
+        elif current.channel is not None and now - current.last_sign > self._hang_s:
+            _say(f"worker {current.pid} gave no sign of life for {self._hang_s:g} s: replaced")
+            current.kill()
+            current.last_sign = now
+
+    # --- workers -----------------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Begin with what is there: a worker of a keeper before us, or nothing."""
+        if self._resume:
+            self._current = Child(self._resume["pid"], socket.socket(fileno=self._resume["channel"]))
+            self._current.imported = self._current.ready = True
+            self._announce()
+        elif self._kept.worker_pid:
+            _say(f"worker {self._kept.worker_pid} goes on without its keeper: taken over")
+            self._current = Child(self._kept.worker_pid, None)
+            self._current.ready = True
+            self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+        self._kept.write_identity(self._settings["cache_dir"])
+
+    def _hear(self, child: Child) -> None:
+        for line in child.hear():
+            if line == b"imported":
+                child.imported = True
+                self._hand_over()
+            elif line == b"ready" and child is self._current:
+                child.ready = True
+                self._kept.begun = True
+                self._announce()
+
+    def _hand_over(self) -> None:
+        """The next worker has imported: it is its turn as soon as there is no other."""
+        if self._next is None or not self._next.imported:
+            return
+        if self._current is not None:
+            self._current.say(b"retire\n")
+            self._retire_by = time.monotonic() + _HANDOVER_S
+            return
+        child, self._next = self._next, None
+        self._current = child
+        self._retire_by = 0.0
+        self._turns += 1
+        child.began = child.last_sign = time.monotonic()
+        child.say(b"go-on\n" if self._kept.begun else b"go\n")
+
+    def _ended(self, child: Child) -> None:
+        how = child.collect()
+        now = time.monotonic()
+        if child is self._next:
+            self._next = None
+            _say(f"worker {child.pid} could not start: {how}")
+            self._reply_upgrade({"error": f"the new worker could not start ({how}); the old one goes on"})
+            self._delay(now)
+            return
+        self._current = None
+        if self._stopping:
+            return
+        if not self._retire_by:
+            _say(f"worker {child.pid} died: {how}")
+            if now - child.began < _HASTY_S:
+                self._hasty += 1
+                self._delay(now)
+            else:
+                self._hasty = 0
+        self._retire_by = 0.0
+        if self._hasty >= _HASTY_COUNT_MAX and self._kept.begun:
+            _say("its connection is given up: what is mounted now answers with errors, until it is mounted again")
+            self._kept.renew_fuse()
+            self._hasty = 0
+        elif not self._kept.begun:
+            self._kept.renew_fuse()
+        self._hand_over()
+
+    def _delay(self, now: float) -> None:
+        self._start_at = now + min(_DELAY_S_MAX, 0.1 * 2 ** self._hasty) if self._hasty > 1 else now
+
+    def _announce(self) -> None:
+        """The worker serves: tell systemd, keep the descriptors there too, answer who waits."""
+        notify.store("fuse", self._kept.fuse)
+        notify.store("control", self._kept.listener)
+        notify.notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=worker {self._worker_pid()} serves")
+        if self._waiting:
+            self._reply_upgrade({"result": self._status()})
+            self._become_new()
+
+    def _reap_others(self) -> None:
+        """As process 1 of a container, we are who collects a dead worker's children."""
+        if os.getpid() == 1:
+            known = {child.pid for child in (self._current, self._next) if child is not None}
+            with contextlib.suppress(ChildProcessError):
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if info is not None and info.si_pid not in known:
+                    os.waitpid(info.si_pid, os.WNOHANG)
+
+    def _worker_settings(self) -> dict[str, Any]:
+        return {name: self._settings[name] for name in ("root", "cache_dir", "beat_s", "log_level")}
+
+    def _worker_pid(self) -> int:
+        return self._current.pid if self._current is not None else 0
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> socket.socket:
+        """keeper.sock, for root only."""
+        return listen(self._root, "keeper.sock", 8)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            client, _ = self._server.accept()
+            client.setblocking(False)
+            if len(self._clients) < 16:
+                self._clients[client.fileno()] = client
+            else:
+                client.close()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            request = json.loads(client.recv(_REQUEST_BYTES_MAX))
+            operation = request["op"]
+        except (OSError, ValueError, LookupError, TypeError):
+            client.close()
+            return
+        if operation == "upgrade":
+            self._upgrade(client, request.get("settings"))
+        elif operation == "stop":
+            self._stop()
+            _reply(client, {"result": self._status()})
+        elif operation == "status":
+            _reply(client, {"result": self._status()})
+        else:
+            _reply(client, {"error": f"unknown operation {operation!r:.40}"})
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "keeper": os.getpid(), "worker": self._worker_pid(), "turns": self._turns, "since": self._began,
+            "ready": bool(self._current is not None and self._current.ready), "stopping": self._stopping,
+        }
+
+    def _upgrade(self, client: socket.socket, settings: object) -> None:
+        if self._next is not None or self._current is None or self._stopping:
+            _reply(client, {"error": "a worker is being started or stopped at this moment"})
+            return
+        if isinstance(settings, dict):
+            self._settings.update(settings)
+            self._hang_s = float(self._settings["hang_s"])
+        self._waiting.append(client)
+        self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+
+    def _reply_upgrade(self, answer: dict[str, Any]) -> None:
+        for client in self._waiting:
+            _reply(client, answer)
+        self._waiting.clear()
+
+    def _become_new(self) -> NoReturn:
+        """Go on as the program that is installed now: same process, same descriptors, same worker."""
+        child = self._current
+        assert child is not None
+        assert child.channel is not None
+        kept = self._kept
+        channel = child.channel.fileno()
+        descriptors = {"fuse": kept.fuse, "listener": kept.listener, "lock": kept.lock, "channel": channel}
+        for descriptor in descriptors.values():
+            os.set_inheritable(descriptor, True)
+        signal.set_wakeup_fd(-1)
+        settings = {**self._settings, "resume": {**descriptors, "pid": child.pid, "begun": kept.begun}}
+        os.execv(sys.executable, [sys.executable, "-m", "lazyfs.node.keeper", json.dumps(settings)])  # noqa: S606
+
+    def _stop(self) -> None:
+        """End; the worker too if it serves nothing, else it goes on by itself."""
+        if self._stopping:
+            return
+        self._stopping = True
+        notify.notify("STOPPING=1")
+        if self._next is not None:
+            self._next.kill()
+        if self._current is not None:
+            self._current.say(b"leave\n")
+            self._wait_left(self._current)
+
+    def _wait_left(self, child: Child) -> None:
+        poll = select.poll()
+        poll.register(child.pidfd, select.POLLIN)
+        if poll.poll(_LEAVE_S * 1000):
+            child.collect()
+            notify.forget("fuse")
+            notify.forget("control")
+            self._kept.remove()
+        else:
+            _say(f"worker {child.pid} still serves mounts, and goes on; the next start takes it over")
+        self._current = None
+
+
+def _reply(client: socket.socket, answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        client.setblocking(True)
+        client.settimeout(1.0)
+        client.sendall(json.dumps(answer).encode() + b"\n")
+    client.close()
+
+
+def _say(text: str) -> None:
+    print(f"lazyfs keeper: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> NoReturn:
+    """Keep. Exit codes: 0, stopped; those of keeperstart."""
+    sys.exit(Keeper(json.loads(sys.argv[1])).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""
+From a record to a mount that is served again: by the worker that takes over from one that died or stepped aside.
+
+The records say what was mounted where, under which numbers; the cache directory holds bootstraps, EROFS images and
+data. No network is needed. Layer: node. Who calls: node.worker.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.fs import inodes, mountapi
+from lazyfs.fs.drivers import Driver
+from lazyfs.node.mounted import MountedImage, open_devices
+from lazyfs.node.opening import open_image
+from lazyfs.node.order import MountOrder
+from lazyfs.node.rundir import read_boot_id
+from lazyfs.node.unmount import is_ours
+
+if TYPE_CHECKING:
+    from lazyfs.cache.store import CacheDir
+    from lazyfs.fetch.engine import Fetcher
+    from lazyfs.fs.served import Served
+    from lazyfs.node.rundir import MountRecord, WorkerDir
+
+
+class State(enum.Enum):
+    """What has become of a record's mount."""
+
+    MOUNTED = enum.auto()
+    DETACHED = enum.auto()    # not at its target any more; an overlay, or a process, may still use it
+    GONE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A mount that cannot be served now, and why."""
+
+    record: MountRecord
+    reason: str
+
+    def describe(self) -> dict[str, Any]:
+        return {"target": self.record.target, "image": self.record.image, "reason": self.reason}
+
+
+def state_of(record: MountRecord, directory: WorkerDir) -> State:
+    """Look at what is mounted now (mountinfo only: nothing that can hang)."""
+    if record.boot_id != read_boot_id():
+        return State.GONE
+    entry = mountapi.mount_at(record.target)
+    if entry is not None and is_ours(record, directory) and record.mount_id in {0, entry.mount_id}:
+        return State.MOUNTED
+    # mount_id 0: it was never mounted. All devices in the cache: nobody needs us.
+    if record.mount_id == 0 or (record.driver == Driver.EROFS and all(index < 0 for index in record.device_indexes)):
+        return State.GONE
+    return State.DETACHED
+
+
+def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool) -> MountedImage:
+    """
+    Open a record's image and devices again. Blocking; `offline`: asks no registry.
+
+    Raises:
+        LazyfsError: the cache directory does not have it any more, or its files are damaged.
+
+    """
+    order = MountOrder.from_json(record.order)
+    layer = (record.bootstrap, record.layer_size, record.raw_size)
+    order = replace(order, layer=layer, checked=True, seed=None, document=None, driver=record.driver)
+    opened = open_image(order, cache.path, offline=offline)
+    mounted = MountedImage(order, record.slot, opened, Driver(record.driver), attempted=True)
+    mounted.mount_id, mounted.bdi_names = record.mount_id, list(record.bdi_names)
+    try:
+        open_devices(mounted, cache, fetcher)
+    except BaseException:
+        for device in mounted.devices:
+            device.device.cached.release()
+        opened.close()
+        raise
+    return mounted
+
+
+def serve(mounted: MountedImage, record: MountRecord, served: Served) -> None:
+    """Serve it under the numbers that the kernel knows."""
+    mounted.device_indexes = list(record.device_indexes)
+    if mounted.driver is Driver.FUSE:
+        served.add_image(mounted.slot, mounted.opened.tree, tuple(mounted.devices))
+        # Who has its files open is known to nobody now: count one who never closes, so that it is served to the end.
+        served.count_open(inodes.tree_inode(mounted.slot, mounted.opened.tree.root_nid), 1)
+        return
+    for index, device in zip(record.device_indexes, mounted.devices, strict=True):
+        if index >= 0:
+            served.restore_device(index, device)
+    mounted.local = all(index < 0 for index in record.device_indexes)

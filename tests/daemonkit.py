@@ -1,0 +1,101 @@
+"""
+A node daemon of a test's own: `lazyfs daemon` as a process, in the run and cache directory of a Machine.
+
+    with running_daemon(machine) as daemon:
+        machine.mount(...)
+        os.kill(daemon.worker(), signal.SIGKILL)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.node.rundir import WorkerDir
+from tests.mountkit import LAZYFS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.mountkit import Machine
+
+WAIT_S = 20.0
+
+
+@dataclass
+class Daemon:
+    """A running keeper. `process`: its pid is the keeper's, for `lazyfs daemon` becomes the keeper."""
+
+    machine: Machine
+    process: subprocess.Popen[str]
+
+    @property
+    def directory(self) -> WorkerDir:
+        return WorkerDir(self.machine.run_dir / "daemon")
+
+    def status(self) -> dict[str, Any] | None:
+        """What `lazyfs daemon status --json` says; None: nobody is there."""
+        done = subprocess.run(
+            [*LAZYFS, "daemon", "status", "--json"], env=self.machine.environment, capture_output=True, text=True,
+            check=False, timeout=30)
+        return json.loads(done.stdout) if done.stdout else None
+
+    def wait_ready(self, *, not_worker: int = 0) -> int:
+        """Until a worker (another one than `not_worker`) serves; its pid."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            assert self.process.poll() is None, f"the keeper ended: {self.process.returncode}"
+            status = self.status()
+            if status and status["ready"] and status["health"]["ready"] and status["worker"] != not_worker:
+                return int(status["worker"])
+            assert time.monotonic() < deadline, status
+            time.sleep(0.05)
+
+    def worker(self) -> int:
+        """The worker's pid."""
+        return int(json.loads(self.directory.identity.read_bytes())["pid"])
+
+    def stop(self) -> None:
+        """`lazyfs daemon stop`, and the keeper's end."""
+        self.machine.lazyfs("daemon", "stop")
+        assert self.process.wait(WAIT_S) == 0
+
+
+def start_daemon(machine: Machine, *words: str, environment: dict[str, str] | None = None, **options: Any) -> Daemon:
+    """Start one; it is not ready yet."""
+    machine.directory.mkdir(exist_ok=True)
+    log = (machine.directory / "daemon.log").open("a")
+    with log:
+        process = subprocess.Popen(
+            [*LAZYFS, "daemon", "--cache-dir", str(machine.cache), *words],
+            env={**machine.environment, **(environment or {})}, stdout=log, stderr=log, text=True, **options)
+    return Daemon(machine, process)
+
+
+@contextlib.contextmanager
+def running_daemon(machine: Machine, *words: str) -> Iterator[Daemon]:
+    """A daemon that is ready; taken away at the end, with its worker and its mounts."""
+    daemon = start_daemon(machine, *words)
+    try:
+        daemon.wait_ready()
+        yield daemon
+    finally:
+        end_daemon(daemon)
+
+
+def end_daemon(daemon: Daemon) -> None:
+    """However the test ended."""
+    with contextlib.suppress(ProcessLookupError):
+        daemon.process.kill()
+    daemon.process.wait(WAIT_S)
+    worker = daemon.directory.worker()
+    if worker is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
+    daemon.machine.close()
