@@ -62,7 +62,7 @@ def convert_layer(
     raw = _Watched(source.open_blob(layer.digest, layer.size), watch)
     with LayerStream(raw, layer.media_type, size=layer.size, digest=layer.digest, name=name) as stream:
         try:
-            with path.open("xb") as file:
+            with path.open("x+b") as file:
                 writer = BlobWriter(pool, file, encoding)
                 try:
                     return _convert(stream, layer, writer, encoding, spool_dir=path.parent)

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lazyfs import limits
-from lazyfs.errors import UnsupportedError
-from lazyfs.image.codec import Codec, compress
+from lazyfs.errors import BugError, UnsupportedError
+from lazyfs.image.codec import Codec, compress, decompress
 from lazyfs.image.digest import Digest, chunk_digest
 from lazyfs.image.table import ROW, ROW_BYTES, Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import BinaryIO, Self
 
 RUN_BYTES = 2 * limits.MIB      # 8 chunks of 256 KiB: about 6 ms of zstd, a thousand times what the hand-over costs
@@ -99,6 +100,14 @@ class BlobFile:
         os.posix_fadvise(self._file.fileno(), self._started_size, length, os.POSIX_FADV_DONTNEED)
         self._started_size = self.blob_size
 
+    def pread(self, size: int, offset: int) -> bytes:
+        """What was written there."""
+        self._file.flush()
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) != size:
+            raise BugError(f"the blob lacks bytes {offset} to {offset + size}, which were written")
+        return data
+
     def digest(self) -> Digest:
         """Of everything written so far."""
         return Digest("sha256:" + self._sha256.hexdigest())
@@ -133,6 +142,17 @@ class BlobWriter(BlobFile):
         self._pending.append(count)
         while len(self._pending) >= self._pool.window:
             self._write_oldest()
+
+    def read_back(self, offset: int, size: int) -> Iterator[bytes | memoryview]:
+        """Bytes of the device that were added before, in order; decoded from what was stored."""
+        while self._pending:
+            self._write_oldest()
+        chunk_size = self._encoding.chunk_size
+        for index in range(offset // chunk_size, -(-(offset + size) // chunk_size)):
+            blob_offset, stored_size, _, codec, _, _ = _ROW.unpack_from(self._rows, index * ROW_BYTES)
+            data = decompress(self.pread(stored_size, blob_offset), Codec(codec), chunk_size)
+            begin = index * chunk_size
+            yield data[max(0, offset - begin) : offset + size - begin]
 
     def finish(self) -> Rows:
         """Wait for all chunks; returns their rows."""

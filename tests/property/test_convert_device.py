@@ -19,6 +19,7 @@ from lazyfs.image.entries import check_map
 from lazyfs.image.table import ROW_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from lazyfs.image.model import DataMap
@@ -42,6 +43,9 @@ class MemorySink:
     def add_zero_chunks(self, count: int) -> None:
         assert count > 0
         self.parts.append(count)
+
+    def read_back(self, offset: int, size: int) -> Iterator[bytes]:
+        yield self.read(offset, size)
 
     def read(self, offset: int, size: int) -> bytes:
         out, position = io.BytesIO(), 0
