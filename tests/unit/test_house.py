@@ -14,7 +14,8 @@ from lazyfs import errors
 ROOT = Path(__file__).resolve().parents[2]
 FILE_LINES_MAX = 420
 FUNCTION_LINES_MAX = 70
-PRODUCT = [path for package in ("lazyfs", "converter", "benchmarks") for path in sorted((ROOT / package).rglob("*.py"))]
+PRODUCT = [path for package in ("lazyfs", "converter", "snapshotter", "benchmarks")
+           for path in sorted((ROOT / package).rglob("*.py")) if not path.stem.endswith(("_pb2", "_pb2_grpc"))]
 
 
 def tracked_files() -> list[Path]:
