@@ -30,6 +30,12 @@ class UsageError(LazyfsError):
     exit_code = 2
 
 
+class ConfigError(LazyfsError):
+    """The configuration (file or environment) is off: an unknown key, a wrong type, a value out of range."""
+
+    exit_code = 3
+
+
 class FormatError(LazyfsError):
     """Bytes from outside do not follow their format: archive, manifest, bootstrap, table, blob."""
 

@@ -1,0 +1,26 @@
+"""
+The configuration: /etc/lazyfs/config.toml and LAZYFS_<SECTION>_<KEY>. Keys: config.table. Light to import.
+
+    config = load()                # LAZYFS_CONFIG, or /etc/lazyfs/config.toml, or defaults; then the environment
+    config.daemon.cache_dir
+
+Layer: beside errors and limits, on top of them. Raises ConfigError and nothing else.
+"""
+
+from lazyfs.config.kinds import Amount, split_address
+from lazyfs.config.loading import Problem, check, load
+from lazyfs.config.table import (
+    DEFAULT_FILE,
+    Cache,
+    Config,
+    Daemon,
+    Key,
+    Log,
+    Registry,
+    RegistryHost,
+    Snapshotter,
+    all_keys,
+)
+
+__all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Registry", "RegistryHost",
+           "Snapshotter", "all_keys", "check", "load", "split_address"]

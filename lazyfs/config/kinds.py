@@ -1,0 +1,200 @@
+"""
+What a value of the configuration may be: from TOML, or as text from the environment.
+
+Layer: config. Who calls: config.table names them, config.loading uses them. A kind says in one phrase what it expects
+(for messages and for docs/configuration.md); `accept` raises ValueError for everything else, and nothing but that.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?i?B|)", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d{1,2}(?:\.\d{1,3})?) ?%")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_SIZE_BYTES_MAX = 2**63 - 1
+_TEXT_CHARS_MAX = 4096           # PATH_MAX
+_YES, _NO = frozenset({"true", "1", "yes", "on"}), frozenset({"false", "0", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Bytes, or a share of a file system. Exactly one of the two is not None."""
+
+    bytes: int | None = None
+    percent: float | None = None
+
+    def of(self, total_bytes: int) -> int:
+        """In bytes, where the whole has `total_bytes`."""
+        if self.percent is not None:
+            return int(total_bytes * self.percent / 100)
+        assert self.bytes is not None
+        return self.bytes
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%" if self.percent is not None else str(self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Any text of one line; the base of the others."""
+
+    @property
+    def expected(self) -> str:
+        return "text"
+
+    def accept(self, value: object) -> object:
+        """The value as the program uses it. Raises ValueError: not of this kind."""
+        if not isinstance(value, str) or len(value) > _TEXT_CHARS_MAX or not (value.isprintable() or not value):
+            raise ValueError(value)
+        return value
+
+    def from_text(self, text: str) -> object:
+        """The same, from the environment."""
+        return self.accept(text)
+
+
+@dataclass(frozen=True, slots=True)
+class AbsolutePath(Kind):
+    """A path from the root; `optional`: or nothing."""
+
+    optional: bool = False
+
+    @property
+    def expected(self) -> str:
+        return "an absolute path" + (', or ""' if self.optional else "")
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if text.startswith("/") or (self.optional and not text):
+            return text
+        raise ValueError(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Kind):
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+    def accept(self, value: object) -> object:
+        if value not in self.words:
+            raise ValueError(value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Flag(Kind):
+    """true or false."""
+
+    @property
+    def expected(self) -> str:
+        return "true or false"
+
+    def accept(self, value: object) -> object:
+        if not isinstance(value, bool):
+            raise ValueError(value)   # noqa: TRY004 - one exception for every caller
+        return value
+
+    def from_text(self, text: str) -> object:
+        if text.lower() in _YES | _NO:
+            return text.lower() in _YES
+        raise ValueError(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Number(Kind):
+    """A number in a range; `whole`: an integer."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+    @property
+    def expected(self) -> str:
+        return f"{'a whole number' if self.whole else 'a number'} from {self.low:g} to {self.high:g}"
+
+    def accept(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            raise ValueError(value)   # noqa: TRY004 - one exception for every caller
+        assert isinstance(value, int | float)
+        if not math.isfinite(value) or not self.low <= value <= self.high:
+            raise ValueError(value)
+        return value if self.whole else float(value)
+
+    def from_text(self, text: str) -> object:
+        if len(text) > 40:
+            raise ValueError(text)
+        return self.accept(int(text) if self.whole else float(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Size(Kind):
+    """Bytes, plainly or with a unit; `share`: or a percentage, and then an Amount."""
+
+    share: bool = False
+
+    @property
+    def expected(self) -> str:
+        return 'bytes, or a size like "20GiB"' + (', or a share like "5%"' if self.share else "")
+
+    def accept(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._from_words(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _SIZE_BYTES_MAX:
+            raise ValueError(value)
+        return Amount(bytes=value) if self.share else value
+
+    def _from_words(self, text: str) -> object:
+        share = _PERCENT.fullmatch(text) if self.share else None
+        if share is not None:
+            return Amount(percent=float(share[1]))
+        found = _SIZE.fullmatch(text)
+        if found is None:
+            raise ValueError(text)
+        size = round(float(found[1]) * _UNITS[found[2].upper()]) if "." in found[1] else (
+            int(found[1]) * _UNITS[found[2].upper()])
+        return self.accept(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Address(Kind):
+    """Where to listen: host:port, :port or port (loopback), or nothing. The value is host:port, or empty."""
+
+    @property
+    def expected(self) -> str:
+        return '"host:port", "port" (on loopback), or ""'
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if not text:
+            return text
+        host, _, port = text.rpartition(":")
+        host = host or "127.0.0.1"
+        if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 <= int(port) <= 65535:
+            raise ValueError(value)
+        if host.startswith("["):
+            if not host.endswith("]"):
+                raise ValueError(value)
+            from ipaddress import IPv6Address  # noqa: PLC0415 - rare, and slow to import
+
+            IPv6Address(host[1:-1])
+        elif _HOST_NAME.fullmatch(host) is None:
+            raise ValueError(value)
+        return f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (an IPv6 address without its brackets) and port of an accepted Address."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,217 @@
+"""
+Read the configuration: defaults, over them the file, over it the environment; say what is wrong with it, line by line.
+
+Layer: config. Who calls: the command line, the processes of the node, through lazyfs.config. Nothing is cached.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, Key, RegistryHost, all_keys, keys_of
+from lazyfs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+FILE_VARIABLE = "LAZYFS_CONFIG"
+RUN_DIR_VARIABLE = "LAZYFS_RUN_DIR"
+_FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
+_PROBLEM_COUNT_MAX = 50
+_HOST = re.compile(r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?")
+_HOST_FIELDS = {key.name: key for key in keys_of("registry.host", RegistryHost)}
+_SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong. `where`: the file, or the environment."""
+
+    where: str
+    text: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+def load(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """
+    The configuration in force.
+
+    Args:
+        path: the file; None: the one LAZYFS_CONFIG names, else /etc/lazyfs/config.toml, which may be missing.
+        environ: LAZYFS_<SECTION>_<KEY> override the file.
+
+    Raises:
+        ConfigError: the first problem, and how many others there are.
+
+    """
+    config, problems = check(path, environ)
+    if problems:
+        more = f" (and {len(problems) - 1} more: lazyfs config check)" if len(problems) > 1 else ""
+        raise ConfigError(f"{problems[0]}{more}", hint=problems[0].hint)
+    return config
+
+
+def check(path: str | None = None, environ: Mapping[str, str] = os.environ) -> tuple[Config, list[Problem]]:
+    """The same, with all problems (bounded in number); keys that have one are at their defaults."""
+    problems: list[Problem] = []
+    named = path or environ.get(FILE_VARIABLE) or ""
+    file, document = _read(named, problems)
+    found, origins = _Sections(file, problems).take(document)
+    _take_environment(environ, found, origins, problems)
+    config = Config(**{name: table(**found[name]) for name, table in SECTIONS.items()}, file=file, origins=origins)
+    _check_relations(config, problems)
+    return config, problems[:_PROBLEM_COUNT_MAX]
+
+
+def _read(named: str, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
+    """The file's name (empty: there is none) and its content."""
+    file = named or DEFAULT_FILE
+    try:
+        with open(file, "rb") as stream:  # noqa: PTH123 - pathlib is one more import for every command
+            data = stream.read(_FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        if named:
+            problems.append(Problem(file, "there is no such file", "leave it out to use the defaults"))
+        return "", {}
+    except OSError as error:
+        problems.append(Problem(file, f"cannot be read: {error.strerror}"))
+        return file, {}
+    if len(data) > _FILE_BYTES_MAX:
+        problems.append(Problem(file, f"expected at most {_FILE_BYTES_MAX} bytes, found more"))
+        return file, {}
+    import tomllib  # noqa: PLC0415 - most commands run without a file
+
+    try:
+        return file, tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:   # TOMLDecodeError, UnicodeDecodeError
+        problems.append(Problem(file, f"is not TOML: {error}"))
+        return file, {}
+
+
+class _Sections:
+    """Takes the sections of one file apart."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self._file = file
+        self._problems = problems
+        self._origins: dict[str, str] = {}
+
+    def take(self, document: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Values by section and name, and where each comes from."""
+        found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for section, content in document.items():
+            if section not in SECTIONS:
+                self._unknown("section", section, SECTIONS)
+            elif not isinstance(content, dict):
+                self._wrong(section, "a table", content)
+            else:
+                known = {key.name: key for key in keys_of(section, SECTIONS[section])}
+                hosts = content.pop("host", None) if section == "registry" else None
+                found[section] = self._table(section, known, content)
+                if hosts is not None:
+                    found[section]["host"] = self._hosts(hosts)
+        return found, self._origins
+
+    def _table(self, section: str, known: dict[str, Key], content: dict[str, Any]) -> dict[str, Any]:
+        values = {}
+        for name, value in content.items():
+            path = f"{section}.{name}"
+            if name not in known:
+                self._unknown("key", path, [f"{section}.{one}" for one in known], name)
+                continue
+            try:
+                values[name] = known[name].kind.accept(value)
+                self._origins[path] = self._file
+            except ValueError:
+                self._wrong(path, known[name].kind.expected, value)
+        return values
+
+    def _hosts(self, hosts: object) -> dict[str, RegistryHost]:
+        found: dict[str, RegistryHost] = {}
+        if not isinstance(hosts, dict):
+            self._wrong("registry.host", "tables by host name", hosts)
+            return found
+        for host, content in hosts.items():
+            section = f'registry.host."{host:.100}"'
+            if _HOST.fullmatch(host) is None:
+                hint = 'write it as in image references, in quotes: [registry.host."registry.example:5000"]'
+                self._problems.append(Problem(self._file, f"{section}: expected host or host:port", hint))
+            elif not isinstance(content, dict):
+                self._wrong(section, "a table", content)
+            else:
+                entry = RegistryHost(**self._table(section, _HOST_FIELDS, content))
+                self._check_host(section, entry)
+                found[host] = entry
+        return found
+
+    def _check_host(self, section: str, entry: RegistryHost) -> None:
+        for one, other in (("username", "password_file"), ("client_cert", "client_key")):
+            given, missing = (one, other) if getattr(entry, one) else (other, one)
+            if getattr(entry, given) and not getattr(entry, missing):
+                text = f"{section}.{given}: expected {missing} beside it, found none"
+                self._problems.append(Problem(self._file, text))
+
+    def _wrong(self, path: str, expected: str, value: object) -> None:
+        self._problems.append(Problem(self._file, f"{path}: expected {expected}, found {describe(value)}"))
+
+    def _unknown(self, what: str, path: str, known: Iterable[str], name: str = "") -> None:
+        hint = nearest(path, known)
+        if name in _SECRET_NAMES:
+            hint = 'secrets do not stand here: name a file with password_file in [registry.host."NAME"]'
+        self._problems.append(Problem(self._file, f"unknown {what} {path!r:.140}", hint))
+
+
+def _take_environment(environ: Mapping[str, str], found: dict[str, dict[str, Any]], origins: dict[str, str],
+                      problems: list[Problem]) -> None:
+    known = {key.variable: key for key in all_keys()}
+    prefixes = tuple(f"LAZYFS_{section.upper()}_" for section in SECTIONS)
+    given = {name: known.get(name) for name in sorted(environ) if name.startswith(prefixes)}
+    if environ.get(RUN_DIR_VARIABLE):
+        given[RUN_DIR_VARIABLE] = known["LAZYFS_DAEMON_RUN_DIR"]   # the older name, last: it wins
+    for name, key in given.items():
+        if key is None:
+            problems.append(Problem("environment", f"unknown variable {name!r:.140}", nearest(name, known)))
+            continue
+        try:
+            found[key.section][key.name] = key.kind.from_text(environ[name])
+            origins[key.path] = name
+        except ValueError:
+            text = f"{name}: expected {key.kind.expected}, found {describe(environ[name])}"
+            problems.append(Problem("environment", text))
+
+
+def _check_relations(config: Config, problems: list[Problem]) -> None:
+    """What no key can see alone."""
+    where = config.file or "environment"
+    daemon = config.daemon
+    if daemon.hang_s < 2 * daemon.heartbeat_s:
+        text = (f"daemon.hang_s: expected at least twice daemon.heartbeat_s ({daemon.heartbeat_s:g}), "
+                f"found {daemon.hang_s:g}")
+        problems.append(Problem(where, text, "a busy worker would be killed"))
+    for one, other in ((daemon.cache_dir, config.snapshotter.root), (config.snapshotter.root, daemon.cache_dir)):
+        if f"{one}/".startswith(f"{other}/"):
+            text = (f"daemon.cache_dir and snapshotter.root: expected two directories beside each other, "
+                    f"found {daemon.cache_dir} and {config.snapshotter.root}")
+            problems.append(Problem(where, text))
+            break
+
+
+def describe(value: object) -> str:
+    """A value in a message: short, on one line. What might be a secret does not come here: no key takes one."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return f"{value!r:.60}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the key that was probably meant, or where all are."""
+    import difflib  # noqa: PLC0415 - for mistakes only
+
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"did you mean {close[0]}?" if close else "all keys: lazyfs config show --defaults"

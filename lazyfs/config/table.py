@@ -1,0 +1,192 @@
+"""
+Every key of the configuration: type, default, unit, bounds, description. The one place; the parser, `lazyfs config
+show` and docs/configuration.md are made from it.
+
+Layer: config. Who calls: everybody reads the dataclasses; config.loading makes them. All frozen; none holds a secret
+(passwords are in files that are named here, and read by who needs them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from lazyfs import limits
+from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+DEFAULT_FILE = "/etc/lazyfs/config.toml"
+_DAY_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """
+    One key.
+
+    Attributes:
+        path: as in messages: section.name.
+        unit: of a number, else empty.
+        restart: a running daemon cannot change it.
+
+    """
+
+    section: str
+    name: str
+    kind: Kind
+    default: Any
+    text: str
+    unit: str
+    restart: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return f"LAZYFS_{self.section}_{self.name}".upper()
+
+
+def _key(kind: Kind, default: object, text: str, *, unit: str = "", restart: bool = False) -> Any:
+    return field(default=default, metadata={"kind": kind, "text": text, "unit": unit, "restart": restart})
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """[daemon]"""
+
+    run_dir: str = _key(AbsolutePath(), "/run/lazyfs",
+                        "Sockets, records of mounts, private mount points. Must be empty after a reboot: a tmpfs. "
+                        "`LAZYFS_RUN_DIR` sets it too.", restart=True)
+    cache_dir: str = _key(AbsolutePath(), "/var/lib/lazyfs/cache",
+                          "Where fetched data is kept, for the next start too; `lazyfs mount` without a daemon uses "
+                          "it likewise.", restart=True)
+    driver: str = _key(Choice(("auto", "erofs", "fuse")), "auto",
+                       "How images reach the kernel, where an order does not say: erofs needs Linux 6.12, auto picks.")
+    read_timeout_s: float = _key(Number(0.1, 3600), limits.READ_DEADLINE_S,
+                                 "A read whose data has not come by then ends with an error.", unit="s")
+    prefetch: bool = _key(Flag(), True, "Fetch the hot blob of an image as soon as it is mounted.")
+    start_timeout_s: float = _key(Number(1, 600), 30.0,
+                                  "A new worker that has not loaded by then is given up, and started again.", unit="s")
+    heartbeat_s: float = _key(Number(0.1, 60), 1.0, "How often a worker gives its keeper a sign of life.", unit="s")
+    hang_s: float = _key(Number(2, 3600), 20.0,
+                         "A worker without a sign of life for that long is killed and replaced. At least twice "
+                         "`heartbeat_s`.", unit="s")
+    health_address: str = _key(Address(), "",
+                               "Where `/healthz` and `/readyz` are served over HTTP; empty: nowhere. A port alone "
+                               "means loopback.")
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """[cache]"""
+
+    quota_bytes: int = _key(Size(), 0, "Cached data above this is evicted, least recently used first, if it is not "
+                                       "mounted; 0: no quota.", unit="bytes")
+    free_floor_bytes: Amount = _key(Size(share=True), Amount(percent=5.0),  # noqa: RUF009 - frozen
+                                    "So much of the cache's file system stays free: eviction begins below it, "
+                                    "prefetch stops.", unit="bytes or %")
+    evict_interval_s: float = _key(Number(1, 3600), 30.0, "How often both are looked at.", unit="s")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshotter:
+    """[snapshotter]"""
+
+    root: str = _key(AbsolutePath(), "/var/lib/lazyfs/snapshotter",
+                     "Snapshots and their records. On a file system that overlayfs can use as upper layer.")
+    address: str = _key(AbsolutePath(), "/run/lazyfs/snapshotter.sock",
+                        "The socket that containerd's `proxy_plugins` names.")
+    containerd_address: str = _key(AbsolutePath(), "/run/containerd/containerd.sock",
+                                   "containerd's own socket: which image a snapshot is of, `lazyfs pull`.")
+    threads: int = _key(Number(1, 64, whole=True), 8, "Requests of containerd served at the same time.")
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """[log]"""
+
+    level: str = _key(Choice(("debug", "info", "warning", "error")), "info", "What is not written is below this.")
+    format: str = _key(Choice(("auto", "text", "json")), "auto",
+                       "text is for people, json for machines; auto: text on a terminal and for systemd's journal, "
+                       "else json.")
+    file: str = _key(AbsolutePath(optional=True), "", "Write there instead of standard error.")
+    file_max_bytes: int = _key(Size(), 16 * limits.MIB,
+                               "The file is rotated at this size; three older ones are kept; 0: it is never rotated.",
+                               unit="bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryHost:
+    """[registry.host."NAME"]: one registry, by the host[:port] in image references. Not set by the environment."""
+
+    username: str = _key(Kind(), "", "User name; the password is in `password_file`.")
+    password_file: str = _key(AbsolutePath(optional=True), "",
+                              "A file with the password on its first line, readable for root only; read when needed.")
+    insecure: bool = _key(Flag(), False, "Allow plain HTTP, and certificates nobody vouches for.")
+    ca_file: str = _key(AbsolutePath(optional=True), "", "Trust this authority's certificates (PEM).")
+    client_cert: str = _key(AbsolutePath(optional=True), "", "TLS client certificate (PEM); with `client_key`.")
+    client_key: str = _key(AbsolutePath(optional=True), "", "Its key (PEM).")
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """[registry]. `host`: by host[:port]."""
+
+    hosts_dir: str = _key(AbsolutePath(optional=True), "/etc/containerd/certs.d",
+                          "containerd's hosts.toml files: mirrors, authorities, client certificates; empty: none.")
+    docker_config: str = _key(AbsolutePath(optional=True), "",
+                              "Credentials as `docker login` writes them; empty: `~/.docker/config.json`.")
+    credential_provider_config: str = _key(AbsolutePath(optional=True), "",
+                                           "kubelet's CredentialProviderConfig (YAML or JSON); empty: none.")
+    credential_provider_bin_dir: str = _key(AbsolutePath(optional=True), "", "Where its plugins are.")
+    cri_keychain: bool = _key(Flag(), True,
+                              "Keep, in memory, the credentials that kubelet pulls with, when it asks the "
+                              "snapshotter's socket (kubelet's `--image-service-endpoint`).")
+    host: Mapping[str, RegistryHost] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """
+    The whole configuration.
+
+    Attributes:
+        file: what was read; empty: the default file is not there.
+        origins: of each key that is not at its default: the file, or the environment variable.
+
+    """
+
+    daemon: Daemon = field(default_factory=Daemon)
+    cache: Cache = field(default_factory=Cache)
+    snapshotter: Snapshotter = field(default_factory=Snapshotter)
+    log: Log = field(default_factory=Log)
+    registry: Registry = field(default_factory=Registry)
+    file: str = ""
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, key: Key) -> Any:
+        """What a key of SECTIONS has here."""
+        return getattr(getattr(self, key.section), key.name)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "log": Log, "registry": Registry,
+}
+
+
+def keys_of(section: str, table: type[Any]) -> Iterator[Key]:
+    """The keys of one section, in order."""
+    for one in fields(table):
+        if one.metadata:
+            assert one.default is not MISSING
+            yield Key(section, one.name, default=one.default, **one.metadata)
+
+
+def all_keys() -> list[Key]:
+    """Every key but those of [registry.host]."""
+    return [key for section, table in SECTIONS.items() for key in keys_of(section, table)]
