@@ -1,8 +1,8 @@
 """
 Figures: what a row of the table measures, and the files that keep them.
 
-`results/<date>-image.json` holds everything of a day (samples, machine, versions, figures without a target too);
-`results/figures.json` the newest value of each target, as `image.<row>[letter]`.
+`results/<date>-<suite>.json` holds everything of a day (samples, machine, versions, figures without a target too);
+`results/figures.json` the newest value of each target, as `<suite>.<row>[letter]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
-_GOAL = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +70,11 @@ def show(figure: Figure) -> str:
     return f"  {figure.key:12} {figure.title}: {figure.value:.3g} {figure.unit} ({low:.3g} to {high:.3g}){wanted}"
 
 
-def save(figures: list[Figure], machine: dict[str, str], commit: str) -> Path:
+def save(figures: list[Figure], suite: str, machine: dict[str, str], commit: str) -> Path:
     """Merge into the day's file and into figures.json; returns the day's file."""
     FOLDER.mkdir(exist_ok=True)
     date = time.strftime("%Y-%m-%d")
-    path = FOLDER / f"{date}-{_GOAL}.json"
+    path = FOLDER / f"{date}-{suite}.json"
     day = _read(path)
     day.setdefault("figures", {})
     day["date"] = date
@@ -84,7 +83,7 @@ def save(figures: list[Figure], machine: dict[str, str], commit: str) -> Path:
     for figure in figures:
         day["figures"][figure.key] = {**asdict(figure), "commit": commit, "time": time.strftime("%H:%M:%S")}
         if figure.target is not None:
-            newest[f"{_GOAL}.{figure.key}"] = {
+            newest[f"{suite}.{figure.key}"] = {
                 "value": round(figure.value, 4),
                 "target": figure.target,
                 "better": "lower",

@@ -156,6 +156,24 @@ def recompress(source: Path, target: Path, compression: Compression, tag: str) -
     writer.finish(layers, tag=tag, command=config["config"]["Cmd"], env=config["config"]["Env"])
 
 
+def extend(source: Path, target: Path, comment: str, fill: Callable[[IO[bytes]], int], tag: str) -> None:
+    """Copy a layout made here, with one more layer on top. `target` must not exist, and lies on the same disk."""
+    writer = LayoutWriter(target)
+    index = json.loads((source / "index.json").read_bytes())
+    manifest = read_json(source, index["manifests"][0]["digest"])
+    config = read_json(source, manifest["config"]["digest"])
+    layers = []
+    for entry, diff_id, history in zip(
+        manifest["layers"], config["rootfs"]["diff_ids"], config["history"], strict=True
+    ):
+        os.link(blob_path(source, entry["digest"]), blob_path(target, entry["digest"]))
+        layers.append(
+            Layer(entry["digest"], entry["size"], entry["mediaType"], diff_id, 0, 0, history["created_by"])
+        )
+    layers.append(writer.add_layer(comment, fill))
+    writer.finish(layers, tag=tag, command=config["config"]["Cmd"], env=config["config"]["Env"])
+
+
 def blob_path(layout: Path, digest: str) -> Path:
     return layout / "blobs" / digest.replace(":", "/")
 

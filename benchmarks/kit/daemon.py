@@ -1,0 +1,128 @@
+"""`lazyfs daemon` in the workspace: started, asked, killed; and what all its processes take of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.kit.lazy import COMMAND, environment
+from benchmarks.kit.memory import descendants
+from benchmarks.kit.proc import Daemon, ToolError, attempt, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.kit.workspace import Workspace
+
+_READY_TIMEOUT_S = 60.0
+_TOOL_TIMEOUT_S = 60.0
+_POLL_S = 0.005
+
+
+class NodeDaemon:
+    """A running daemon with a cache directory of its own, empty unless `cache` names one used before."""
+
+    def __init__(self, place: Workspace, cache: Path | None = None) -> None:
+        self._place = place
+        self.cache = cache or place.folder("node-cache")
+        self._run = place.top / "run"
+        self._run.mkdir(exist_ok=True)
+        self._mounts: list[Path] = []
+        self.start()
+        place.stack.callback(self.close)
+
+    def start(self) -> float:
+        """Start the keeper (again); returns the seconds until it serves."""
+        begin = time.perf_counter()
+        words: list[str | Path] = [COMMAND, "daemon", "--cache-dir", self.cache]
+        self._daemon = Daemon(words, log=self._place.top / "node.log", env=environment(self._place))
+        self._wait(lambda: self._ready(self._daemon.pid))
+        return time.perf_counter() - begin
+
+    def mount(self, image: str, target: Path, *options: str) -> None:
+        """Mount an image by the daemon. Raises ToolError."""
+        target.mkdir(parents=True, exist_ok=True)
+        words: list[str | Path] = [COMMAND, "mount", "--insecure", *options, image, target]
+        run(words, timeout_s=_TOOL_TIMEOUT_S, env=environment(self._place))
+        self._mounts.append(target)
+
+    def kill_worker(self) -> None:
+        """SIGKILL it; returns when another one serves."""
+        worker = self.worker
+        os.kill(worker, signal.SIGKILL)
+        self._wait(lambda: self._ready(self._daemon.pid) and self.worker != worker)
+
+    def kill_keeper(self) -> None:
+        """SIGKILL the keeper; its worker goes on."""
+        os.kill(self._daemon.pid, signal.SIGKILL)
+        self._daemon.close()
+
+    def upgrade(self) -> None:
+        """Hand over to a new worker, as after an upgrade; returns when it serves."""
+        run([COMMAND, "daemon", "upgrade"], timeout_s=_TOOL_TIMEOUT_S, env=environment(self._place))
+
+    def timed(self, action: Callable[[], None]) -> float:
+        """Its seconds."""
+        begin = time.perf_counter()
+        action()
+        return time.perf_counter() - begin
+
+    @property
+    def worker(self) -> int:
+        """The worker's pid."""
+        return int(json.loads((self._run / "daemon" / "worker.json").read_bytes())["pid"])
+
+    def memory_mb(self) -> float:
+        """The sum of the proportional set sizes of keeper, worker and mounter."""
+        return sum(pss_mb(pid) for pid in [self._daemon.pid, *descendants(self._daemon.pid)])
+
+    def _ready(self, keeper: int) -> bool:
+        found = ask_keeper(self._run / "daemon" / "keeper.sock")
+        return found is not None and found["keeper"] == keeper and found["ready"]
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        limit = time.monotonic() + _READY_TIMEOUT_S
+        while not condition():
+            self._daemon.check()
+            if time.monotonic() > limit:
+                raise ToolError("lazyfs daemon is not ready")
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Unmount everything and end it; idempotent."""
+        settings = [f"{key}={value}" for key, value in environment(self._place).items()]
+        for target in self._mounts:
+            attempt(["env", *settings, str(COMMAND), "umount", "--lazy", str(target)])
+        self._mounts.clear()
+        attempt(["env", *settings, str(COMMAND), "daemon", "stop"])
+        self._daemon.close()
+
+
+def ask_keeper(path: Path) -> dict[str, Any] | None:
+    """What the keeper says of itself; None: nobody answers."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        try:
+            client.connect(str(path))
+            client.sendall(b'{"op":"status"}')
+            with client.makefile("rb") as stream:
+                found: dict[str, Any] = json.loads(stream.readline() or b"null")["result"]
+                return found
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+
+def pss_mb(pid: int) -> float:
+    """The proportional set size of a process: what it shares counts by its part."""
+    try:
+        for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    return 0.0
