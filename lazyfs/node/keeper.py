@@ -29,9 +29,10 @@ from lazyfs.node.keeperstart import Kept, find_kept, listen
 _POLL_S = 0.5
 _HANDOVER_S = 10.0               # for a worker to step aside; then it is killed
 _LEAVE_S = 3.0
-_HASTY_S = 5.0                   # a worker that dies sooner after it was told to serve did not serve
-_HASTY_COUNT_MAX = 5             # then its connection is given up: errors for its readers, instead of waiting for ever
-_DELAY_S_MAX = 5.0
+_FAILED_COUNT_MAX = 5            # workers in a row that died before they served: then the connection is given up, and
+                                 # its readers get errors instead of waiting for ever
+_DELAY_S_MAX = 5.0               # between starts of workers that fail
+_DEATHS_PERIOD_S, _DEATHS_COUNT_MAX = 60.0, 30   # of workers that did serve: more often, and starts are delayed too
 _REQUEST_BYTES_MAX = 64 * 1024
 
 
@@ -53,7 +54,8 @@ class Keeper:
         self._next: Child | None = None
         self._retire_by = 0.0
         self._start_at = 0.0
-        self._hasty = 0
+        self._failed = 0
+        self._deaths: list[float] = []
         self._turns = 0
         self._began = time.time()
         self._stopping = False
@@ -142,6 +144,7 @@ class Keeper:
                 self._hand_over()
             elif line == b"ready" and child is self._current:
                 child.ready = True
+                self._failed = 0
                 self._kept.begun = True
                 self._announce()
 
@@ -167,6 +170,7 @@ class Keeper:
             self._next = None
             _say(f"worker {child.pid} could not start: {how}")
             self._reply_upgrade({"error": f"the new worker could not start ({how}); the old one goes on"})
+            self._failed += 1
             self._delay(now)
             return
         self._current = None
@@ -174,22 +178,24 @@ class Keeper:
             return
         if not self._retire_by:
             _say(f"worker {child.pid} died: {how}")
-            if now - child.began < _HASTY_S:
-                self._hasty += 1
-                self._delay(now)
-            else:
-                self._hasty = 0
+            self._failed += not child.ready
+            self._delay(now)
         self._retire_by = 0.0
-        if self._hasty >= _HASTY_COUNT_MAX and self._kept.begun:
+        if self._failed >= _FAILED_COUNT_MAX and self._kept.begun:
             _say("its connection is given up: what is mounted now answers with errors, until it is mounted again")
             self._kept.renew_fuse()
-            self._hasty = 0
+            self._failed = 0
         elif not self._kept.begun:
             self._kept.renew_fuse()
         self._hand_over()
 
     def _delay(self, now: float) -> None:
-        self._start_at = now + min(_DELAY_S_MAX, 0.1 * 2 ** self._hasty) if self._hasty > 1 else now
+        """When the next one is started: at once, unless they die one after the other."""
+        self._deaths = [one for one in self._deaths if now - one < _DEATHS_PERIOD_S] + [now]
+        delay_s = min(_DELAY_S_MAX, 0.1 * 2 ** self._failed) if self._failed > 1 else 0.0
+        if len(self._deaths) > _DEATHS_COUNT_MAX:
+            delay_s = _DELAY_S_MAX
+        self._start_at = now + delay_s
 
     def _announce(self) -> None:
         """The worker serves: tell systemd, keep the descriptors there too, answer who waits."""
@@ -258,7 +264,8 @@ class Keeper:
             _reply(client, {"error": "a worker is being started or stopped at this moment"})
             return
         if isinstance(settings, dict):
-            self._settings.update(settings)
+            fixed = {name: self._settings[name] for name in ("root", "cache_dir")}   # of what is mounted
+            self._settings.update({**settings, **fixed})
             self._hang_s = float(self._settings["hang_s"])
         self._waiting.append(client)
         self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
