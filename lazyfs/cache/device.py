@@ -10,9 +10,11 @@ Who calls: lazyfs.fetch (read, write), lazyfs.node (checkpoint, complete), throu
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from lazyfs.cache.space import Space
     from lazyfs.image.digest import Digest
 
 _log = logging.getLogger(__name__)
 # A disk whose fsync fails this often is not trusted again before the device is opened anew.
 _DROP_COUNT_MAX = 4
+_USE_NOTED_EVERY_S = 600.0       # of a device in use; eviction asks who was used last, not when exactly
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -36,7 +41,7 @@ class CacheCounters:
     """Since the device was opened. Approximate under races of threads; for people, not for decisions."""
 
     chunks_stored: int = 0
-    store_errors: int = 0        # write() could not store: disk full, I/O error
+    store_errors: int = 0        # write() could not store: disk full, quota, floor of free space, I/O error
     chunks_forgotten: int = 0    # present, but could not be read back
     checkpoints: int = 0
     checkpoint_errors: int = 0
@@ -47,7 +52,8 @@ class CachedDevice:
     """Reference-counted; made by CacheDir.device() only. `retain` before use in a thread, `release` after it."""
 
     def __init__(
-        self, directory: Path, identity: Identity, boot_id: bytes, on_unused: Callable[[CachedDevice], None]
+        self, directory: Path, identity: Identity, boot_id: bytes, space: Space,
+        on_unused: Callable[[CachedDevice], None],
     ) -> None:
         """Raises OSError: the files cannot be made."""
         self.digest: Digest = identity.digest
@@ -58,7 +64,9 @@ class CachedDevice:
         self._identity = identity
         self._directory = directory
         self._boot_id = boot_id
+        self._space = space
         self._on_unused = on_unused
+        self._use_noted_s = 0.0
         self._shift = identity.chunk_size.bit_length() - 1
         self._generation, self._durable = files.open_generation(directory, identity, boot_id)
         self._dropped: list[files.Generation] = []
@@ -66,6 +74,7 @@ class CachedDevice:
         self._reference_lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
         self._storing = True
+        self.note_use()
 
     @property
     def data_path(self) -> Path:
@@ -134,7 +143,7 @@ class CachedDevice:
         Store chunk `index`: exactly its bytes, already checked.
 
         Returns:
-            False if it could not be stored (disk full, I/O error): the chunk is then not present.
+            False if it could not be stored (disk full, quota, I/O error): the chunk is then not present.
 
         """
         generation = self._generation
@@ -143,10 +152,16 @@ class CachedDevice:
         if not self._storing:
             self.counters.store_errors += 1
             return False
+        if not self._space.admit(generation.data_fd, expected):
+            self._store_failed("the cache is at its limits")
+            return False
         try:
             files.pwrite_all(generation.data_fd, data, index << self._shift)
         except OSError as error:
-            self._store_failed(error)
+            self._space.give_back(expected)
+            self._store_failed(str(error))
+            if error.errno in _NO_SPACE:
+                self._space.short()
             return False
         self._set_present(generation, index)
         self.counters.chunks_stored += 1
@@ -215,6 +230,16 @@ class CachedDevice:
             self._reference_count += 1
             return True
 
+    def note_use(self, *, at_once: bool = True) -> None:
+        """The device is used: noted on the disk (the mtime of its directory); rarely, unless `at_once`."""
+        now = time.monotonic()
+        if at_once or now - self._use_noted_s >= _USE_NOTED_EVERY_S:
+            self._use_noted_s = now
+            try:
+                os.utime(self._directory)
+            except OSError as error:
+                _log.info("cached device %s: time of use not noted: %s", self.digest.short, error)
+
     def close_files(self) -> None:
         """For CacheDir: after the last release."""
         for generation in (*self._dropped, self._generation):
@@ -237,9 +262,9 @@ class CachedDevice:
         except OSError:
             self.counters.store_errors += 1
 
-    def _store_failed(self, error: OSError) -> None:
+    def _store_failed(self, reason: str) -> None:
         if self.counters.store_errors == 0:
-            _log.warning("cached device %s: not stored, served from memory: %s", self.digest.short, error)
+            _log.warning("cached device %s: not stored, served from memory: %s", self.digest.short, reason)
         self.counters.store_errors += 1
 
     def _drop(self, error: OSError) -> None:

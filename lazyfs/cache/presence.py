@@ -38,6 +38,7 @@ import numpy as np
 
 from lazyfs.image.digest import CHUNK_DIGEST_BYTES, chunk_digest
 from lazyfs.image.table import chunk_count
+from lazyfs.limits import CHUNK_SIZE_MAX_BYTES, CHUNK_SIZE_MIN_BYTES, DEVICE_BYTES_MAX
 
 if TYPE_CHECKING:
     from lazyfs.image.digest import Digest
@@ -111,6 +112,17 @@ def decode_checkpoint(data: bytes, identity: Identity) -> Record | None:
         return None
     packed = np.frombuffer(data, dtype=np.uint8, count=body_bytes - HEADER_BYTES, offset=HEADER_BYTES)
     return Record(generation, bytearray(np.unpackbits(packed, count=count).tobytes()))
+
+
+def decode_any(data: bytes, digest: Digest, boot_id: bytes | None) -> Record | None:
+    """As decode_live, or without a `boot_id` decode_checkpoint, of a device whose sizes only the record tells."""
+    if len(data) < HEADER_BYTES:
+        return None
+    _, _, chunk_size, device_size, _, _, _ = _HEADER.unpack_from(data)
+    if not CHUNK_SIZE_MIN_BYTES <= chunk_size <= CHUNK_SIZE_MAX_BYTES or device_size > DEVICE_BYTES_MAX:
+        return None
+    identity = Identity(digest, chunk_size, device_size)
+    return decode_checkpoint(data, identity) if boot_id is None else decode_live(data, identity, boot_id)
 
 
 def record_bytes_max(identity: Identity) -> int:

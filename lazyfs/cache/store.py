@@ -3,6 +3,7 @@ The cache directory of a node: owned by one process, one CachedDevice object a l
 
     <path>/lock                           flock, holder's pid
     <path>/v1/<device digest, 64 hex>/    cache.files
+    <path>/evicted/                       on its way out: cache.evict
 
 The version is in the path: another version finds nothing and touches nothing. Layer: lazyfs.cache. Who calls:
 lazyfs.node (open, device, checkpoint, close), lazyfs.fetch (CachedDevice).
@@ -13,9 +14,11 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
+from lazyfs.cache import evict, inventory
 from lazyfs.cache.device import CacheCounters, CachedDevice
 from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
-from lazyfs.cache.presence import VERSION, Identity, read_boot_id
+from lazyfs.cache.presence import Identity, read_boot_id
+from lazyfs.cache.space import Space
 from lazyfs.errors import BugError
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ class CacheDir:
 
     def __init__(self, path: Path, lock: DirectoryLock, boot_id: bytes) -> None:
         self.path = path
-        self._root = path / f"v{VERSION}"
+        self.space = Space()
+        self._root = path / inventory.DEVICES
         self._lock = lock
         self._boot_id = boot_id
         self._devices: dict[Digest, CachedDevice] = {}
@@ -53,7 +57,8 @@ class CacheDir:
         path = prepare_directory(path)
         lock = DirectoryLock(path)
         try:
-            (path / f"v{VERSION}").mkdir(mode=0o700, exist_ok=True)
+            for folder in (inventory.DEVICES, inventory.EVICTED):   # the latter now, not on a disk that is full
+                (path / folder).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             lock.close()
             raise_cache_error(path, "create its layout", error)
@@ -76,7 +81,8 @@ class CacheDir:
                 return known
             directory = self._root / digest.hex
             try:
-                device = CachedDevice(directory, Identity(digest, chunk_size, device_size), self._boot_id, self._unused)
+                identity = Identity(digest, chunk_size, device_size)
+                device = CachedDevice(directory, identity, self._boot_id, self.space, self._unused)
             except OSError as error:
                 raise_cache_error(self.path, f"open device {digest.short}", error)
             self._devices[digest] = device
@@ -89,8 +95,36 @@ class CacheDir:
         for device in devices:
             try:
                 device.checkpoint()
+                device.note_use(at_once=False)
             finally:
                 device.release()
+
+    @property
+    def boot_id(self) -> bytes:
+        """Of this boot: 16 bytes."""
+        return self._boot_id
+
+    def in_use(self) -> set[str]:
+        """Hex of the digests of all devices that somebody has open: mounts, and downloads under way."""
+        with self._devices_lock:
+            return {digest.hex for digest in self._devices}
+
+    def discard(self, name: str) -> bool:
+        """
+        Take a device (hex of its digest) out of the cache, unless it is in use. Its space is freed by evict.clean().
+
+        Raises:
+            OSError: not possible; it is still there.
+
+        """
+        with self._devices_lock:    # whoever opens it does so before, and it stays, or after, and it begins anew
+            if any(digest.hex == name for digest in self._devices):
+                return False
+            try:
+                evict.move_away(self.path, self._root / name)
+            except FileNotFoundError:
+                return False
+            return True
 
     def close(self) -> None:
         """Give up ownership. Devices still referenced stay usable until released; nothing is synced here."""
@@ -105,5 +139,6 @@ class CacheDir:
     def _unused(self, device: CachedDevice) -> None:
         with self._devices_lock:
             if self._devices.get(device.digest) is device:
+                device.note_use()    # while nobody can take it away
                 del self._devices[device.digest]
         device.close_files()
