@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _BLOCK_BYTES = 512
-_END = bytes(2 * _BLOCK_BYTES)
+END = bytes(2 * _BLOCK_BYTES)    # of every archive
 _SIZE_FIELD = slice(124, 136)
 _SIZE_MAX = 8 ** 11 - 1          # eleven octal digits
 _NAME_BYTES_MAX = 100
@@ -37,8 +37,8 @@ def pack_ustar(members: Sequence[Member]) -> bytes:
     """The archive of these members, in this order."""
     parts: list[bytes | memoryview] = []
     for member in members:
-        parts += [_header(member.name, len(member.data)), member.data, bytes(-len(member.data) % _BLOCK_BYTES)]
-    return b"".join([*parts, _END])
+        parts += [header_of(member.name, len(member.data)), member.data, padding_of(len(member.data))]
+    return b"".join([*parts, END])
 
 
 def parse_ustar(archive: bytes | memoryview, names: Sequence[str]) -> tuple[Member, ...]:
@@ -54,14 +54,14 @@ def parse_ustar(archive: bytes | memoryview, names: Sequence[str]) -> tuple[Memb
     for name in names:
         header = bytes(view[offset : offset + _BLOCK_BYTES])
         size = _read_size(header, name)
-        if (size and name.endswith("/")) or header != _header(name, size):
+        if (size and name.endswith("/")) or header != header_of(name, size):
             raise FormatError(f"bootstrap layer: no member {name} at byte {offset}")
         start = offset + _BLOCK_BYTES
         offset = start + size + -size % _BLOCK_BYTES
         if offset > len(view) or any(view[start + size : offset]):
             raise FormatError(f"bootstrap layer: member {name} of {size} bytes is cut short or badly padded")
         members.append(Member(name, view[start : start + size]))
-    if view[offset:] != _END:
+    if view[offset:] != END:
         raise FormatError(f"bootstrap layer: expected the end of the archive at byte {offset}")
     return tuple(members)
 
@@ -73,7 +73,13 @@ def _read_size(header: bytes, name: str) -> int:
     return int(digits, 8)
 
 
-def _header(name: str, size: int) -> bytes:
+def padding_of(size: int) -> bytes:
+    """What follows a member's data of `size` bytes."""
+    return bytes(-size % _BLOCK_BYTES)
+
+
+def header_of(name: str, size: int) -> bytes:
+    """The header block of a file of `size` bytes; of a directory if `name` ends in a slash."""
     directory = name.endswith("/")
     if len(name) > _NAME_BYTES_MAX or not 0 <= size <= _SIZE_MAX or (directory and size):
         raise BugError(f"member {name} of {size} bytes does not fit a ustar header")

@@ -1,0 +1,190 @@
+"""
+Lazy images for core: the LazyHook over the node's daemon.
+
+One mount an image (by the digest of its bootstrap), shared by all snapshots of that bootstrap in all namespaces, and
+by all containers on top of them. It is ordered when a container is prepared, and taken away when the last bootstrap
+snapshot is removed; containerd removes no snapshot that has children, so no container is on it then.
+
+Layer: snapshotter. Who calls: core, through the Protocol; cli makes it by make_lazy_images(). State: lazyrecords, and
+what is under way (lazyflight). Invariants: a snapshot's record is written before it joins an attempt to mount, and a
+removal looks at the records only when it is alone; so a mount that somebody was promised is never taken away.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lazyfs import limits
+from lazyfs.errors import BusyError, LazyfsError, NotFoundError, TargetError
+from lazyfs.node.order import MountOrder
+from snapshotter import lazymounts
+from snapshotter.lazydaemon import MOUNT_TIMEOUT_S, DaemonLink
+from snapshotter.lazydigest import bootstrap_digest
+from snapshotter.lazyflight import Flights
+from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind
+from snapshotter.lazyrecords import LazyRecord, LazyRecords
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from snapshotter.lazyhook import LazyLayer
+    from snapshotter.model import Usage
+
+LABEL_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+_log = logging.getLogger("lazyfs.snapshotter")
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """What all mount orders have in common: see node.order.MountOrder."""
+
+    driver: str = "auto"
+    prefetch: bool = True
+    read_timeout_s: float = limits.READ_DEADLINE_S
+    registry: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+class ImageFinder(Protocol):
+    """Whoever knows which images there are on the node (containerd)."""
+
+    def __call__(self, digest: str) -> list[str]:
+        """
+        References of the images with that bootstrap (digest of the uncompressed layer), the newest first.
+
+        Raises:
+            LazyfsError: it cannot be asked.
+
+        """
+
+
+class LazyImages:
+    """See the module, and lazyhook.LazyHook."""
+
+    def __init__(self, root: Path, daemon: DaemonLink, find_images: ImageFinder, settings: MountSettings) -> None:
+        """
+        `root`: the snapshotter's, absolute and resolved.
+
+        Raises:
+            HostError: its directories cannot be made.
+
+        """
+        self._records = LazyRecords(root)
+        self._daemon = daemon
+        self._find_images = find_images
+        self._settings = settings
+        self._flights = Flights()
+
+    def classify(self, labels: Mapping[str, str]) -> LayerKind:
+        if LABEL_BLOB in labels:
+            return LayerKind.LAZY_BLOB
+        return LayerKind.LAZY_BOOTSTRAP if LABEL_BOOTSTRAP in labels else LayerKind.ORDINARY
+
+    def ensure_mounted(self, bootstrap: LazyLayer) -> Path:
+        record = self._records.of(bootstrap)
+        if record is None:
+            record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
+            self._records.write(record)
+        known = record
+
+        def attempt() -> None:
+            self._mount(bootstrap, known)
+
+        self._flights.shared(record.digest, attempt, 2 * MOUNT_TIMEOUT_S)
+        return self._records.target(record.digest)
+
+    def forget(self, bootstrap: LazyLayer) -> None:
+        record = self._records.of(bootstrap)
+        if record is None:
+            return
+        with self._flights.alone(record.digest):
+            if sum(other.digest == record.digest for other in self._records.all()) <= 1:
+                self._unmount(self._records.target(record.digest))
+            self._records.remove(record.snapshot_id)   # last: a failure above is tried again
+
+    def usage(self, bootstrap: LazyLayer) -> Usage:
+        record = self._records.of(bootstrap)
+        digest = record.digest if record is not None else bootstrap_digest(bootstrap.fs_dir)
+        return self._daemon.usage(digest)
+
+    def reconcile(self, bootstraps: Mapping[int, str]) -> None:
+        """
+        Make records, mount points and mounts agree with the snapshots that there are; for the start.
+
+        What belongs to no snapshot is taken away. What should be mounted and is not (after a reboot) is mounted when
+        a container asks. Needs neither daemon nor registry; whatever cannot be done is logged, and left for the next
+        start.
+
+        Args:
+            bootstraps: name by id of all committed bootstrap snapshots.
+
+        """
+        kept = [record for record in self._records.all() if bootstraps.get(record.snapshot_id) == record.name]
+        self._records.sweep(kept)
+        wanted = {self._records.target(record.digest) for record in kept}
+        for target in self._records.targets():
+            if target in wanted:
+                continue
+            try:
+                lazymounts.detach(target)   # its worker notices
+            except LazyfsError as error:
+                _log.warning("%s belongs to no snapshot and cannot be taken away: %s", target, error)
+            self._records.remove_target(target)
+
+    def _mount(self, bootstrap: LazyLayer, record: LazyRecord) -> None:
+        """Order the mount. Alone with this digest."""
+        target = self._records.make_target(record.digest)
+        mounted = lazymounts.is_mounted(target)
+        known = self._records.reference(record.digest) if mounted else ""
+        image = known or self._choose_image(bootstrap, record)
+        order = MountOrder(
+            image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
+            read_timeout_s=self._settings.read_timeout_s, registry=dict(self._settings.registry),
+            layer=(record.digest, 0, 0), bootstrap_dir=str(bootstrap.fs_dir))
+        if image != known:
+            self._records.write_reference(record.digest, image)
+        try:
+            self._daemon.mount(order)
+        except BusyError:
+            raise
+        except TargetError:
+            if not mounted:
+                raise
+            if self._daemon.serves(str(target), record.digest):
+                return   # by another reference, which is as good: blobs go by digest
+            _log.warning("%s was mounted by a daemon that is gone; mounting it again", target)
+            lazymounts.detach(target)
+            self._daemon.mount(order)
+
+    def _unmount(self, target: Path) -> None:
+        try:
+            self._daemon.unmount(str(target))
+        except LazyfsError as error:
+            _log.warning("%s is detached without the daemon: %s", target, error)
+        if lazymounts.is_mounted(target):
+            lazymounts.detach(target)
+        self._records.remove_target(target)
+
+    def _choose_image(self, bootstrap: LazyLayer, record: LazyRecord) -> str:
+        """
+        By which reference the data is fetched: the newest image that has this bootstrap.
+
+        Its label names the image that was pulled first; a copy of it that is pulled from elsewhere makes no new
+        snapshot. So containerd is asked, and the label is for when it cannot say.
+        """
+        label = bootstrap.labels.get(LABEL_IMAGE_REF, "")
+        try:
+            found = self._find_images(record.digest)
+        except LazyfsError as error:
+            if not label:
+                raise
+            _log.warning("%s: containerd cannot say which images there are: %s", label, error)
+            found = []
+        if found:
+            return found[0]
+        if label:
+            return label
+        text = f"no image in containerd has the bootstrap {record.digest[:19]} of snapshot {bootstrap.name!r:.100}"
+        raise NotFoundError(text, hint="pull the image again, with lazyfs pull")
