@@ -50,7 +50,8 @@ func main() {
 		fail(err)
 	}
 	response, err := call(os.Args[1], os.Args[2], request, timeout)
-	if refused, ok := errors.AsType[*callError](err); ok {
+	var refused *callError
+	if errors.As(err, &refused) {
 		answer, _ := json.Marshal(refused)
 		fmt.Println(string(answer))
 		os.Exit(1)
