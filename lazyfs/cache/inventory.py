@@ -119,12 +119,16 @@ class Inventory:
             total += image.use
         return total
 
-    def image_use(self, devices: Collection[str], name: str) -> Use:
-        """Of an image's own files and its devices, each once."""
+    def devices_of(self, name: str) -> list[FoundDevice]:
+        """An image's devices that are here, each once."""
+        wanted = set(self.images[name].record.devices) if name in self.images else set()
+        return [self.devices[device] for device in sorted(wanted) if device in self.devices]
+
+    def image_use(self, name: str) -> Use:
+        """Of an image's own files and its devices."""
         total = self.images[name].use if name in self.images else Use()
-        for device in set(devices):
-            if device in self.devices:
-                total += self.devices[device].use
+        for device in self.devices_of(name):
+            total += device.use
         return total
 
     def candidates(self, devices_in_use: Collection[str], images_in_use: Collection[str],
@@ -141,16 +145,25 @@ def take(path: Path) -> Inventory:
     """Look at the cache directory `path`. What cannot be looked at is not counted. Blocking."""
     found = Inventory()
     for entry in _entries(path / DEVICES):
-        if _HEX.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                found.devices[entry.name] = FoundDevice(entry.name, _tree_use(Path(entry.path)), status.st_mtime_ns)
+        if _HEX.fullmatch(entry.name):
+            _take_device(found, Path(entry.path))
     for folder in (BOOTSTRAPS, IMAGES):
         for entry in _entries(path / folder):
-            _take_image_file(found, path, entry)
+            _take_image_file(found, path, Path(entry.path))
     found.leftovers = leftovers(path)
     for leftover in found.leftovers:
         found.leftover_use += _tree_use(leftover)
+    return found
+
+
+def take_image(path: Path, name: str) -> Inventory:
+    """As `take`, of one image (hex of its bootstrap's digest) and its devices only."""
+    found = Inventory()
+    for folder, ending in ((BOOTSTRAPS, "zst"), (BOOTSTRAPS, "tar"), (IMAGES, "erofs"), (IMAGES, "json")):
+        _take_image_file(found, path, path / folder / f"{name}.{ending}")
+    if name in found.images:
+        for device in found.images[name].record.devices:
+            _take_device(found, path / DEVICES / device)
     return found
 
 
@@ -183,12 +196,19 @@ def file_use(status: os.stat_result) -> Use:
     return Use(status.st_blocks * _BLOCK_BYTES, 1)
 
 
-def _take_image_file(found: Inventory, path: Path, entry: os.DirEntry[str]) -> None:
-    match = _IMAGE_FILE.fullmatch(entry.name)
+def _take_device(found: Inventory, directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        status = directory.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            found.devices[directory.name] = FoundDevice(directory.name, _tree_use(directory), status.st_mtime_ns)
+
+
+def _take_image_file(found: Inventory, path: Path, file: Path) -> None:
+    match = _IMAGE_FILE.fullmatch(file.name)
     if match is None:
         return
     with contextlib.suppress(OSError):
-        use = file_use(entry.stat(follow_symlinks=False))
+        use = file_use(file.lstat())
         if match[1] not in found.images:
             found.images[match[1]] = FoundImage(match[1], ImageRecord.read(path, match[1]))
         found.images[match[1]].use += use

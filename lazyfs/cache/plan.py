@@ -61,7 +61,7 @@ def wanted_bytes(used_bytes: int, disk: Disk, limits: Limits, *, room_bytes: int
         room_bytes: so much should be free above the floor, whatever else (somebody found no room).
 
     """
-    floor = limits.floor_of(disk.size_bytes)
+    floor = limits.floor.of(disk.size_bytes)
     wanted = 0
     if limits.quota_bytes and used_bytes > limits.quota_bytes:
         wanted = used_bytes - int(limits.quota_bytes * (1 - SLACK_SHARE))

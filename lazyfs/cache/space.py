@@ -10,57 +10,26 @@ twice). It errs towards storing too little, and never for longer than one look. 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lazyfs.errors import UsageError
+from lazyfs.config.kinds import Amount
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIZE = re.compile(r"(\d{1,18})\s*([kKMGTP]?)(i?)[bB]?")
-_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
-_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,3})?)\s*%")
-# A floor above this is a typing error: the cache could hardly ever store anything.
-_FLOOR_SHARE_MAX = 0.95
-
-
-def parse_size(text: str) -> int:
-    """Bytes: `0`, `500M` (decimal, as sizes are shown), `20GiB` (binary). Raises UsageError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise UsageError(f"size {text!r:.40}: expected bytes, or a number with k, M, G, T (or Ki, Mi, Gi, Ti)")
-    base = 1024 if match[3] else 1000
-    return int(match[1]) * int(base ** _POWERS[match[2]])
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`quota_bytes` 0: none. The floor is the larger of `floor_bytes` and `floor_share` (0..1) of the file system."""
+    """`quota_bytes` 0: none. `floor`: bytes, or a share of the file system."""
 
     quota_bytes: int = 0
-    floor_bytes: int = 0
-    floor_share: float = 0.0
+    floor: Amount = Amount(bytes=0)  # noqa: RUF009 - frozen
 
-    @classmethod
-    def of(cls, quota: int | str, floor: int | str) -> Limits:
-        """`quota`: bytes, or a size; `floor`: the same, or a share such as `5%`. Raises UsageError."""
-        quota_bytes = quota if isinstance(quota, int) else parse_size(quota)
-        if isinstance(floor, int):
-            return cls(quota_bytes, floor)
-        match = _PERCENT.fullmatch(floor.strip())
-        if match is None:
-            return cls(quota_bytes, parse_size(floor))
-        share = float(match[1]) / 100
-        if share > _FLOOR_SHARE_MAX:
-            raise UsageError(f"floor {floor!r:.40}: expected at most {_FLOOR_SHARE_MAX:.0%} of the file system")
-        return cls(quota_bytes, 0, share)
-
-    def floor_of(self, disk_bytes: int) -> int:
-        """In bytes, on a file system of that size."""
-        return max(self.floor_bytes, int(disk_bytes * self.floor_share))
+    @property
+    def has_floor(self) -> bool:
+        return bool(self.floor.bytes or self.floor.percent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +59,19 @@ class Space:
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    def counted(self, used_bytes: int) -> None:
-        """What the directory was just seen to use."""
+    def correct(self, difference: int) -> None:
+        """By how much `used_bytes` was seen to be wrong."""
         with self._lock:
-            self._used_bytes = used_bytes
+            self._used_bytes += difference
 
     def admit(self, fd: int, size: int) -> bool:
         """Whether `size` more bytes may be written to the file system of `fd`; if so they count as used."""
         limits = self.limits
         with self._lock:
             fits = not limits.quota_bytes or self._used_bytes + size <= limits.quota_bytes
-            if fits and (limits.floor_bytes or limits.floor_share):
+            if fits and limits.has_floor:
                 disk = Disk.of(fd)    # 1 us; a chunk's write takes 100
-                fits = disk.free_bytes - size >= limits.floor_of(disk.size_bytes)
+                fits = disk.free_bytes - size >= limits.floor.of(disk.size_bytes)
             if fits:
                 self._used_bytes += size
         if not fits:

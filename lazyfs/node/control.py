@@ -21,6 +21,7 @@ import trio
 from lazyfs.errors import LazyfsError, UsageError
 from lazyfs.fs.isolate import error_to
 from lazyfs.node import protocol
+from lazyfs.node.housekeeping import Housekeeper, Request
 from lazyfs.node.order import MountOrder
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Controlled(Protocol):
 
     @property
     def closing(self) -> bool: ...
+
+    @property
+    def housekeeper(self) -> Housekeeper: ...
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
@@ -189,6 +193,8 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
     if operation == protocol.UNMOUNT:
         lazy, force = bool(request.get("lazy")), bool(request.get("force"))
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
+    if operation in {protocol.USAGE, protocol.EVICT}:
+        return await _keep_house(worker.housekeeper, request)
     if operation == protocol.TOUCHED:
         return worker.touched(str(request["target"]))
     plain = {protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health}
@@ -198,6 +204,13 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         worker.shut_down()
         return True
     raise UsageError(f"unknown control operation {operation!r:.40}")
+
+
+async def _keep_house(housekeeper: Housekeeper, request: dict[str, Any]) -> dict[str, Any]:
+    if request["op"] == protocol.EVICT:
+        return await housekeeper.evict(Request.from_json(request))
+    bootstrap = request.get("bootstrap")
+    return await housekeeper.usage(None if bootstrap is None else str(bootstrap))
 
 
 async def _detach(worker: Controlled, targets: list[str]) -> None:

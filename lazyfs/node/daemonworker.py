@@ -136,6 +136,7 @@ async def _serve(
         async with serving.running(session, directory, mounter) as nursery:
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
+            nursery.start_soon(worker.housekeeper.run)
             nursery.start_soon(_listen, lines, worker)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)

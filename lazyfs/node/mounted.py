@@ -6,11 +6,13 @@ Layer: node. Who calls: node.worker, on the trio loop.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.node.rundir import MountRecord
 
@@ -153,6 +155,9 @@ def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> No
             cached.release()
             raise
         mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s))
+    record = ImageRecord(mounted.order.image, tuple(digest.hex for digest, _ in opened.devices))
+    with contextlib.suppress(OSError):   # a full disk; then its files go with the first eviction after the unmount
+        record.write(cache.path, opened.layer.digest)
 
 
 def hot_plan(opened: OpenedImage, devices: list[LazyDevice]) -> list[tuple[FetchDevice, int]]:

@@ -96,6 +96,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
                 nursery.start_soon(trio.to_thread.run_sync, import_registry_client)
                 nursery.start_soon(accept, listener, worker, nursery)
                 nursery.start_soon(worker.tend)
+                nursery.start_soon(worker.housekeeper.run)
                 await nursery.start(_watch_signals, worker)
                 await worker.finished.wait()
                 await trio.sleep(0.05)   # the last answer goes out

@@ -22,6 +22,7 @@ from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node import restore
+from lazyfs.node.housekeeping import Housekeeper
 from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
 from lazyfs.node.opening import open_image
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
@@ -68,6 +69,7 @@ class Worker:
         self._busy_targets: set[str] = set()
         self._lasting = lasting
         self._broken: dict[int, restore.Broken] = {}
+        self.housekeeper = Housekeeper(cache, self)
         self.closing = False
         self.finished = trio.Event()
 
@@ -151,10 +153,25 @@ class Worker:
             "ready": not self.closing,
             "version": __version__,
             "pid": self._identity.pid,
+            "cache_dir": str(self._cache.path),
             "mounts": len(self._mounts),
             "detached": len(self._detached),
             "broken": [broken.describe() for broken in self._broken.values()],
         }
+
+    @property
+    def mounting(self) -> bool:
+        """Whether a mount is being made or unmade."""
+        return bool(self._busy_targets)
+
+    def images_in_use(self) -> dict[str, list[str]]:
+        """Hex of the bootstrap's digest: where it is mounted, or was; also what cannot be served now."""
+        found: dict[str, list[str]] = {}
+        for mounted in (*self._mounts.values(), *self._detached):
+            found.setdefault(mounted.opened.layer.digest.hex, []).append(mounted.order.target)
+        for broken in self._broken.values():
+            found.setdefault(broken.record.bootstrap.rpartition(":")[2], []).append(broken.record.target)
+        return found
 
     def touched(self, target: str) -> dict[str, list[int]]:
         """
