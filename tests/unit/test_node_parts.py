@@ -156,7 +156,7 @@ class FakeWorker:
         self.cancelled = 0
         self.block = False
 
-    async def mount(self, order: MountOrder) -> dict[str, Any]:
+    async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]:
         if self.block:
             try:
                 await trio.sleep_forever()
