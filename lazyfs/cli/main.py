@@ -36,6 +36,7 @@ COMMANDS = {
     "mount": ("lazyfs.cli.mount:mount_command", "Mount a lazy image on a directory."),
     "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
     "daemon": ("lazyfs.cli.daemon:daemon_command", "Serve all lazy images of this node; survive crashes and upgrades."),
+    "config": ("lazyfs.cli.config:config_command", "Check or show the configuration."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }

@@ -8,7 +8,7 @@ Layer: beside errors and limits, on top of them. Raises ConfigError and nothing 
 """
 
 from lazyfs.config.kinds import Amount, split_address
-from lazyfs.config.loading import Problem, check, load
+from lazyfs.config.loading import Problem, check, from_plain, load, to_plain
 from lazyfs.config.table import (
     DEFAULT_FILE,
     Cache,
@@ -23,4 +23,4 @@ from lazyfs.config.table import (
 )
 
 __all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Registry", "RegistryHost",
-           "Snapshotter", "all_keys", "check", "load", "split_address"]
+           "Snapshotter", "all_keys", "check", "from_plain", "load", "split_address", "to_plain"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?i?B|)", re.IGNORECASE)
-_PERCENT = re.compile(r"(\d{1,2}(?:\.\d{1,3})?) ?%")
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGTkmgt]?[Ii]?[Bb]|)"
+_PERCENT = r"(\d{1,2}(?:\.\d{1,3})?) ?%"
+_HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _SIZE_BYTES_MAX = 2**63 - 1
 _TEXT_CHARS_MAX = 4096           # PATH_MAX
 _YES, _NO = frozenset({"true", "1", "yes", "on"}), frozenset({"false", "0", "no", "off"})
@@ -39,7 +39,6 @@ class Amount:
         return f"{self.percent:g}%" if self.percent is not None else str(self.bytes)
 
 
-@dataclass(frozen=True, slots=True)
 class Kind:
     """Any text of one line; the base of the others."""
 
@@ -58,11 +57,11 @@ class Kind:
         return self.accept(text)
 
 
-@dataclass(frozen=True, slots=True)
 class AbsolutePath(Kind):
     """A path from the root; `optional`: or nothing."""
 
-    optional: bool = False
+    def __init__(self, *, optional: bool = False) -> None:
+        self.optional = optional
 
     @property
     def expected(self) -> str:
@@ -76,11 +75,11 @@ class AbsolutePath(Kind):
         raise ValueError(value)
 
 
-@dataclass(frozen=True, slots=True)
 class Choice(Kind):
     """One of some words."""
 
-    words: tuple[str, ...]
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
 
     @property
     def expected(self) -> str:
@@ -92,7 +91,6 @@ class Choice(Kind):
         return value
 
 
-@dataclass(frozen=True, slots=True)
 class Flag(Kind):
     """true or false."""
 
@@ -111,13 +109,11 @@ class Flag(Kind):
         raise ValueError(text)
 
 
-@dataclass(frozen=True, slots=True)
 class Number(Kind):
     """A number in a range; `whole`: an integer."""
 
-    low: float
-    high: float
-    whole: bool = False
+    def __init__(self, low: float, high: float, *, whole: bool = False) -> None:
+        self.low, self.high, self.whole = low, high, whole
 
     @property
     def expected(self) -> str:
@@ -137,11 +133,11 @@ class Number(Kind):
         return self.accept(int(text) if self.whole else float(text))
 
 
-@dataclass(frozen=True, slots=True)
 class Size(Kind):
     """Bytes, plainly or with a unit; `share`: or a percentage, and then an Amount."""
 
-    share: bool = False
+    def __init__(self, *, share: bool = False) -> None:
+        self.share = share
 
     @property
     def expected(self) -> str:
@@ -155,10 +151,10 @@ class Size(Kind):
         return Amount(bytes=value) if self.share else value
 
     def _from_words(self, text: str) -> object:
-        share = _PERCENT.fullmatch(text) if self.share else None
+        share = re.fullmatch(_PERCENT, text) if self.share else None
         if share is not None:
             return Amount(percent=float(share[1]))
-        found = _SIZE.fullmatch(text)
+        found = re.fullmatch(_SIZE, text)
         if found is None:
             raise ValueError(text)
         size = round(float(found[1]) * _UNITS[found[2].upper()]) if "." in found[1] else (
@@ -166,7 +162,6 @@ class Size(Kind):
         return self.accept(size)
 
 
-@dataclass(frozen=True, slots=True)
 class Address(Kind):
     """Where to listen: host:port, :port or port (loopback), or nothing. The value is host:port, or empty."""
 
@@ -189,7 +184,7 @@ class Address(Kind):
             from ipaddress import IPv6Address  # noqa: PLC0415 - rare, and slow to import
 
             IPv6Address(host[1:-1])
-        elif _HOST_NAME.fullmatch(host) is None:
+        elif re.fullmatch(_HOST_NAME, host) is None:
             raise ValueError(value)
         return f"{host}:{port}"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lazyfs.config.kinds import Amount
 from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, Key, RegistryHost, all_keys, keys_of
 from lazyfs.errors import ConfigError
 
@@ -21,13 +21,11 @@ FILE_VARIABLE = "LAZYFS_CONFIG"
 RUN_DIR_VARIABLE = "LAZYFS_RUN_DIR"
 _FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
 _PROBLEM_COUNT_MAX = 50
-_HOST = re.compile(r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?")
-_HOST_FIELDS = {key.name: key for key in keys_of("registry.host", RegistryHost)}
+_HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?"
 _SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong. `where`: the file, or the environment."""
 
     where: str
@@ -67,6 +65,25 @@ def check(path: str | None = None, environ: Mapping[str, str] = os.environ) -> t
     config = Config(**{name: table(**found[name]) for name, table in SECTIONS.items()}, file=file, origins=origins)
     _check_relations(config, problems)
     return config, problems[:_PROBLEM_COUNT_MAX]
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """As JSON values, for another process of ours."""
+    plain: dict[str, Any] = {section: {} for section in SECTIONS}
+    for key in all_keys():
+        value = config.value(key)
+        plain[key.section][key.name] = str(value) if isinstance(value, Amount) else value
+    names = [key.name for key in keys_of("registry.host", RegistryHost)]
+    plain["registry"]["host"] = {host: {name: getattr(entry, name) for name in names}
+                                 for host, entry in config.registry.host.items()}
+    return plain
+
+
+def from_plain(plain: Mapping[str, Any]) -> Config:
+    """What to_plain() wrote, also in another version: what is not understood stays at its default."""
+    document = {section: dict(content) for section, content in plain.items() if isinstance(content, dict)}
+    found, _ = _Sections("", []).take(document)
+    return Config(**{name: table(**found[name]) for name, table in SECTIONS.items()})
 
 
 def _read(named: str, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
@@ -137,15 +154,16 @@ class _Sections:
         if not isinstance(hosts, dict):
             self._wrong("registry.host", "tables by host name", hosts)
             return found
+        known = {key.name: key for key in keys_of("registry.host", RegistryHost)}
         for host, content in hosts.items():
             section = f'registry.host."{host:.100}"'
-            if _HOST.fullmatch(host) is None:
+            if re.fullmatch(_HOST, host) is None:
                 hint = 'write it as in image references, in quotes: [registry.host."registry.example:5000"]'
                 self._problems.append(Problem(self._file, f"{section}: expected host or host:port", hint))
             elif not isinstance(content, dict):
                 self._wrong(section, "a table", content)
             else:
-                entry = RegistryHost(**self._table(section, _HOST_FIELDS, content))
+                entry = RegistryHost(**self._table(section, known, content))
                 self._check_host(section, entry)
                 found[host] = entry
         return found

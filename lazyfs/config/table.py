@@ -9,7 +9,7 @@ Layer: config. Who calls: everybody reads the dataclasses; config.loading makes 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazyfs import limits
 from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Size
@@ -21,8 +21,7 @@ DEFAULT_FILE = "/etc/lazyfs/config.toml"
 _DAY_S = 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """
     One key.
 
@@ -55,7 +54,7 @@ def _key(kind: Kind, default: object, text: str, *, unit: str = "", restart: boo
     return field(default=default, metadata={"kind": kind, "text": text, "unit": unit, "restart": restart})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Daemon:
     """[daemon]"""
 
@@ -81,7 +80,7 @@ class Daemon:
                                "means loopback.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cache:
     """[cache]"""
 
@@ -93,7 +92,7 @@ class Cache:
     evict_interval_s: float = _key(Number(1, 3600), 30.0, "How often both are looked at.", unit="s")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshotter:
     """[snapshotter]"""
 
@@ -106,7 +105,7 @@ class Snapshotter:
     threads: int = _key(Number(1, 64, whole=True), 8, "Requests of containerd served at the same time.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Log:
     """[log]"""
 
@@ -120,7 +119,7 @@ class Log:
                                unit="bytes")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RegistryHost:
     """[registry.host."NAME"]: one registry, by the host[:port] in image references. Not set by the environment."""
 
@@ -133,7 +132,7 @@ class RegistryHost:
     client_key: str = _key(AbsolutePath(optional=True), "", "Its key (PEM).")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Registry:
     """[registry]. `host`: by host[:port]."""
 
@@ -150,7 +149,7 @@ class Registry:
     host: Mapping[str, RegistryHost] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Config:
     """
     The whole configuration.

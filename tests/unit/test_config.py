@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs import config
-from lazyfs.config import Amount, loading
+from lazyfs.config import Amount, document, loading
 from lazyfs.config.kinds import AbsolutePath, Address, Choice, Flag, Kind, Number, Size
 from lazyfs.errors import ConfigError
 
@@ -153,3 +156,75 @@ def test_the_module_is_light() -> None:
     if Path(config.DEFAULT_FILE).exists():
         pytest.skip("this machine has a configuration file: tomllib is needed")
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_document_lists_every_key() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
+    assert document.renew(text) == text, "run: python -m lazyfs.config.document docs/configuration.md"
+    for key in config.all_keys():
+        assert f"| `{key.name}` |" in text
+
+
+def test_what_is_shown_can_be_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, """
+        [cache]
+        free_floor_bytes = "7%"
+        quota_bytes = "1GiB"
+        [daemon]
+        hang_s = 4.5
+        [registry.host."[::1]:5000"]
+        insecure = true
+    """)
+    first = config.load(path, {})
+    again = config.load(write(tmp_path, document.effective(first)), {})
+    assert again.registry == first.registry
+    assert all(again.value(key) == first.value(key) for key in config.all_keys())
+
+
+def test_the_sample_is_the_defaults_with_or_without_its_comment_signs(tmp_path: Path) -> None:
+    sample = document.sample()
+    assert config.load(write(tmp_path, sample), {}).registry == config.Registry()
+    uncommented = re.sub(r"^# (\w+ = )", r"\1", sample, flags=re.MULTILINE)
+    found = config.load(write(tmp_path, uncommented.partition("# [registry.host")[0]), {})
+    assert len(found.origins) == len(config.all_keys())
+    assert all(found.value(key) == key.default for key in config.all_keys())
+
+
+def run(*words: str, code: int, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LAZYFS_")}
+    done = subprocess.run([sys.executable, "-m", "lazyfs", "config", *words], env={**clean, **environ},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command_checks_and_shows(tmp_path: Path) -> None:
+    bad = write(tmp_path, "[daemon]\nhang = 3\nprefetch = 7\n")
+    lines = run("check", bad, code=3).stderr.splitlines()
+    assert len(lines) == 2
+    assert "did you mean daemon.hang_s?" in lines[0]
+    assert "(and 1 more" in run("show", bad, code=3).stderr
+    good = write(tmp_path, "[daemon]\nhang_s = 33\n")
+    assert "no problem, 1 keys" in run("check", good, code=0).stdout
+    assert f"hang_s = 33   # {good}" in run("show", good, code=0).stdout
+    shown = json.loads(run("show", good, "--json", code=0, LAZYFS_LOG_LEVEL="error").stdout)
+    assert shown["keys"]["daemon.hang_s"] == {"value": 33.0, "default": 20.0, "origin": good, "unit": "s"}
+    assert shown["keys"]["log.level"]["origin"] == "LAZYFS_LOG_LEVEL"
+    assert "[snapshotter]" in run("show", "--defaults", code=0).stdout
+
+
+def test_it_travels_to_other_processes_and_versions(tmp_path: Path) -> None:
+    first = config.load(write(tmp_path, """
+        [cache]
+        free_floor_bytes = 12345
+        [daemon]
+        hang_s = 4.5
+        [registry.host."h:1"]
+        insecure = true
+    """), {})
+    plain = json.loads(json.dumps(config.to_plain(first)))
+    assert config.from_plain(plain) == dataclasses.replace(first, file="", origins={})
+    plain["daemon"] |= {"of_a_later_version": 1, "hang_s": "of another type"}
+    plain["later"] = {"a": 1}
+    assert config.from_plain(plain).daemon == config.Daemon()
+    assert config.from_plain({"daemon": 3}) == config.Config()
