@@ -178,6 +178,9 @@ class FakeWorker:
     def statistics(self) -> dict[str, Any]:
         return {"x": 1}
 
+    def health(self) -> dict[str, Any]:
+        return {"ready": True}
+
     def shut_down(self) -> None:
         self.closing = True
 
