@@ -33,48 +33,58 @@ disabled_plugins = [
 [ttrpc]
   address = "{top}/containerd.ttrpc.sock"
 """
+_PROXY = """
+[proxy_plugins.lazyfs]
+  type = "snapshot"
+  address = "{socket}"
+"""
 
 
 class Containerd:
     """A running containerd with an empty store. `close()` ends it; the store goes with the workspace."""
 
-    def __init__(self, place: Workspace) -> None:
+    def __init__(self, place: Workspace, *, proxy: Path | None = None) -> None:
+        """`proxy`: the socket of our snapshotter."""
         self._top = place.folder("containerd")
         config = self._top / "config.toml"
-        config.write_text(_CONFIG.format(top=self._top))
-        self._socket = self._top / "containerd.sock"
+        config.write_text(_CONFIG.format(top=self._top) + (_PROXY.format(socket=proxy) if proxy else ""))
+        self.socket = self._top / "containerd.sock"
         self._daemon = Daemon(["containerd", "--config", config], log=self._top / "log")
         self._count = 0
-        self._namespace = place.net_name  # also names the cgroups, so that leftovers are found
+        self.namespace = place.net_name  # also names the cgroups, so that leftovers are found
         place.stack.callback(self.close)
         limit = time.monotonic() + _START_TIMEOUT_S
-        while not (self._socket.exists() and attempt(self._ctr("version"))):
+        while not (self.socket.exists() and attempt(self.command("version"))):
             self._daemon.check()
             if time.monotonic() > limit:
                 raise ToolError("containerd does not answer")
             time.sleep(0.1)
 
-    def _ctr(self, *words: str) -> list[str | Path]:
-        return ["ctr", "--address", self._socket, "--namespace", self._namespace, *words]
+    def command(self, *words: str) -> list[str | Path]:
+        """The words of a `ctr` that speaks to it."""
+        return ["ctr", "--address", self.socket, "--namespace", self.namespace, *words]
 
     def pull(self, reference: str) -> float:
         """Fetch and unpack; returns seconds."""
         bare = reference.removeprefix("docker://")
-        words = self._ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", bare)
+        words = self.command("images", "pull", "--plain-http", "--snapshotter", "overlayfs", bare)
         return run(words, timeout_s=PULL_TIMEOUT_S).wall_s
 
-    def run(self, reference: str, command: list[str]) -> float:
+    def run(self, reference: str, command: list[str], snapshotter: str = "overlayfs") -> float:
         """Run a command in a fresh container of a pulled image; returns seconds to the program's end."""
+        return run(self.run_words(reference, command, snapshotter), timeout_s=RUN_TIMEOUT_S).wall_s
+
+    def run_words(self, reference: str, command: list[str], snapshotter: str) -> list[str | Path]:
+        """The words of the `ctr run` for a fresh container."""
         self._count += 1
         bare = reference.removeprefix("docker://")
-        words = self._ctr("run", "--rm", "--snapshotter", "overlayfs", bare, f"run-{self._count}", *command)
-        return run(words, timeout_s=RUN_TIMEOUT_S).wall_s
+        return self.command("run", "--rm", "--snapshotter", snapshotter, bare, f"run-{self._count}", *command)
 
     def view(self, reference: str, target: Path) -> None:
         """Mount a pulled image's tree read-only at `target` (overlayfs over its layers, on this disk's file system)."""
         target.mkdir(parents=True, exist_ok=True)
         bare = reference.removeprefix("docker://")
-        run(self._ctr("images", "mount", "--snapshotter", "overlayfs", bare, str(target)), timeout_s=60)
+        run(self.command("images", "mount", "--snapshotter", "overlayfs", bare, str(target)), timeout_s=60)
 
     def close(self) -> None:
         """End it and forget what it had pulled, so that the next one pulls everything again."""
