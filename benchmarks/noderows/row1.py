@@ -35,7 +35,8 @@ def measure(session: Session) -> list[Figure]:
             pull_s, total_s = _lazy(session, subject, hot)
             pulls.append(pull_s)
             ours.append(total_s)
-            session.say(f"{name} {number + 1}: overlayfs {theirs[-1]:.2f} s, lazyfs {total_s:.2f} s (pull {pull_s:.2f})")
+            times = f"overlayfs {theirs[-1]:.2f} s, lazyfs {total_s:.2f} s (pull {pull_s:.2f})"
+            session.say(f"{name} {number + 1}: {times}")
         target = None if suffix else 0.05
         figures.append(ratio(f"1{suffix}", name, target, ours, theirs, pull_s=pulls, theirs_pull_s=theirs_pulls))
     return figures
