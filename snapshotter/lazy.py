@@ -172,19 +172,18 @@ class LazyImages:
         By which reference the data is fetched: the newest image that has this bootstrap.
 
         Its label names the image that was pulled first; a copy of it that is pulled from elsewhere makes no new
-        snapshot. So containerd is asked, and the label is for when it cannot say.
+        snapshot. So containerd is asked. For when it cannot say, or its images were removed under their containers:
+        what was right the last time, then the label.
         """
-        label = bootstrap.labels.get(LABEL_IMAGE_REF, "")
+        fallback = self._records.reference(record.digest) or bootstrap.labels.get(LABEL_IMAGE_REF, "")
         try:
             found = self._find_images(record.digest)
         except LazyfsError as error:
-            if not label:
+            if not fallback:
                 raise
-            _log.warning("%s: containerd cannot say which images there are: %s", label, error)
+            _log.warning("containerd cannot say which images there are, %s is taken: %s", fallback, error)
             found = []
-        if found:
-            return found[0]
-        if label:
-            return label
+        if found or fallback:
+            return found[0] if found else fallback
         text = f"no image in containerd has the bootstrap {record.digest[:19]} of snapshot {bootstrap.name!r:.100}"
         raise NotFoundError(text, hint="pull the image again, with lazyfs pull")

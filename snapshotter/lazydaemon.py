@@ -29,7 +29,6 @@ USAGE_TIMEOUT_S = 2.0            # containerd asks for all snapshots every 10 s
 ABSENT_S = 3.0                   # a keeper that is being restarted listens again after 1 s
 _CONNECT_TIMEOUT_S = 5.0
 _PAUSE_FIRST_S, _PAUSE_MAX_S = 0.01, 0.2
-_USAGE = "usage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class DaemonLink:
 
         """
         try:
-            answer = self._ask(_USAGE, USAGE_TIMEOUT_S, 0, bootstrap=digest)
+            answer = self._ask(protocol.USAGE, USAGE_TIMEOUT_S, 0, bootstrap=digest)
             return Usage(int(answer["bytes"]), int(answer["inodes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the daemon's answer about disk use is unexpected: {error!r:.100}") from error
