@@ -8,7 +8,7 @@ none of its devices is left, and are never a reason to keep a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def choose_all(devices: Iterable[Device], images: Iterable[Image]) -> Plan:
     """All that nobody uses."""
     devices, images = list(devices), list(images)
     total = sum(one.size_bytes for one in devices) + sum(one.size_bytes for one in images)
-    return choose(devices, images, total + 1)
+    return replace(choose(devices, images, total + 1), wanted_bytes=total)   # + 1: also what takes no space
 
 
 def choose_image(devices: Iterable[Device], images: Iterable[Image], name: str) -> Plan:

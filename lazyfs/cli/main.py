@@ -37,6 +37,7 @@ COMMANDS = {
     "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
     "daemon": ("lazyfs.cli.daemon:daemon_command", "Serve all lazy images of this node; survive crashes and upgrades."),
     "config": ("lazyfs.cli.config:config_command", "Check or show the configuration."),
+    "cache": ("lazyfs.cli.cache:cache_command", "Show what is cached on this node; make room."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }
