@@ -138,6 +138,12 @@ class BusyError(TargetError):
     errno = errno.EBUSY
 
 
+class SnapshotError(LazyfsError):
+    """containerd asked for what the snapshots do not allow; the kinds are in snapshotter.failures."""
+
+    exit_code = 43
+
+
 class CheckError(LazyfsError):
     """`lazyfs check` found a difference; the subclasses say of which kind."""
 

@@ -1,0 +1,322 @@
+"""
+The ten operations on snapshots, as containerd's contract and its overlayfs snapshotter have them; no gRPC in it.
+
+Layer: snapshotter; above records, directories, overlay, filters, the seam to lazy images. Who calls: service, tests.
+
+Ordinary layers: a directory each. Lazy images (docs/snapshotter.md): a blob layer is committed empty, at once, without
+being downloaded; the bootstrap layer is an ordinary one; whatever stands on it has the mounted image below, in the
+place of the bootstrap and of everything under it.
+
+Order of every change, so that a kill at any point leaves nothing to repair: directories first, then the record; the
+record away first, then directories. Transactions never span a walk, a mount, or a call of the hook.
+Keys are taken as they come: namespaces are containerd's affair, and part of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import HostError, LazyfsError
+from snapshotter import overlay
+from snapshotter.directories import Directories, owner_of
+from snapshotter.diskuse import disk_usage
+from snapshotter.failures import (
+    SnapshotExistsError,
+    SnapshotInvalidError,
+    SnapshotMissingError,
+    SnapshotStateError,
+    SnapshotUnavailableError,
+)
+from snapshotter.filters import parse_filters
+from snapshotter.lazyhook import LayerKind, LazyLayer
+from snapshotter.model import LABEL_BYTES_MAX, LABEL_REF, Kind, Mount, SnapshotInfo, Usage
+from snapshotter.records import Record, Records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from snapshotter.lazyhook import LazyHook
+
+_LOG = logging.getLogger("lazyfs.snapshotter")
+_LABEL_SHOWN_CHARS = 64
+_HASH_CHARS = 16
+
+
+class Snapshots:
+    """All snapshots below one root. Every method may be called from any thread, and may raise HostError, DiskFullError."""
+
+    def __init__(self, directories: Directories, records: Records, hook: LazyHook) -> None:
+        self._directories = directories
+        self._records = records
+        self._hook = hook
+        self._node = overlay.probe(directories.root)
+
+    @classmethod
+    def open(cls, root: Path, hook: LazyHook) -> Snapshots:
+        """
+        Open the snapshots below `root`, or begin there.
+
+        Raises:
+            UsageError, BusyError, HostError: as Directories.open() and Records.open().
+
+        """
+        directories = Directories.open(root)
+        try:
+            records = Records.open(directories.root / "metadata.db")
+            directories.start_above(records.last_id())
+            return cls(directories, records, hook)
+        except BaseException:
+            directories.close()
+            raise
+
+    def close(self) -> None:
+        self._records.close()
+        self._directories.close()
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """
+        Begin an active snapshot.
+
+        Raises:
+            SnapshotExistsError: the key is taken; or the layer is lazy and is there now, without a download.
+            SnapshotMissingError: no such parent.
+            SnapshotInvalidError: the parent is not committed; labels that cannot be.
+            SnapshotUnavailableError: the lazy image below cannot be mounted.
+
+        """
+        _check_labels(labels)
+        chain = self._chain_of_parent(parent)
+        layer = self._hook.classify(labels)
+        if layer is LayerKind.LAZY_BLOB and labels.get(LABEL_REF):
+            self._commit_blob(labels[LABEL_REF], chain, labels)
+        return self._begin(Kind.ACTIVE, key, chain, labels,
+                           LayerKind.LAZY_BOOTSTRAP if layer is LayerKind.LAZY_BOOTSTRAP else LayerKind.ORDINARY)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Begin a read-only snapshot. Raises as prepare()."""
+        _check_labels(labels)
+        return self._begin(Kind.VIEW, key, self._chain_of_parent(parent), labels, LayerKind.ORDINARY)
+
+    def mounts(self, key: str) -> list[Mount]:
+        """
+        Say again how to mount an active snapshot or a view; mounts the lazy image below if it is not.
+
+        Raises:
+            SnapshotMissingError, SnapshotStateError: committed. SnapshotUnavailableError: as prepare().
+
+        """
+        record, *below = self._records.chain(key)
+        if record.info.kind is Kind.COMMITTED:
+            raise SnapshotStateError(f"snapshot {key} is committed: it has no mounts")
+        return self._mounts(record, self._lowers(below, record.info.labels))
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
+        """
+        Make the active snapshot `key` the committed one `name`, with these labels instead of its own.
+
+        Args:
+            name: of the committed one.
+            key: of the active one; nobody has this name afterwards.
+            labels: all that it will have.
+            parent: for one that was prepared without; "" leaves it as it is.
+
+        Raises:
+            SnapshotMissingError, SnapshotExistsError, SnapshotStateError, SnapshotInvalidError.
+
+        """
+        _check_labels(labels)
+        active = self._records.get(key)
+        if active.info.kind is not Kind.ACTIVE:
+            raise SnapshotStateError(f"snapshot {key} is not active but {active.info.kind.value}")
+        usage = self._walk(active)
+        is_bootstrap = self._hook.classify(labels) is LayerKind.LAZY_BOOTSTRAP
+
+        def change(old: Record) -> Record:
+            if parent and old.info.parent and parent != old.info.parent:
+                raise SnapshotInvalidError(f"snapshot {key} stands on {old.info.parent}, it cannot be put on {parent}")
+            layer = LayerKind.LAZY_BOOTSTRAP if is_bootstrap else old.layer
+            origin = {} if layer is LayerKind.ORDINARY else {**old.origin, **labels}
+            info = replace(old.info, labels=labels, parent=old.info.parent or parent)
+            return replace(old, info=info, layer=layer, origin=origin, usage=usage)
+
+        self._records.commit(key, name, change)
+
+    def remove(self, name: str) -> None:
+        """
+        Forget a snapshot, and free what it holds.
+
+        Raises:
+            SnapshotMissingError. SnapshotStateError: others stand on it.
+
+        """
+        record = self._records.remove(name)
+        self._directories.discard(record.id)
+        if record.layer is LayerKind.LAZY_BOOTSTRAP and record.info.kind is Kind.COMMITTED:
+            self._say_goodbyes(only=record.id)
+
+    def stat(self, name: str) -> SnapshotInfo:
+        """Raises SnapshotMissingError."""
+        return self._records.get(name).info
+
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str] = ()) -> SnapshotInfo:
+        """
+        Change labels: those that `paths` name ("labels.KEY"), or all ("labels", or no paths).
+
+        Raises:
+            SnapshotMissingError. SnapshotInvalidError: another field; labels that cannot be.
+
+        """
+        def change(old: Mapping[str, str]) -> Mapping[str, str]:
+            new = dict(old) if paths else dict(labels)
+            for path in paths:
+                field, _, key = path.partition(".")
+                if path == "labels":
+                    new = dict(labels)
+                elif field == "labels" and key:
+                    new[key] = labels.get(key, "")
+                else:
+                    raise SnapshotInvalidError(f"field {path!r} of snapshot {name} cannot be changed, only labels can")
+            _check_labels(new)
+            return new
+
+        return self._records.set_labels(name, change).info
+
+    def find(self, filters: Iterable[str] = ()) -> list[SnapshotInfo]:
+        """All that any of the filters takes, by name. Raises SnapshotInvalidError: a filter does not parse."""
+        match = parse_filters(filters)
+        return [record.info for record in self._records.all() if match(record.info)]
+
+    def usage(self, name: str) -> Usage:
+        """
+        What a snapshot takes of the disk, without its parents; a lazy image's cached data counts for its bootstrap.
+
+        Raises:
+            SnapshotMissingError.
+
+        """
+        record = self._records.get(name)
+        if record.info.kind is Kind.ACTIVE:
+            return self._walk(record)
+        if record.info.kind is Kind.VIEW or record.layer is not LayerKind.LAZY_BOOTSTRAP:
+            return record.usage
+        try:
+            cached = self._hook.usage(self._lazy(record))
+        except LazyfsError as error:
+            _LOG.warning("usage of %s without its cached data: %s", name, error)
+            return record.usage
+        return Usage(record.usage.size_bytes + cached.size_bytes, record.usage.inodes + cached.inodes)
+
+    def cleanup(self) -> None:
+        """Remove what a kill has left, and let go of lazy images that could not be let go before."""
+        reclaimed = self._directories.reclaim(self._records.ids)
+        if reclaimed:
+            _LOG.info("removed %d directories that belonged to no snapshot", reclaimed)
+        self._say_goodbyes()
+
+    def _chain_of_parent(self, parent: str) -> list[Record]:
+        """The parent and all below, top first. Raises SnapshotMissingError, SnapshotInvalidError."""
+        if not parent:
+            return []
+        try:
+            chain = self._records.chain(parent)
+        except SnapshotMissingError:
+            raise SnapshotMissingError(f"parent snapshot {parent} does not exist") from None
+        if chain[0].info.kind is not Kind.COMMITTED:
+            raise SnapshotInvalidError(f"parent snapshot {parent} is not committed but {chain[0].info.kind.value}")
+        return chain
+
+    def _begin(self, kind: Kind, key: str, chain: list[Record], labels: Mapping[str, str],
+               layer: LayerKind) -> list[Mount]:
+        lowers = self._lowers(chain, labels)
+        owner = overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
+        info = SnapshotInfo(key, chain[0].info.name if chain else "", kind, labels)
+        origin = {} if layer is LayerKind.ORDINARY else labels
+        with self._directories.making(work=kind is Kind.ACTIVE, owner=owner) as snapshot_id:
+            record = self._records.insert(Record(snapshot_id, info, layer, origin))
+        return self._mounts(record, lowers)
+
+    def _commit_blob(self, ref: str, chain: list[Record], labels: Mapping[str, str]) -> None:
+        """
+        Have a committed, empty snapshot for a lazy blob layer. Always raises SnapshotExistsError: that is containerd's
+        word for "do not download it". One snapshot serves all namespaces, as its name is made of the layer chain alone.
+        """
+        parent = chain[0] if chain else None
+        name = ref
+        if parent and not (parent.layer is LayerKind.LAZY_BLOB and parent.info.name == parent.origin.get(LABEL_REF)):
+            name = f"{ref}@{hashlib.sha256(parent.info.name.encode()).hexdigest()[:_HASH_CHARS]}"
+        below = parent.info.name if parent else ""
+        try:
+            there = self._records.get(name)
+        except SnapshotMissingError:
+            with self._directories.making(work=False, owner=None) as snapshot_id:
+                usage = disk_usage(self._directories.fs(snapshot_id))
+                info = SnapshotInfo(name, below, Kind.COMMITTED, labels)
+                there = self._records.insert(Record(snapshot_id, info, LayerKind.LAZY_BLOB, labels, usage))
+        if (there.layer, there.info.parent) != (LayerKind.LAZY_BLOB, below):
+            raise SnapshotStateError(f"snapshot {name} is there, but is not the lazy layer on {below or 'nothing'}")
+        raise SnapshotExistsError(f"lazy layer {ref} is there as snapshot {name}: nothing to download")
+
+    def _lowers(self, chain: list[Record], labels: Mapping[str, str]) -> list[Path]:
+        """
+        What an overlay on this chain has below, top first. Lazy blobs are empty, and left out. `labels`: of what is above.
+
+        Raises:
+            SnapshotUnavailableError: the image cannot be mounted now.
+            SnapshotStateError: a container on lazy blobs whose bootstrap is missing: it would see an empty root.
+
+        """
+        lowers: list[Path] = []
+        for record in chain:
+            if record.layer is LayerKind.LAZY_BOOTSTRAP:
+                try:
+                    return [*lowers, self._hook.ensure_mounted(self._lazy(record))]
+                except LazyfsError as error:
+                    text = f"lazy image below {record.info.name}: {error}"
+                    raise SnapshotUnavailableError(text, hint=error.hint) from error
+            if record.layer is LayerKind.ORDINARY:
+                lowers.append(self._directories.fs(record.id))
+            elif not labels.get(LABEL_REF):   # with it, containerd is unpacking: the bootstrap is still to come
+                raise SnapshotStateError(f"lazy layer {record.info.name} has no bootstrap layer above it",
+                                         hint="the image is not a whole lazy image: convert it again")
+        return lowers
+
+    def _mounts(self, record: Record, lowers: list[Path]) -> list[Mount]:
+        own = self._directories.own(record.id)
+        return overlay.mounts(record.info.kind, own, lowers, self._node, record.info.labels)
+
+    def _lazy(self, record: Record) -> LazyLayer:
+        labels = {**record.origin, **record.info.labels}
+        return LazyLayer(record.info.name, labels, self._directories.fs(record.id), record.id)
+
+    def _walk(self, record: Record) -> Usage:
+        try:
+            return disk_usage(self._directories.fs(record.id))
+        except FileNotFoundError:
+            raise SnapshotMissingError(f"snapshot {record.info.name} was removed meanwhile") from None
+        except OSError as error:
+            raise HostError(f"cannot look at {error.filename}: {error.strerror}") from error
+
+    def _say_goodbyes(self, only: int | None = None) -> None:
+        for goodbye in self._records.goodbyes():
+            if only not in {None, goodbye.id}:
+                continue
+            lazy = LazyLayer(goodbye.name, goodbye.labels, self._directories.fs(goodbye.id), goodbye.id)
+            try:
+                self._hook.forget(lazy)
+            except LazyfsError as error:
+                _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
+            else:
+                self._records.said_goodbye(goodbye.id)
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    """Raises SnapshotInvalidError: as containerd does."""
+    for key, value in labels.items():
+        total = len(key.encode()) + len(value.encode())
+        if total > LABEL_BYTES_MAX:
+            raise SnapshotInvalidError(f"label {key[:_LABEL_SHOWN_CHARS]!r}: key and value have {total} bytes, "
+                                       f"at most {LABEL_BYTES_MAX} may be")

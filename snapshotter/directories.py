@@ -1,0 +1,172 @@
+"""
+The snapshotter's directory: who owns it, and one directory a snapshot in it.
+
+    <root>/lock               flock of the one snapshotter that runs here
+    <root>/metadata.db        snapshotter.records
+    <root>/snapshots/<id>/    fs: the layer's files, an overlay's upper or lower directory; work: of active ones
+    <root>/images/<id>/       where a lazy image is mounted (the hook's)
+
+Layer: snapshotter, above model. Who calls: core. State: the ids that are being made: their directory is there, their record is not
+yet. A directory without a record that nobody is making is left over from a kill, and reclaim() takes it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import BusyError, DiskFullError, HostError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_LOG = logging.getLogger("lazyfs.snapshotter")
+_MODE_FS = 0o755                 # of a root directory, as containerd's overlayfs makes it
+_MODE_WORK = 0o711
+_NOT_IN_OVERLAY = ':,\\"'        # overlayfs takes them for its own signs; containerd does not escape
+
+
+class Directories:
+    """One a process and root. All methods may be called from any thread."""
+
+    def __init__(self, root: Path, lock: int) -> None:
+        self.root = root
+        self.images = root / "images"
+        self._snapshots = root / "snapshots"
+        self._lock = lock
+        self._mutex = threading.Lock()
+        self._making: set[int] = set()
+        self._last_id = 0
+
+    @classmethod
+    def open(cls, root: Path) -> Directories:
+        """
+        Take possession of the root; make what is missing.
+
+        Raises:
+            UsageError: the path cannot be used in mount options.
+            BusyError: another snapshotter runs there.
+            HostError: it cannot be made.
+
+        """
+        root = root.absolute()
+        if any(sign in str(root) for sign in _NOT_IN_OVERLAY) or not str(root).isprintable():
+            raise UsageError(f"the snapshotter's root {str(root)!r} holds a sign that mount options cannot",
+                             hint="choose a path without colon, comma, quote and backslash")
+        try:
+            for directory in (root, root / "snapshots", root / "images"):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(f"cannot use {root}: {error.strerror}", hint="it must be a local disk, writable by root") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BusyError(f"another snapshotter uses {root}", hint="one runs a root: stop it, or choose another --root") from None
+        return cls(root, lock)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def own(self, snapshot_id: int) -> Path:
+        return self._snapshots / str(snapshot_id)
+
+    def fs(self, snapshot_id: int) -> Path:
+        return self._snapshots / str(snapshot_id) / "fs"
+
+    def start_above(self, last_id: int) -> None:
+        """Give ids above this one, and above all that have a directory, from now on."""
+        with self._mutex:
+            self._last_id = max([self._last_id, last_id, *self._present()])
+
+    @contextlib.contextmanager
+    def making(self, *, work: bool, owner: tuple[int, int] | None) -> Iterator[int]:
+        """
+        Make the directories of a new snapshot; the block records it. If the block fails, they are taken away.
+
+        Args:
+            work: with an overlay's work directory.
+            owner: uid and gid of fs/; None: ours.
+
+        Yields:
+            The new snapshot's id.
+
+        Raises:
+            DiskFullError: no room.
+            HostError: they cannot be made.
+
+        """
+        with self._mutex:
+            self._last_id += 1
+            snapshot_id = self._last_id
+            self._making.add(snapshot_id)
+        try:
+            try:
+                self._make(snapshot_id, work=work, owner=owner)
+                yield snapshot_id
+            except BaseException:
+                self.discard(snapshot_id)
+                raise
+        finally:
+            with self._mutex:
+                self._making.discard(snapshot_id)
+
+    def discard(self, snapshot_id: int) -> None:
+        """Remove a snapshot's directory; what cannot be removed now is tried again by reclaim()."""
+        shutil.rmtree(self.own(snapshot_id), onerror=_log_failure)
+
+    def reclaim(self, known: Callable[[], set[int]]) -> int:
+        """Remove directories that have no record; returns how many. `known`: the ids on record, asked at the right moment."""
+        present = self._present()   # this order: what is recorded from now on is still in `making` when that is read
+        with self._mutex:
+            making = set(self._making)
+        left = present - making - known()
+        for snapshot_id in sorted(left):
+            self.discard(snapshot_id)
+        return len(left)
+
+    def _present(self) -> set[int]:
+        return {int(name) for name in os.listdir(self._snapshots) if name.isascii() and name.isdigit()}
+
+    def _make(self, snapshot_id: int, *, work: bool, owner: tuple[int, int] | None) -> None:
+        own = self.own(snapshot_id)
+        try:
+            own.mkdir(mode=0o700)
+            _mkdir(own / "fs", _MODE_FS)
+            if owner and owner != (os.geteuid(), os.getegid()):
+                os.lchown(own / "fs", *owner)
+            if work:
+                _mkdir(own / "work", _MODE_WORK)
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise DiskFullError(f"{own}: disk full", hint="make room there") from error
+            raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
+
+
+def owner_of(directory: Path) -> tuple[int, int]:
+    """uid and gid. Raises HostError."""
+    try:
+        status = os.lstat(directory)
+    except OSError as error:
+        raise HostError(f"cannot look at {directory}: {error.strerror}",
+                        hint="a layer's files are gone: remove the image and pull it again") from error
+    return status.st_uid, status.st_gid
+
+
+def _log_failure(_function: object, path: str, cause: tuple[type, BaseException, object]) -> None:
+    if not isinstance(cause[1], FileNotFoundError):   # reclaim() in another thread is at the same directory
+        _LOG.warning("cannot remove %s: %s", path, cause[1])
+
+
+def _mkdir(path: Path, mode: int) -> None:
+    path.mkdir(mode=mode)
+    if os.stat(path).st_mode & 0o7777 != mode:
+        path.chmod(mode)   # the umask of whoever started us

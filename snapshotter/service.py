@@ -1,0 +1,251 @@
+"""
+containerd's snapshots service over gRPC on a unix socket: words in, words out; the work is in snapshotter.core.
+
+Layer: snapshotter, the top. Who calls: the command line (`lazyfs snapshotter`), tests.
+
+State: a thread pool that answers, no more than `threads` at once; more requests wait in gRPC's queue, bounded too. A refusal is a gRPC status
+with one line of text; containerd makes its own errors of the codes. Metadata of a request is never read: the namespace is
+not in it for every containerd, and is part of the keys anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+
+from lazyfs.errors import BusyError, DiskFullError, HostError, LazyfsError, UsageError
+from snapshotter import failures
+from snapshotter.api import snapshots_pb2 as api
+from snapshotter.api.mount_pb2 import Mount as MountMessage
+from snapshotter.api.snapshots_pb2_grpc import SnapshotsServicer, add_SnapshotsServicer_to_server
+from snapshotter.model import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from snapshotter.core import Snapshots
+    from snapshotter.model import Mount, SnapshotInfo
+
+_LOG = logging.getLogger("lazyfs.snapshotter")
+ADDRESS_BYTES_MAX = 107          # sun_path of unix(7), without its NUL
+STOP_GRACE_S = 10.0              # requests under way may end
+_REQUESTS_MAX = 4096             # waiting or being answered; above it RESOURCE_EXHAUSTED
+_PROBE_S = 1.0
+_LIST_PAGE = 100                 # snapshots a message: 100 with two labels of the largest size stay below gRPC's 4 MiB
+_DETAIL_CHARS = 1024             # gRPC carries it in a header
+_KINDS = {Kind.VIEW: api.VIEW, Kind.ACTIVE: api.ACTIVE, Kind.COMMITTED: api.COMMITTED}
+_STATUS: tuple[tuple[type[LazyfsError], grpc.StatusCode], ...] = (
+    (failures.SnapshotMissingError, grpc.StatusCode.NOT_FOUND),
+    (failures.SnapshotExistsError, grpc.StatusCode.ALREADY_EXISTS),
+    (failures.SnapshotStateError, grpc.StatusCode.FAILED_PRECONDITION),
+    (failures.SnapshotInvalidError, grpc.StatusCode.INVALID_ARGUMENT),
+    (failures.SnapshotUnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (DiskFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (LazyfsError, grpc.StatusCode.INTERNAL),
+)
+
+
+class SnapshotsService(SnapshotsServicer):
+    """The ten calls."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    def Prepare(self, request: Any, context: Any) -> Any:  # noqa: N802 - so the interface has it
+        with _answering(context, "Prepare", request.key):
+            found = self._snapshots.prepare(request.key, request.parent, dict(request.labels))
+            return api.PrepareSnapshotResponse(mounts=map(_mount, found))
+
+    def View(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "View", request.key):
+            found = self._snapshots.view(request.key, request.parent, dict(request.labels))
+            return api.ViewSnapshotResponse(mounts=map(_mount, found))
+
+    def Mounts(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Mounts", request.key):
+            return api.MountsResponse(mounts=map(_mount, self._snapshots.mounts(request.key)))
+
+    def Commit(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Commit", request.name):
+            self._snapshots.commit(request.name, request.key, dict(request.labels), request.parent)
+            return Empty()
+
+    def Remove(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Remove", request.key):
+            self._snapshots.remove(request.key)
+            return Empty()
+
+    def Stat(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Stat", request.key):
+            return api.StatSnapshotResponse(info=_info(self._snapshots.stat(request.key)))
+
+    def Update(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Update", request.info.name):
+            changed = self._snapshots.update(request.info.name, dict(request.info.labels), request.update_mask.paths)
+            return api.UpdateSnapshotResponse(info=_info(changed))
+
+    def List(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        with _answering(context, "List", ""):
+            found = self._snapshots.find(request.filters)
+        for start in range(0, len(found), _LIST_PAGE):
+            yield api.ListSnapshotsResponse(info=map(_info, found[start:start + _LIST_PAGE]))
+
+    def Usage(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with _answering(context, "Usage", request.key):
+            usage = self._snapshots.usage(request.key)
+            return api.UsageResponse(size=usage.size_bytes, inodes=usage.inodes)
+
+    def Cleanup(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        with _answering(context, "Cleanup", ""):
+            self._snapshots.cleanup()
+            return Empty()
+
+
+class Server:
+    """The listening server. `start()` after all of `services` are in; `stop()` waits for what is under way."""
+
+    def __init__(self, address: str, threads: int) -> None:
+        """
+        Prepare to listen on `address`, a path.
+
+        Raises:
+            UsageError: the path is too long for a unix socket.
+            BusyError: somebody answers there already.
+            HostError: it cannot be made there.
+
+        """
+        self._path = Path(address).absolute()
+        _make_room(self._path)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
+        self._server = grpc.server(self._pool, maximum_concurrent_rpcs=_REQUESTS_MAX)
+        self._inode = 0
+
+    def add(self, register: Callable[[Any], None]) -> None:
+        """`register` adds a service to the gRPC server: before start()."""
+        register(self._server)
+
+    def start(self) -> None:
+        """Listen, for root only. Raises HostError."""
+        previous = os.umask(0o177)   # the socket is never open to others, not for a moment
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+        except RuntimeError as error:
+            raise HostError(f"cannot listen on {self._path}: {error}") from error
+        finally:
+            os.umask(previous)
+        self._path.chmod(0o600)
+        self._inode = self._path.stat().st_ino
+        self._server.start()
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do something beside the requests, once; its failure is logged."""
+        def guarded() -> None:
+            try:
+                work()
+            except Exception:
+                _LOG.exception("work beside the requests failed")
+
+        self._pool.submit(guarded)
+
+    def stop(self) -> None:
+        """Take no more requests, let those under way end, remove the socket."""
+        self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S * 2)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:   # not that of somebody who came after us
+                self._path.unlink()
+
+
+def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Event, *,
+          ready: Callable[[], None], extra: Callable[[Any], None] | None = None) -> None:
+    """
+    Answer until `ended` is set.
+
+    Args:
+        snapshots: what the calls work on; not closed here.
+        address: path of the socket.
+        threads: requests that are worked on at once.
+        ended: set by a signal handler.
+        ready: called once, when the socket answers.
+        extra: adds other services to the same gRPC server.
+
+    Raises:
+        UsageError, BusyError, HostError: as Server.
+
+    """
+    server = Server(address, threads)
+    server.add(lambda grpc_server: add_SnapshotsServicer_to_server(SnapshotsService(snapshots), grpc_server))
+    if extra is not None:
+        server.add(extra)
+    server.start()
+    try:
+        server.later(snapshots.cleanup)   # what a kill has left; nobody waits for it
+        ready()
+        ended.wait()
+    finally:
+        server.stop()
+
+
+def _make_room(path: Path) -> None:
+    """Make the socket's directory, and remove a socket that nobody listens on."""
+    if len(os.fsencode(path)) > ADDRESS_BYTES_MAX:
+        raise UsageError(f"socket path of {len(os.fsencode(path))} bytes, a unix socket has {ADDRESS_BYTES_MAX}: {path}",
+                         hint="choose a shorter --address")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise UsageError(f"{path} exists and is no socket", hint="choose another --address")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)
+            try:
+                probe.connect(os.fsencode(path))
+            except ConnectionRefusedError:
+                path.unlink()   # its owner was killed
+            else:
+                raise BusyError(f"somebody answers on {path} already", hint="stop it, or choose another --address")
+    except OSError as error:
+        raise HostError(f"cannot listen on {path}: {error.strerror or error}", hint="it needs root") from error
+
+
+@contextlib.contextmanager
+def _answering(context: Any, call: str, name: str) -> Iterator[None]:
+    """Errors become a status. Raises what gRPC's abort() raises."""
+    try:
+        yield
+        return
+    except LazyfsError as error:
+        code = next(status for kind, status in _STATUS if isinstance(error, kind))
+        text = f"{error} (hint: {error.hint})" if error.hint else str(error)
+        expected = isinstance(error, failures.SnapshotExistsError | failures.SnapshotMissingError)
+        _LOG.log(logging.DEBUG if expected else logging.WARNING, "%s %s: %s", call, name, text)
+    except Exception as error:
+        code, text = grpc.StatusCode.INTERNAL, f"a bug in lazyfs: unexpected {type(error).__name__}, see its log"
+        _LOG.exception("%s %s: unexpected", call, name)
+    context.abort(code, _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)[:_DETAIL_CHARS]
+
+
+def _mount(mount: Mount) -> Any:
+    return MountMessage(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
+
+
+def _info(info: SnapshotInfo) -> Any:
+    message = api.Info(name=info.name, parent=info.parent, kind=_KINDS[info.kind], labels=dict(info.labels))
+    message.created_at.FromNanoseconds(info.created)
+    message.updated_at.FromNanoseconds(info.updated)
+    return message
