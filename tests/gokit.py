@@ -161,7 +161,7 @@ def reference_snapshotter(directory: Path) -> Iterator[Path]:
 def build_all() -> None:
     """Build every program, where there is a Go."""
     if go_command() is None:
-        print("setup: there is no Go: the programs of tests/go are not built, tests with them are skipped",
+        print("setup: there is no Go: programs of tests/go are not built, tests with them are skipped",
               file=sys.stderr)
         return
     for name in RECIPES:
