@@ -83,14 +83,10 @@ class LazyImages:
         return LayerKind.LAZY_BOOTSTRAP if LABEL_BOOTSTRAP in labels else LayerKind.ORDINARY
 
     def ensure_mounted(self, bootstrap: LazyLayer) -> Path:
-        record = self._records.of(bootstrap)
-        if record is None:
-            record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
-            self._records.write(record)
-        known = record
+        record = self._record(bootstrap)
 
         def attempt() -> None:
-            self._mount(bootstrap, known)
+            self._mount(bootstrap, record)
 
         self._flights.shared(record.digest, attempt, 2 * MOUNT_TIMEOUT_S)
         return self._records.target(record.digest)
@@ -105,9 +101,7 @@ class LazyImages:
             self._records.remove(record.snapshot_id)   # last: a failure above is tried again
 
     def usage(self, bootstrap: LazyLayer) -> Usage:
-        record = self._records.of(bootstrap)
-        digest = record.digest if record is not None else bootstrap_digest(bootstrap.fs_dir)
-        return self._daemon.usage(digest)
+        return self._daemon.usage(self._record(bootstrap).digest)
 
     def reconcile(self, bootstraps: Mapping[int, str]) -> None:
         """
@@ -132,6 +126,14 @@ class LazyImages:
             except LazyfsError as error:
                 _log.warning("%s belongs to no snapshot and cannot be taken away: %s", target, error)
             self._records.remove_target(target)
+
+    def _record(self, bootstrap: LazyLayer) -> LazyRecord:
+        """What is known of the snapshot; found out at the first question."""
+        record = self._records.of(bootstrap)
+        if record is None:
+            record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
+            self._records.write(record)
+        return record
 
     def _mount(self, bootstrap: LazyLayer, record: LazyRecord) -> None:
         """Order the mount. Alone with this digest."""
