@@ -47,7 +47,7 @@ _HASH_CHARS = 16
 
 
 class Snapshots:
-    """All snapshots below one root. Every method may be called from any thread, and may raise HostError, DiskFullError."""
+    """All snapshots below one root. Methods may be called from any thread; HostError, DiskFullError come from all."""
 
     def __init__(self, directories: Directories, records: Records, hook: LazyHook) -> None:
         self._directories = directories
@@ -262,7 +262,7 @@ class Snapshots:
 
     def _lowers(self, chain: list[Record], labels: Mapping[str, str]) -> list[Path]:
         """
-        What an overlay on this chain has below, top first. Lazy blobs are empty, and left out. `labels`: of what is above.
+        What an overlay on this chain has below, top first. `labels`: of what is above it. Lazy blobs are left out: empty.
 
         Raises:
             SnapshotUnavailableError: the image cannot be mounted now.

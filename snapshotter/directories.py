@@ -6,8 +6,8 @@ The snapshotter's directory: who owns it, and one directory a snapshot in it.
     <root>/snapshots/<id>/    fs: the layer's files, an overlay's upper or lower directory; work: of active ones
     <root>/images/<id>/       where a lazy image is mounted (the hook's)
 
-Layer: snapshotter, above model. Who calls: core. State: the ids that are being made: their directory is there, their record is not
-yet. A directory without a record that nobody is making is left over from a kill, and reclaim() takes it away.
+Layer: snapshotter, above model. Who calls: core. State: the ids that are being made: their directory is there, their
+record is not yet. A directory without a record that nobody is making is left from a kill; reclaim() takes it away.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import logging
 import os
 import shutil
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import BusyError, DiskFullError, HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _LOG = logging.getLogger("lazyfs.snapshotter")
 _MODE_FS = 0o755                 # of a root directory, as containerd's overlayfs makes it

@@ -36,6 +36,7 @@ COMMANDS = {
     "mount": ("lazyfs.cli.mount:mount_command", "Mount a lazy image on a directory."),
     "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
     "daemon": ("lazyfs.cli.daemon:daemon_command", "Serve all lazy images of this node; survive crashes and upgrades."),
+    "snapshotter": ("lazyfs.cli.snapshotter:snapshotter_command", "Serve containerd's snapshots; lazy images too."),
     "config": ("lazyfs.cli.config:config_command", "Check or show the configuration."),
     "cache": ("lazyfs.cli.cache:cache_command", "Show what is cached on this node; make room."),
     "pull": ("lazyfs.cli.pull:pull_command", "Pull an image into containerd, lazily."),

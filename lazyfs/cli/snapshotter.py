@@ -1,0 +1,99 @@
+"""`lazyfs snapshotter`: containerd's remote snapshotter, in the foreground. The work is in package snapshotter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lazyfs import config, logs
+from lazyfs.errors import HostError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_EPILOG = """\b
+Examples:
+  lazyfs snapshotter                      run it here (systemd does this)
+  lazyfs snapshotter install --print      what containerd's configuration needs
+  ctr image pull --snapshotter lazyfs REF
+"""
+# name -> (module:attribute, one line for the overview), as in cli.main
+_COMMANDS = {
+    "install": ("lazyfs.cli.snapshotter_install:install_command", "Write lazyfs into containerd's configuration."),
+    "uninstall": ("lazyfs.cli.snapshotter_install:uninstall_command", "Take it out again."),
+}
+
+
+class _Group(click.Group):
+    """A group that imports a subcommand's module when it is used: the running snapshotter has none of it in memory."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group("snapshotter", cls=_Group, epilog=_EPILOG, invoke_without_command=True,
+             short_help="Serve containerd's snapshots; lazy images among them.")
+@click.option("--config", "file", metavar="FILE", help="Configuration; default: /etc/lazyfs/config.toml.")
+@click.option("--root", metavar="DIR", help="Snapshots and their records.")
+@click.option("--address", metavar="SOCKET", help="Where containerd asks.")
+@click.option("--containerd-address", metavar="SOCKET", help="Where containerd answers.")
+@click.pass_context
+def snapshotter_command(context: click.Context, file: str | None, root: str | None, address: str | None,
+                        containerd_address: str | None) -> None:
+    """Serve containerd's snapshots: ordinary images as overlayfs does, lazy images without downloading them."""
+    if context.invoked_subcommand is not None:
+        return
+    if os.geteuid() != 0:
+        raise HostError("the snapshotter needs root: it keeps files of all owners", hint="run it with sudo")
+    found = config.load(file)
+    own = dataclasses.replace(found.snapshotter, root=str(Path(root or found.snapshotter.root).resolve()),
+                              address=address or found.snapshotter.address,
+                              containerd_address=containerd_address or found.snapshotter.containerd_address)
+    _serve(dataclasses.replace(found, snapshotter=own))
+
+
+def _serve(settings: config.Config) -> None:
+    """Until SIGTERM or SIGINT. Raises LazyfsError."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")   # we fork nothing that could use it
+    from lazyfs.node.notify import notify  # noqa: PLC0415 - gRPC is heavy: not for --help
+    from snapshotter.core import Snapshots  # noqa: PLC0415
+    from snapshotter.lazymake import make_lazy_images  # noqa: PLC0415
+    from snapshotter.service import serve  # noqa: PLC0415
+
+    logs.setup(settings.log, program="snapshotter")
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    def tell(state: str) -> None:
+        notify(state)
+
+    own = settings.snapshotter
+    snapshots = Snapshots.open(Path(own.root), make_lazy_images(settings))
+    try:
+        serve(snapshots, own.address, own.threads, ended, ready=lambda: tell("READY=1"))
+    finally:
+        tell("STOPPING=1")
+        snapshots.close()
