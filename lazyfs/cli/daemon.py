@@ -20,7 +20,7 @@ from lazyfs.errors import BusyError, HostError, LazyfsError, TargetError
 if TYPE_CHECKING:
     from lazyfs.node.rundir import WorkerDir
 
-DEFAULT_CACHE_DIR = "/var/lib/lazyfs/cache"
+FILE_VARIABLE = "LAZYFS_CONFIG"
 _ANSWER_S = 60.0
 _EPILOG = """\b
 Examples:
@@ -32,22 +32,39 @@ Examples:
 
 
 @click.group("daemon", epilog=_EPILOG, invoke_without_command=True, short_help="Serve all lazy images of this node.")
-@click.option("--cache-dir", default=DEFAULT_CACHE_DIR, show_default=True, metavar="DIR",
-              help="Where fetched data is kept.")
-@click.option("--hang-timeout", type=click.FloatRange(2), default=20.0, show_default=True, metavar="SECONDS",
-              help="A worker without a sign of life for that long is replaced.")
+@click.option("--config", "file", metavar="FILE", help="The configuration.  [default: /etc/lazyfs/config.toml]")
+@click.option("--cache-dir", metavar="DIR", help="Where fetched data is kept.  [default: configured]")
+@click.option("--hang-timeout", type=click.FloatRange(2), metavar="SECONDS",
+              help="A worker without a sign of life for that long is replaced.  [default: configured]")
 @click.pass_context
-def daemon_command(context: click.Context, cache_dir: str, hang_timeout: float) -> None:
+def daemon_command(context: click.Context, file: str | None, cache_dir: str | None, hang_timeout: float | None) -> None:
     """
     Serve all lazy images of this node through one FUSE mount.
 
     The keeper holds the kernel's connection, a worker serves it. If the worker dies, the next one goes on with the
     same mounts: what runs on them waits for a moment, and sees no error.
     """
-    context.obj = {"cache_dir": os.path.realpath(cache_dir), "hang_s": hang_timeout, "beat_s": 1.0,
-                   "log_level": "INFO"}
+    if file is not None:
+        os.environ[FILE_VARIABLE] = os.path.realpath(file)   # the processes to come read the same one
+    context.obj = lambda: _settings(cache_dir, hang_timeout)
     if context.invoked_subcommand is None:
-        _become_keeper(context.obj)
+        _become_keeper(context.obj())
+
+
+def _settings(cache_dir: str | None, hang_s: float | None) -> dict[str, Any]:
+    """What the keeper is told (node.keeper.Keeper); `asked`: what must not differ from a daemon that runs."""
+    from lazyfs import config  # noqa: PLC0415 - asking a daemon needs none
+
+    found = config.load()
+    asked = {"cache_dir": cache_dir} if cache_dir is not None else (
+        {"cache_dir": found.daemon.cache_dir} if "daemon.cache_dir" in found.origins else {})
+    return {
+        "cache_dir": os.path.realpath(cache_dir if cache_dir is not None else found.daemon.cache_dir),
+        "hang_s": found.daemon.hang_s if hang_s is None else hang_s,
+        "start_s": found.daemon.start_timeout_s,
+        "worker": {"config": config.to_plain(found)},
+        "asked": {name: os.path.realpath(path) for name, path in asked.items()},
+    }
 
 
 @daemon_command.command("status")
@@ -76,7 +93,7 @@ def status_command(*, as_json: bool) -> None:
 @click.pass_context
 def upgrade_command(context: click.Context) -> None:
     """Go on with the version of lazyfs that is installed now."""
-    print(f"worker {_ask_keeper(_directory(), 'upgrade', settings=context.obj)['worker']} serves")
+    print(f"worker {_ask_keeper(_directory(), 'upgrade', settings=context.obj())['worker']} serves")
 
 
 @daemon_command.command("stop")

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyfs import limits
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.errors import HostError, LazyfsError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.registry import RegistryOptions
 
-DEFAULT_CACHE_DIR = "/var/lib/lazyfs/cache"
 _PATH_SCHEMES = ("oci:", "oci-archive:", "docker-archive:")
 
 _MOUNT_EPILOG = """\b
@@ -48,38 +46,45 @@ Examples:
 @click.command("mount", epilog=_MOUNT_EPILOG, short_help="Mount a lazy image on a directory.")
 @click.argument("image")
 @click.argument("directory", metavar="DIR")
-@click.option("--driver", type=click.Choice(["auto", "erofs", "fuse"]), default="auto", show_default=True,
+@click.option("--driver", type=click.Choice(["auto", "erofs", "fuse"]), show_default="configured, or auto",
               help="erofs: the kernel serves the metadata (Linux 6.12 or newer); fuse: the worker does.")
 @click.option("--foreground", is_flag=True, help="Stay until interrupted (or until it is unmounted); unmount then.")
-@click.option("--cache-dir", metavar="DIR", show_default=f"the daemon's, or {DEFAULT_CACHE_DIR}",
+@click.option("--cache-dir", metavar="DIR", show_default="the daemon's, or configured",
               help="Where fetched data is kept.")
-@click.option("--read-timeout", type=float, default=limits.READ_DEADLINE_S, show_default=True, metavar="SECONDS",
+@click.option("--read-timeout", type=float, show_default="configured, or 60", metavar="SECONDS",
               help="A read whose data has not come by then ends with an error.")
 @click.option("--no-prefetch", is_flag=True, help="Do not fetch the image's hot blob ahead of the reads.")
 @platform_option
 @registry_options
-def mount_command(image: str, directory: str, *, driver: str, foreground: bool, cache_dir: str | None,
-                  read_timeout: float, no_prefetch: bool, platform: str | None, registry: RegistryOptions) -> None:
+def mount_command(
+    image: str, directory: str, *, driver: str | None, foreground: bool, cache_dir: str | None,
+    read_timeout: float | None, no_prefetch: bool, platform: str | None, registry: RegistryOptions,
+) -> None:
     """
     Make a lazy image readable at DIR, an empty directory.
 
     Returns when DIR can be read; data is fetched when it is needed, and kept. What `lazyfs convert` wrote is a lazy
     image; IMAGE is written as for convert.
     """
+    from lazyfs import config  # noqa: PLC0415 - start-up time of --help
     from lazyfs.node.launch import find_daemon, mount_image  # noqa: PLC0415 - start-up time of --help
     from lazyfs.node.order import MountOrder  # noqa: PLC0415
     from lazyfs.node.unmount import resolve_target  # noqa: PLC0415
 
     _require_root()
+    configured = config.load().daemon
+    driver = driver or configured.driver
     target = resolve_target(directory)
     _check_before(target, driver)
     order = MountOrder(
         image=absolute_image(image, str(Path.cwd())), target=target, driver=driver, platform=platform,
-        prefetch=not no_prefetch, read_timeout_s=read_timeout, registry=_registry_fields(registry),
+        prefetch=configured.prefetch and not no_prefetch,
+        read_timeout_s=configured.read_timeout_s if read_timeout is None else read_timeout,
+        registry=_registry_fields(registry),
     )
     if cache_dir is None:
         daemon = find_daemon()
-        cache_dir = DEFAULT_CACHE_DIR if daemon is None else daemon.cache_dir
+        cache_dir = configured.cache_dir if daemon is None else daemon.cache_dir
     handle = mount_image(order, os.path.realpath(cache_dir), attached=foreground)
     if foreground:
         try:

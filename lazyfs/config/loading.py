@@ -21,6 +21,7 @@ FILE_VARIABLE = "LAZYFS_CONFIG"
 RUN_DIR_VARIABLE = "LAZYFS_RUN_DIR"
 _FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
 _PROBLEM_COUNT_MAX = 50
+_HOST_COUNT_MAX = 100            # the configuration travels to the worker as one argument: 128 KiB (execve(2))
 _HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?"
 _SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
 
@@ -153,6 +154,10 @@ class _Sections:
         found: dict[str, RegistryHost] = {}
         if not isinstance(hosts, dict):
             self._wrong("registry.host", "tables by host name", hosts)
+            return found
+        if len(hosts) > _HOST_COUNT_MAX:
+            text = f"registry.host: expected at most {_HOST_COUNT_MAX} registries, found {len(hosts)}"
+            self._problems.append(Problem(self._file, text, "docker's configuration and hosts.toml hold any number"))
             return found
         known = {key.name: key for key in keys_of("registry.host", RegistryHost)}
         for host, content in hosts.items():

@@ -22,7 +22,7 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     import trio
 
+    from lazyfs.config import Config
     from lazyfs.fs.mounter import MounterClient
     from lazyfs.node.worker import Worker
 
@@ -41,23 +42,33 @@ _log = logging.getLogger("lazyfs.node")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker is told. Descriptors: `channel` to the keeper, `fuse`, `listener` of the control socket."""
+    """
+    What a worker is told. Descriptors: `channel` to the keeper, `fuse`, `listener` of the control socket.
+
+    JSON: the same, `config` as config.to_plain() wrote it.
+
+    """
 
     root: str
     cache_dir: str
     channel: int
     fuse: int
     listener: int
-    beat_s: float = 1.0
-    log_level: str = "INFO"
+    config: Config
 
-    def to_json(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+    @classmethod
+    def from_json(cls, text: str) -> Place:
+        """What a keeper, perhaps of another version, says: fields we do not know are for others."""
+        from lazyfs.config import from_plain  # noqa: PLC0415 - with the other imports
+
+        data = json.loads(text)
+        known = {one.name: data[one.name] for one in fields(cls) if one.name != "config"}
+        return cls(**known, config=from_plain(data.get("config", {})))
 
 
 def main() -> NoReturn:
     """Serve until told to stop. Exit code 0: retired, or nothing left to serve."""
-    place = Place(**json.loads(sys.argv[1]))
+    place = Place.from_json(sys.argv[1])
     for descriptor in (place.channel, place.fuse, place.listener):
         os.set_inheritable(descriptor, False)   # a credential helper must not hold our mounts
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # ^C is for the keeper
@@ -76,6 +87,7 @@ def _run(place: Place, mounter: socket.socket) -> int:
     gc.disable()
     import trio  # noqa: PLC0415
 
+    from lazyfs import logs  # noqa: PLC0415
     from lazyfs.errors import BugError, LazyfsError  # noqa: PLC0415
     from lazyfs.fs.mounter import MounterClient  # noqa: PLC0415
     from lazyfs.node import serving  # noqa: PLC0415
@@ -83,8 +95,7 @@ def _run(place: Place, mounter: socket.socket) -> int:
     serving.import_registry_client()
     gc.freeze()
     gc.enable()
-    logging.basicConfig(stream=sys.stderr, level=place.log_level,
-                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.setup(place.config.log, program="worker")
     serving.limit_arenas()
     channel = socket.socket(fileno=place.channel)
     channel.sendall(IMPORTED)
@@ -124,7 +135,7 @@ async def _serve(
     session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
     async with Fetcher() as fetcher, trio.open_nursery() as signs:
-        signs.start_soon(_beat, channel, place.beat_s)
+        signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True)
         if take_over:
             await worker.restore()

@@ -40,8 +40,9 @@ class Keeper:
     """
     See the module.
 
-    Settings: `root` (the daemon's run directory, made), `cache_dir`, `beat_s`, `hang_s` (a worker without a sign of
-    life for that long is replaced), `log_level`; `resume`: what the process image before an upgrade held.
+    Settings: `root` (the daemon's run directory, made), `cache_dir`, `hang_s` (a worker without a sign of life for
+    that long is replaced), `start_s` (for one to load), `worker` (fields of daemonworker.Place, not looked at);
+    `resume`: what the process image before an upgrade held.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -110,6 +111,13 @@ class Keeper:
     def _on_time(self) -> None:
         now = time.monotonic()
         current = self._current
+        coming = self._next
+        if coming is not None and not coming.imported and now - coming.began > self._settings["start_s"]:
+            _say(f"worker {coming.pid} has not loaded in {self._settings['start_s']:g} s: killed")
+            coming.kill()
+            coming.began = now
+        if current is not None and current.ready and now - current.last_sign <= self._hang_s:
+            notify.watchdog(now)
         if current is None:
             if self._next is None and not self._stopping and now >= self._start_at:
                 self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
@@ -216,7 +224,7 @@ class Keeper:
                     os.waitpid(info.si_pid, os.WNOHANG)
 
     def _worker_settings(self) -> dict[str, Any]:
-        return {name: self._settings[name] for name in ("root", "cache_dir", "beat_s", "log_level")}
+        return {**self._settings["worker"], "root": self._root, "cache_dir": self._settings["cache_dir"]}
 
     def _worker_pid(self) -> int:
         return self._current.pid if self._current is not None else 0
@@ -265,6 +273,11 @@ class Keeper:
             return
         if isinstance(settings, dict):
             fixed = {name: self._settings[name] for name in ("root", "cache_dir")}   # of what is mounted
+            asked = settings.pop("asked", {}).get("cache_dir", fixed["cache_dir"])
+            if asked != fixed["cache_dir"]:
+                _reply(client, {"error": f"cache_dir is {fixed['cache_dir']}, and cannot become {asked} in an upgrade: "
+                                         "unmount all, then stop and start the daemon"})
+                return
             self._settings.update({**settings, **fixed})
             self._hang_s = float(self._settings["hang_s"])
         self._waiting.append(client)

@@ -13,6 +13,7 @@ import socket
 
 LISTEN_FIRST = 3                 # SD_LISTEN_FDS_START
 _TIMEOUT_S = 1.0
+_WATCHDOG_PARTS = 3              # told three times in the time it allows
 
 
 def notify(state: str, descriptors: tuple[int, ...] = ()) -> bool:
@@ -36,6 +37,22 @@ def store(name: str, descriptor: int) -> bool:
 def forget(name: str) -> bool:
     """Have systemd close what it keeps under that name."""
     return notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def watchdog(now: float) -> None:
+    """Tell systemd's watchdog, if it watches us, that all is well; as seldom as it may be. `now`: monotonic."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    if now - _Told.at >= int(microseconds) / 1e6 / _WATCHDOG_PARTS:
+        _Told.at = now
+        notify("WATCHDOG=1")
+
+
+class _Told:
+    """When the watchdog was told last."""
+
+    at = float("-inf")
 
 
 def take_stored() -> dict[str, int]:

@@ -29,7 +29,6 @@ from typing import Any
 
 from lazyfs.errors import HostError
 
-_DEFAULT = "/run/lazyfs"
 _RECORD_BYTES_MAX = 1 << 20
 
 
@@ -263,7 +262,13 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def run_root() -> Path:
-    return Path(os.environ.get("LAZYFS_RUN_DIR") or _DEFAULT)
+    """Of this machine. Raises ConfigError: the configuration says, but cannot be read."""
+    named = os.environ.get("LAZYFS_RUN_DIR")
+    if named:
+        return Path(named)
+    from lazyfs import config  # noqa: PLC0415 - start-up time
+
+    return Path(config.load().daemon.run_dir)
 
 
 def all_worker_dirs() -> list[WorkerDir]:

@@ -14,12 +14,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
+from lazyfs import config, logs
 from lazyfs.cache.store import CacheDir
 from lazyfs.errors import BugError, HostError, LazyfsError
 from lazyfs.fetch.engine import Fetcher
@@ -52,7 +52,7 @@ def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mount
         mounter: the connection to the mounter process.
 
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.setup(config.Log(format="text"), program="worker")
     limit_arenas()
     try:
         trio.run(_serve, directory, cache_dir, first, MounterClient(mounter))
