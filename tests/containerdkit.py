@@ -271,6 +271,10 @@ def base_config(containerd: Containerd, snapshotter: Path | None) -> dict[str, A
                                        "io.containerd.internal.v1.tracing"]
     if snapshotter is not None:
         config["proxy_plugins"] = {"lazyfs": {"type": "snapshot", "address": str(snapshotter)}}
+        if containerd.programs.is_2:     # without it, the transfer service unpacks with its own snapshotter only
+            unpack = [{"platform": platform, "snapshotter": name} for platform, name in
+                      (("linux", "lazyfs"), ("linux", "overlayfs"))]
+            config["plugins"]["io.containerd.transfer.v1.local"] = {"unpack_config": unpack}
     return config
 
 
@@ -323,9 +327,15 @@ def _toml(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
     """Plain values first, then tables: enough for containerd's configuration. JSON's strings and lists are TOML's."""
     if path:
         yield "[" + ".".join(json.dumps(part) for part in path) + "]\n"
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lists = {key: value for key, value in table.items()
+             if isinstance(value, list) and value and isinstance(value[0], dict)}
     for key, value in table.items():
-        if not isinstance(value, dict):
+        if key not in tables and key not in lists:
             yield f"{json.dumps(key)} = {json.dumps(value)}\n"
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _toml(value, (*path, key))
+    for key, value in tables.items():
+        yield from _toml(value, (*path, key))
+    for key, values in lists.items():
+        for value in values:
+            yield "[[" + ".".join(json.dumps(part) for part in (*path, key)) + "]]\n"
+            yield from _toml(value)
