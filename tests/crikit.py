@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tests.convertkit import Layout
 
 BUSYBOX = Path("/usr/bin/busybox")
+IMAGE_METHODS = ("PullImage", "ListImages", "ImageStatus", "RemoveImage", "ImageFsInfo")
 CALL_S = 100.0
 WAIT_S = 30.0
 
@@ -76,17 +77,21 @@ class Pod:
 
 @dataclass
 class Cri:
-    """The CRI of one containerd."""
+    """The CRI of one containerd. `images_address`: where kubelet's --image-service-endpoint points, if it is given."""
 
     containerd: Containerd
     program: Path
     log_directory: Path
+    images_address: Path | None = None
     pods: list[Pod] = field(default_factory=list)
 
     def call(self, method: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
         """Make a call: field names as in api.proto, 64-bit integers are text, bytes are base64."""
+        address = self.containerd.address
+        if self.images_address is not None and method in IMAGE_METHODS:
+            address = self.images_address
         done = subprocess.run(
-            [self.program, self.containerd.address, method, f"{CALL_S:.0f}s"], input=json.dumps(request or {}),
+            [self.program, address, method, f"{CALL_S:.0f}s"], input=json.dumps(request or {}),
             capture_output=True, text=True, check=False, timeout=CALL_S + 10)
         assert done.returncode in (0, 1), done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -232,11 +237,13 @@ def wait_until(condition: Callable[[], bool], failure: str) -> None:
 
 
 @contextlib.contextmanager
-def running_cri(directory: Path, version: str, **options: Any) -> Iterator[Cri]:
+def running_cri(
+    directory: Path, version: str, *, images_address: Path | None = None, **options: Any,
+) -> Iterator[Cri]:
     """A containerd with its CRI plugin, and its client. `options`: as of running_containerd."""
     program = gokit.program("cri")
     with running_containerd(directory, version, cri=True, **options) as containerd:
-        cri = Cri(containerd, program, directory / "pod-logs")
+        cri = Cri(containerd, program, directory / "pod-logs", images_address)
         cri.wait_ready()
         try:
             yield cri
