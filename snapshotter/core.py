@@ -262,7 +262,7 @@ class Snapshots:
 
     def _lowers(self, chain: list[Record], labels: Mapping[str, str]) -> list[Path]:
         """
-        What an overlay on this chain has below, top first. `labels`: of what is above it. Lazy blobs are left out: empty.
+        What is below an overlay on this chain, top first; lazy blobs are empty: left out. `labels`: of what is above.
 
         Raises:
             SnapshotUnavailableError: the image cannot be mounted now.

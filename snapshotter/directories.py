@@ -65,12 +65,13 @@ class Directories:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise HostError(f"cannot use {root}: {error.strerror}", hint="it must be a local disk, writable by root") from error
+            text = f"cannot use {root}: {error.strerror}"
+            raise HostError(text, hint="it must be a local disk, writable by root") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise BusyError(f"another snapshotter uses {root}", hint="one runs a root: stop it, or choose another --root") from None
+            raise BusyError(f"another snapshotter uses {root}", hint="stop it, or choose another --root") from None
         return cls(root, lock)
 
     def close(self) -> None:
@@ -124,7 +125,7 @@ class Directories:
         shutil.rmtree(self.own(snapshot_id), onerror=_log_failure)
 
     def reclaim(self, known: Callable[[], set[int]]) -> int:
-        """Remove directories that have no record; returns how many. `known`: the ids on record, asked at the right moment."""
+        """Remove directories without a record; returns how many. `known`: says the ids on record, when it is asked."""
         present = self._present()   # this order: what is recorded from now on is still in `making` when that is read
         with self._mutex:
             making = set(self._making)
@@ -134,7 +135,8 @@ class Directories:
         return len(left)
 
     def _present(self) -> set[int]:
-        return {int(name) for name in os.listdir(self._snapshots) if name.isascii() and name.isdigit()}
+        return {int(name) for name in os.listdir(self._snapshots)  # noqa: PTH208
+                if name.isascii() and name.isdigit()}
 
     def _make(self, snapshot_id: int, *, work: bool, owner: tuple[int, int] | None) -> None:
         own = self.own(snapshot_id)
@@ -152,7 +154,7 @@ class Directories:
 
 
 def owner_of(directory: Path) -> tuple[int, int]:
-    """uid and gid. Raises HostError."""
+    """Its uid and gid. Raises HostError."""
     try:
         status = os.lstat(directory)
     except OSError as error:
@@ -168,5 +170,5 @@ def _log_failure(_function: object, path: str, cause: tuple[type, BaseException,
 
 def _mkdir(path: Path, mode: int) -> None:
     path.mkdir(mode=mode)
-    if os.stat(path).st_mode & 0o7777 != mode:
+    if path.stat().st_mode & 0o7777 != mode:
         path.chmod(mode)   # the umask of whoever started us

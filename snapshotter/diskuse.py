@@ -1,6 +1,6 @@
 """
-How much of the disk a directory uses, counted as containerd does (continuity's fs.DiskUsage): allocated blocks, inodes, a
-hard link once, everything below and the directory itself; no link followed, no file opened.
+How much of the disk a directory uses, counted as containerd does (continuity's fs.DiskUsage): allocated blocks, inodes,
+a hard link once, everything below and the directory itself; no link followed, no file opened.
 
 Layer: snapshotter, above model. Who calls: core, never within a transaction. What vanishes meanwhile does not count.
 """

@@ -8,8 +8,10 @@ Layer: snapshotter, above model. Who calls: core only.
 
 Invariants: names are unique; a parent is committed and outlives its children; a row's directory was made before the row
 (core); a row and its goodbye change places in one transaction. Nothing here touches files or mounts, so no
-transaction can wait for one. One connection, one lock: calls take well below a millisecond, but for the fsync of
-a change (containerd's own record of the same change is synced too; ours must not be older than it after a power cut).
+transaction can wait for one. One connection, one lock: calls take well below a millisecond, but for a sync.
+
+What a snapshot is must not be older than what containerd knows of it after a power cut: insert and commit sync. Removals
+and labels do not: a removed snapshot that comes back is one that containerd no longer knows, and its collector removes.
 """
 
 from __future__ import annotations
@@ -105,7 +107,6 @@ class Records:
             connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=FULL")
                 connection.execute("PRAGMA foreign_keys=ON")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if version > VERSION:
@@ -168,7 +169,7 @@ class Records:
         now = time.time_ns()
         info = replace(record.info, labels=_kept(record.info.labels), created=now, updated=now)
         _check_name(info.name)
-        with self._transaction(write=True) as run:
+        with self._transaction(write=True, sync=True) as run:
             parent = parent_of(run, info.parent)
             if run("SELECT 1 FROM snapshots WHERE name = ?", (info.name,)).fetchone():
                 raise SnapshotExistsError(f"snapshot {info.name}: exists already")
@@ -190,7 +191,7 @@ class Records:
 
         """
         _check_name(name)
-        with self._transaction(write=True) as run:
+        with self._transaction(write=True, sync=True) as run:
             old = _get(run, key)
             if run("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
                 raise SnapshotExistsError(f"committed snapshot {name}: exists already")
@@ -243,9 +244,11 @@ class Records:
             run("DELETE FROM goodbyes WHERE id = ?", (record_id,))
 
     @contextlib.contextmanager
-    def _transaction(self, *, write: bool = False) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        """All or nothing; an error in the block undoes it. Reads see one state too."""
+    def _transaction(self, *, write: bool = False, sync: bool = False) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        """All or nothing; an error in the block undoes it. Reads see one state too. `sync`: on disk when it ends."""
         with self._lock, _translated("the snapshotter's records"):
+            if write:
+                self._connection.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
                 yield self._connection.execute
