@@ -1,8 +1,8 @@
 """
 How an operation on snapshots may be refused: one kind for each answer that containerd tells apart.
 
-The root, SnapshotError, is in lazyfs.errors. Layer: snapshotter, above nothing. Who raises them: records, core, filters;
-service turns each into its gRPC status.
+The root, SnapshotError, is in lazyfs.errors. Layer: snapshotter, above nothing. Who raises them: records, core, filters,
+overlay; service turns each into its gRPC status.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ containerd's filter language: which snapshots List answers.
     value     = quoted | 1*<no space, no comma>
     quoted    = a Go string between "..." or, for regular expressions only, /.../ or |...|
 
-Several filters: any may match; no filter, or an empty one, matches all. Fields of a snapshot: kind, name, parent, labels.
+Several filters: any may match; no filter, or an empty one, matches all. A snapshot has kind, name, parent, labels.KEY.
 Regular expressions are Python's with ASCII classes; one that does not compile matches nothing, as with containerd.
 Layer: snapshotter, above model. Pure: no I/O, no state. The input is bytes from outside: length is bounded here.
 """
@@ -33,7 +33,8 @@ FILTER_CHARS_MAX = 16 * 1024     # two labels of the largest size, quoted
 FILTER_COUNT_MAX = 256
 _FIELD = re.compile(r"[A-Za-z0-9_]+")
 _OPERATOR = re.compile(r"[=!~]+")
-_ESCAPE = re.compile(r"\\(?:([abfnrtv\\])|([0-7]{3})|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:([abfnrtv\\])|([0-7]{3})|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))",
+                     re.DOTALL)
 _NAMED = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11, "\\": 92}
 _SEPARATORS_OF_PYTHON = "\x1c\x1d\x1e\x1f"   # str.isspace() knows these four, Go does not
 _REPLACEMENT = 0xFFFD

@@ -1,7 +1,7 @@
 """
-What containerd is told to mount: bind for one directory, overlay for more, exactly as its own overlayfs snapshotter does.
+What containerd is told to mount: bind for one directory, overlay for more, as its own overlayfs snapshotter does.
 
-Layer: snapshotter, above model. Who calls: core. Pure but for `probe`. Facts are containerd's plugins/snapshots/overlay:
+Layer: snapshotter, above model. Who calls: core. Pure but for `probe`. Shapes, of containerd's plugins/snapshots/overlay:
 
     no parent          bind, rw or ro (a View), rbind
     View, one below    bind of the one below, ro, rbind
@@ -38,7 +38,7 @@ class OverlayOptions:
 
 
 def probe(root: Path) -> OverlayOptions:
-    """Which options the kernel wants here; `root`: a directory of ours on the file system in question. Raises OSError."""
+    """Find out which options the kernel wants; `root`: a directory of ours on the file system it is about."""
     options: list[str] = []
     if _in_user_namespace() and _takes_user_xattr(root):
         options.append("userxattr")

@@ -10,8 +10,8 @@ Invariants: names are unique; a parent is committed and outlives its children; a
 (core); a row and its goodbye change places in one transaction. Nothing here touches files or mounts, so no
 transaction can wait for one. One connection, one lock: calls take well below a millisecond, but for a sync.
 
-What a snapshot is must not be older than what containerd knows of it after a power cut: insert and commit sync. Removals
-and labels do not: a removed snapshot that comes back is one that containerd no longer knows, and its collector removes.
+What a snapshot is must not be older than what containerd knows of it after a power cut: insert and commit sync.
+Removals and labels do not: a snapshot that comes back is one that containerd no longer knows; its collector removes it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+NO_USAGE = Usage(0, 0)
 VERSION = 1                      # PRAGMA user_version
 NAME_BYTES_MAX = 32 * 1024       # of a snapshot; containerd's own database takes no longer one
 _BUSY_TIMEOUT_S = 10.0           # somebody looks at the database with another program
@@ -56,6 +57,14 @@ CREATE TABLE goodbyes (id INTEGER PRIMARY KEY, name TEXT NOT NULL, labels TEXT N
 _COLUMNS = ("s.id, s.name, coalesce(p.name, ''), s.kind, s.layer, s.created, s.updated, s.labels, s.origin, s.size, "
             "s.inodes")
 _FROM = " FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent "
+_CHAIN = f"""
+WITH RECURSIVE chain(id, depth) AS (
+    SELECT id, 0 FROM snapshots WHERE name = ?
+    UNION ALL
+    SELECT b.parent, depth + 1 FROM chain JOIN snapshots b ON b.id = chain.id WHERE b.parent IS NOT NULL)
+SELECT {_COLUMNS} FROM chain JOIN snapshots s ON s.id = chain.id LEFT JOIN snapshots p ON p.id = s.parent
+ORDER BY chain.depth
+"""   # noqa: S608 - constants only
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Record:
     info: SnapshotInfo
     layer: LayerKind = LayerKind.ORDINARY
     origin: Mapping[str, str] = field(default_factory=dict)
-    usage: Usage = Usage(0, 0)
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +118,7 @@ class Records:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA foreign_keys=ON")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if version > VERSION:
-                    raise HostError(f"{path} was written by a later lazyfs: version {version}, this one knows {VERSION}",
-                                    hint="install that version again")
+                _check_version(path, version)
                 if version < VERSION:   # 0: just made; one transaction, so that a kill leaves nothing or all
                     connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
             except BaseException:
@@ -130,12 +137,8 @@ class Records:
 
     def chain(self, name: str) -> list[Record]:
         """The snapshot and all below it, top first. Raises SnapshotMissingError."""
-        query = ("WITH RECURSIVE chain(id, depth) AS (SELECT id, 0 FROM snapshots WHERE name = ? UNION ALL "
-                 "SELECT b.parent, depth + 1 FROM chain JOIN snapshots b ON b.id = chain.id WHERE b.parent IS NOT NULL) "
-                 f"SELECT {_COLUMNS} FROM chain JOIN snapshots s ON s.id = chain.id "  # noqa: S608 - constants only
-                 "LEFT JOIN snapshots p ON p.id = s.parent ORDER BY chain.depth")
         with self._transaction() as run:
-            rows = run(query, (name,)).fetchall()
+            rows = run(_CHAIN, (name,)).fetchall()
         if not rows:
             raise _missing(name)
         return [_record(row) for row in rows]
@@ -271,6 +274,12 @@ def parent_of(run: Callable[..., sqlite3.Cursor], parent: str) -> int | None:
     return int(row[0])
 
 
+def _check_version(path: Path, version: int) -> None:
+    if version > VERSION:
+        raise HostError(f"{path} was written by a later lazyfs: version {version}, this one knows {VERSION}",
+                        hint="install that version again")
+
+
 def _get(run: Callable[..., sqlite3.Cursor], name: str) -> Record:
     row = run(f"SELECT {_COLUMNS}{_FROM}WHERE s.name = ?", (name,)).fetchone()
     if row is None:
@@ -313,5 +322,5 @@ def _translated(what: str) -> Iterator[None]:
             raise DiskFullError(f"{what}: disk full", hint="make room there") from error
         raise HostError(f"{what}: {error}", hint="'lazyfs doctor' looks at the disk and the state directory") from error
     except sqlite3.DatabaseError as error:
-        raise HostError(f"{what}: {error}",
-                        hint="if the file is damaged, stop containerd, remove all its images and this directory") from error
+        hint = "if the file is damaged, remove all images from containerd, then this directory"
+        raise HostError(f"{what}: {error}", hint=hint) from error

@@ -3,9 +3,9 @@ containerd's snapshots service over gRPC on a unix socket: words in, words out; 
 
 Layer: snapshotter, the top. Who calls: the command line (`lazyfs snapshotter`), tests.
 
-State: a thread pool that answers, no more than `threads` at once; more requests wait in gRPC's queue, bounded too. A refusal is a gRPC status
-with one line of text; containerd makes its own errors of the codes. Metadata of a request is never read: the namespace is
-not in it for every containerd, and is part of the keys anyway.
+State: a thread pool that answers, no more than `threads` at once; more requests wait in gRPC's queue, bounded too. A
+refusal is a gRPC status with one line of text; containerd makes its own errors of the codes. Metadata of a request is
+never read: the namespace is not in it for every containerd, and is part of the keys anyway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import os
 import socket
 import stat
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from snapshotter.api.snapshots_pb2_grpc import SnapshotsServicer, add_SnapshotsS
 from snapshotter.model import Kind
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from snapshotter.core import Snapshots
@@ -152,7 +152,7 @@ class Server:
         def guarded() -> None:
             try:
                 work()
-            except Exception:
+            except Exception:  # noqa: BLE001 - the requests must go on
                 _LOG.exception("work beside the requests failed")
 
         self._pool.submit(guarded)
@@ -199,8 +199,8 @@ def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Eve
 def _make_room(path: Path) -> None:
     """Make the socket's directory, and remove a socket that nobody listens on."""
     if len(os.fsencode(path)) > ADDRESS_BYTES_MAX:
-        raise UsageError(f"socket path of {len(os.fsencode(path))} bytes, a unix socket has {ADDRESS_BYTES_MAX}: {path}",
-                         hint="choose a shorter --address")
+        text = f"socket path of {len(os.fsencode(path))} bytes, a unix socket has {ADDRESS_BYTES_MAX}: {path}"
+        raise UsageError(text, hint="choose a shorter --address")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
@@ -224,15 +224,16 @@ def _answering(context: Any, call: str, name: str) -> Iterator[None]:
     """Errors become a status. Raises what gRPC's abort() raises."""
     try:
         yield
-        return
     except LazyfsError as error:
         code = next(status for kind, status in _STATUS if isinstance(error, kind))
         text = f"{error} (hint: {error.hint})" if error.hint else str(error)
         expected = isinstance(error, failures.SnapshotExistsError | failures.SnapshotMissingError)
         _LOG.log(logging.DEBUG if expected else logging.WARNING, "%s %s: %s", call, name, text)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last frame before gRPC, which would not say what it was
         code, text = grpc.StatusCode.INTERNAL, f"a bug in lazyfs: unexpected {type(error).__name__}, see its log"
         _LOG.exception("%s %s: unexpected", call, name)
+    else:
+        return
     context.abort(code, _one_line(text))
 
 
