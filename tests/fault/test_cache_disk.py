@@ -8,16 +8,12 @@ shut down by ioctl without flushing its log (as xfstests do), at every system ca
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import random
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,69 +23,37 @@ from lazyfs.cache.store import CachedDevice, CacheDir
 from lazyfs.fetch.engine import Fetcher, FetchLimits
 from lazyfs.image.codec import Codec
 from lazyfs.image.digest import Digest
+from tests.diskkit import (
+    CuttingOs,
+    Mounts,
+    PowerCutError,
+    cut_power,
+    ext4,
+    mounted_disks,
+    needs_mounts,
+    run,
+    wait_detached,
+)
 from tests.fetchkit import MemorySource, make_sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    Mounts = Callable[..., Path]
 
 CHUNK = 64 * 1024
 DIGEST = Digest.of(b"disk")
-SHUTDOWN = 0x8004587D           # EXT4_IOC_SHUTDOWN, fs/ext4/ext4.h
-NO_LOG_FLUSH = struct.pack("I", 2)
 BOOT, LATER_BOOT = b"a" * 16, b"b" * 16
 
-needs_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mkfs.ext4") is None, reason="needs root and mkfs.ext4 to make small disks"
-)
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    with mounted_disks(tmp_path) as mount:
+        yield mount
 
 
 def chunk(index: int) -> bytes:
     return random.Random(index).randbytes(CHUNK)
-
-
-def run(*words: str | Path) -> None:
-    subprocess.run(words, check=True, capture_output=True)
-
-
-@pytest.fixture
-def mounts(tmp_path) -> Iterator[Mounts]:
-    """mounts("-t", "tmpfs", ..., name=...) mounts somewhere and returns where."""
-    places: list[Path] = []
-
-    def mount(*words: str | Path, name: str) -> Path:
-        place = tmp_path / name
-        place.mkdir(exist_ok=True)
-        run("mount", *words, place)
-        places.append(place)
-        return place
-
-    try:
-        yield mount
-    finally:
-        for place in reversed(places):
-            if os.path.ismount(place):
-                # Lazily, where a test that failed left files open: they go with the process.
-                done = subprocess.call(["umount", place], stderr=subprocess.DEVNULL) == 0
-                assert done or subprocess.call(["umount", "--lazy", place]) == 0
-
-
-def ext4(path: Path, size: int) -> Path:
-    with path.open("wb") as file:
-        file.truncate(size)
-    run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard", path)
-    return path
-
-
-def wait_detached(image: Path) -> None:
-    """A mount namespace that another process made meanwhile has a copy of the mount: the disk is still in use."""
-    for _ in range(300):
-        if not subprocess.run(["losetup", "-j", image], check=True, capture_output=True).stdout:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the disk stays in use after umount")
 
 
 def present(cached: CachedDevice) -> set[int]:
@@ -167,32 +131,6 @@ def test_a_failed_fsync_drops_the_data(mounts, tmp_path):
 # --- power cut --------------------------------------------------------------------------------------------------------
 
 
-class PowerCutError(BaseException):
-    """The machine stops here."""
-
-
-class CuttingOs:
-    """The os module, but the Nth call that changes a file never happens."""
-
-    CALLS = ("pwrite", "fdatasync", "fsync", "ftruncate", "open")
-
-    def __init__(self, calls_left: int) -> None:
-        self.calls_left = calls_left
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(os, name)
-        if name not in self.CALLS:
-            return function
-
-        def call(*arguments: Any) -> Any:
-            if self.calls_left == 0:
-                raise PowerCutError
-            self.calls_left -= 1
-            return function(*arguments)
-
-        return call
-
-
 def work(cache_path: Path, durable: set[int]) -> None:
     """Some chunks, a checkpoint, more chunks, a checkpoint, more chunks. `durable`: what must survive."""
     cache = CacheDir.open(cache_path, boot_id=BOOT)
@@ -227,9 +165,7 @@ def test_a_power_cut_at_any_call_leaves_right_chunks_and_every_durable_one(mount
                 finished = True
             except PowerCutError:
                 pass
-        fd = os.open(disk, os.O_RDONLY)
-        fcntl.ioctl(fd, SHUTDOWN, NO_LOG_FLUSH)
-        os.close(fd)
+        cut_power(disk)
         run("umount", disk)
         wait_detached(image)
         run("mount", "-o", "loop", image, disk)
