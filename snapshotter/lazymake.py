@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.node.rundir import WorkerDir
+from lazyfs.registry.fields import from_config, to_fields
 from snapshotter.lazy import LazyImages, MountSettings
 from snapshotter.lazydaemon import DaemonLink
 
@@ -33,7 +34,8 @@ def make_lazy_images(config: Config) -> LazyImages:
 
     """
     daemon = config.daemon
-    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s)
+    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s,
+                             registry=to_fields(from_config(config.registry)))
     link = DaemonLink(WorkerDir(Path(daemon.run_dir) / "daemon"))
     root = Path(config.snapshotter.root).resolve()
     return LazyImages(root, link, ContainerdImages(config.snapshotter.containerd_address), settings)

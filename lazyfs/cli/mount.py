@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,27 +161,10 @@ def _check_before(target: str, driver: str) -> None:
 
 
 def _registry_fields(registry: RegistryOptions) -> dict[str, Any]:
-    """The options as JSON. Paths absolute; the credentials file of *this* user and environment, not the worker's."""
-    password = registry.password
-    auth_file = registry.auth_file
-    if auth_file is None:
-        auth_file = _default_auth_file()
-    return {
-        "username": registry.username,
-        "password": password.reveal() if password is not None and not isinstance(password, str) else password,
-        "insecure": registry.insecure,
-        "ca_file": None if registry.ca_file is None else str(registry.ca_file.absolute()),
-        "auth_file": None if auth_file is None else str(auth_file.absolute()),
-    }
+    """The options as JSON; with the credentials file of *this* user and environment, not the worker's."""
+    from lazyfs.registry.fields import default_auth_file, to_fields  # noqa: PLC0415
 
-
-def _default_auth_file() -> Path | None:
-    """Where the registry client would look, if something is there."""
-    named, directory = os.environ.get("REGISTRY_AUTH_FILE"), os.environ.get("DOCKER_CONFIG")
-    if named:
-        return Path(named)
-    path = Path(directory) / "config.json" if directory else Path.home() / ".docker" / "config.json"
-    return path if path.is_file() else None
+    return to_fields(replace(registry, auth_file=registry.auth_file or default_auth_file()))
 
 
 @contextlib.contextmanager

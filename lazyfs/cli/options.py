@@ -7,6 +7,7 @@ everybody): it comes from standard input or the environment.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -19,8 +20,6 @@ from lazyfs.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from lazyfs.registry import RegistryOptions
 
 F = TypeVar("F", bound="Callable[..., Any]")
 PASSWORD_VARIABLE = "LAZYFS_PASSWORD"  # noqa: S105  (a name, not a password)
@@ -37,11 +36,24 @@ def registry_options(command: F) -> F:
                   help="Credentials by host, as docker login writes them.  [default: ~/.docker/config.json]")
     @click.option("--insecure", is_flag=True, help="Allow plain HTTP, and certificates nobody vouches for.")
     @click.option("--ca-file", type=_EXISTING_FILE, metavar="FILE", help="Trust this authority's certificates (PEM).")
+    @click.option("--client-cert", type=_EXISTING_FILE, metavar="FILE",
+                  help="Show this TLS client certificate (PEM), with its key here or in --client-key.")
+    @click.option("--client-key", type=_EXISTING_FILE, metavar="FILE", help="The client certificate's key (PEM).")
+    @click.option("--hosts-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                  help="Mirrors and certificates by registry: containerd's hosts.toml files.  "
+                       "[default: configured, or /etc/containerd/certs.d]")
     @functools.wraps(command)
-    def with_registry(*args: Any, username: str | None, password_stdin: bool, auth_file: Path | None,
-                      insecure: bool, ca_file: Path | None, **kwargs: Any) -> Any:
-        password = _password(password_stdin)
-        kwargs["registry"] = _make_options(username, password, auth_file, insecure=insecure, ca_file=ca_file)
+    def with_registry(*args: Any, username: str | None, password_stdin: bool, insecure: bool, auth_file: Path | None,
+                      ca_file: Path | None, client_cert: Path | None, client_key: Path | None,
+                      hosts_dir: Path | None, **kwargs: Any) -> Any:
+        _check_name(username, password := _password(password_stdin))
+        from lazyfs import config  # noqa: PLC0415  (keeps `lazyfs --help` quick)
+        from lazyfs.registry.fields import from_config  # noqa: PLC0415
+
+        known = from_config(config.load().registry)
+        kwargs["registry"] = dataclasses.replace(
+            known, username=username, password=password, insecure=insecure, ca_file=ca_file, client_cert=client_cert,
+            client_key=client_key, auth_file=auth_file or known.auth_file, hosts_dir=hosts_dir or known.hosts_dir)
         return command(*args, **kwargs)
 
     return with_registry  # type: ignore[return-value]
@@ -64,15 +76,9 @@ def _password(from_stdin: bool) -> str | None:
     return line
 
 
-def _make_options(username: str | None, password: str | None, auth_file: Path | None, *,
-                  insecure: bool, ca_file: Path | None) -> RegistryOptions:
+def _check_name(username: str | None, password: str | None) -> None:
     if username is not None and password is None:
         raise UsageError("--username was given, but no password",
                          hint=f"add --password-stdin, or set {PASSWORD_VARIABLE}")
     if username is None and password is not None:
         raise UsageError("a password was given, but no user name", hint="add --username")
-
-    from lazyfs.registry import RegistryOptions  # noqa: PLC0415  (keeps `lazyfs --help` quick)
-
-    return RegistryOptions(username=username, password=password, auth_file=auth_file, insecure=insecure,
-                           ca_file=ca_file)

@@ -16,6 +16,7 @@ from lazyfs.errors import BugError, DeadlineError, FormatError, IntegrityError, 
 from lazyfs.fetch.constants import ATTEMPT_SHARE, ATTEMPT_WHOLE_S, PREFETCH_OVERLAP_BYTES
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import chunk_digest
+from lazyfs.registry.streams import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,6 +86,7 @@ class Transfer:
         if deadline <= time.monotonic():
             raise DeadlineError(f"{self.source.name}: blob {self.blob.short}: no time left to fetch it")
         told = False
+        detour: SourceError | None = None
         with self.source.read_range(self.blob, self.start, self.size, deadline) as stream:
             for flight in self.flights:
                 stored = self._read_exactly(stream, flight.stored_size)
@@ -95,6 +97,12 @@ class Transfer:
                     self.landed_count += 1
                     if flight.event is not None:
                         wake(flight.wake)
+                elif flight.bad is not None and distrust(stream, flight.bad):
+                    # a mirror's fault, and it is not asked again: the source itself is not in doubt
+                    detour = SourceError(f"{flight.bad}: a mirror gave it; another is asked")
+                    flight.bad = None
+        if detour is not None:
+            raise detour
 
     def _read_exactly(self, stream: ByteStream, size: int) -> bytes:
         pieces: list[bytes] = []

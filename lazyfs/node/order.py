@@ -7,7 +7,6 @@ Layer: node; light to import. It may hold a password: it goes over the control s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lazyfs import limits
@@ -31,7 +30,7 @@ class MountOrder:
         platform: os/arch[/variant]; None: this machine's.
         prefetch: whether to fetch the hot blob at once.
         read_timeout_s: a read without its bytes by then ends with an errno.
-        registry: keyword arguments of registry.RegistryOptions, paths as text.
+        registry: registry.RegistryOptions as registry.fields writes them.
         seed: from the worker's starter only: a file with the bootstrap layer; the worker removes it.
         document, document_type: likewise: the image's manifest (base64) and its media type.
         layer: likewise: digest, size and uncompressed size of the bootstrap layer; sizes of 0: the digest is that of
@@ -67,13 +66,9 @@ class MountOrder:
 
     def registry_options(self) -> RegistryOptions:
         """What the registry client wants."""
-        from lazyfs.registry import RegistryOptions  # noqa: PLC0415 - the command line needs it only to start a worker
+        from lazyfs.registry.fields import from_fields  # noqa: PLC0415 - the command line needs it to start a worker
 
-        fields = dict(self.registry)
-        for name in ("ca_file", "auth_file"):
-            if fields.get(name) is not None:
-                fields[name] = Path(fields[name])
-        return RegistryOptions(**fields)
+        return from_fields(self.registry)
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

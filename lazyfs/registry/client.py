@@ -1,40 +1,61 @@
 """
-One repository of a registry: requests with credentials, redirects and errors understood.
+One repository of a registry: its documents and blobs, read from mirrors first where there are any.
 
-Layer: registry; used by remote.py and upload.py. Distribution-spec v1.1. Invariants: Authorization is sent to the
-registry's own origin only (scheme, host and port), never to where a redirect leads; https never falls to http; at
-most REDIRECT_COUNT_MAX redirects; at most one new token a request. Nothing is retried here.
+Layer: registry; used by remote.py and upload.py. Distribution-spec v1.1. Each read goes to the mirrors in their order
+(mirrors.py), then to the registry itself; what a push needs goes to the registry alone. An answer is checked as far as
+its header can tell before it counts; whoever reads its body tells (HttpResponse.fail) when that was wrong.
+Nothing is retried here: another server is not a retry.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlencode, urlsplit
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.parse import urlencode
 
 import msgspec
 
-from lazyfs.errors import AuthError, FormatError, SourceError
+from lazyfs.errors import (
+    AuthError,
+    DeadlineError,
+    FormatError,
+    LazyfsError,
+    NotFoundError,
+    RateLimitedError,
+    SourceError,
+)
 from lazyfs.image.digest import Digest
-from lazyfs.limits import MANIFEST_BYTES_MAX, REDIRECT_COUNT_MAX
-from lazyfs.registry.addresses import Origin, origin_of, printable, resolve
-from lazyfs.registry.auth import Authenticator
+from lazyfs.limits import MANIFEST_BYTES_MAX
+from lazyfs.registry.addresses import origin_of, resolve
 from lazyfs.registry.documents import ACCEPT, make_document
-from lazyfs.registry.endpoint import Endpoint
+from lazyfs.registry.hostclient import HostClient
+from lazyfs.registry.hosts import PLAIN, Stamp, find_hosts, stamp
+from lazyfs.registry.hoststoml import PULL, RESOLVE
+from lazyfs.registry.mirrors import HEALTH
 from lazyfs.registry.status import raise_for_status
-from lazyfs.registry.transport import Call, HttpResponse, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import IO
 
+    from lazyfs.registry.endpoint import Endpoint
     from lazyfs.registry.options import RegistryOptions
     from lazyfs.registry.place import Document
+    from lazyfs.registry.transport import HttpResponse, Transport
 
-_REDIRECTS: Final = {301, 302, 303, 307, 308}
+T = TypeVar("T")
+_log: Final = logging.getLogger("lazyfs.registry")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
 _TAGS_BYTES_MAX = 4 * 1024 * 1024
 TAG_PAGE_COUNT = 100
+_LOOK_EVERY_S = 5.0          # whether hosts.toml has changed
+_MIRROR_TIME_SHARE = 0.5     # of what is left, for the header of an answer: the next one needs time as well
+_MIRROR_S_MAX = 15.0
+_BLAME_S_MIN = 1.0           # who had less time than this is not to blame for being late
 
 
 class _TagList(msgspec.Struct):
@@ -42,18 +63,71 @@ class _TagList(msgspec.Struct):
 
 
 class RegistryClient:
-    """Requests about one repository. Thread-safe."""
+    """
+    Requests about one repository. Thread-safe.
 
-    def __init__(self, host: str, repository: str, options: RegistryOptions) -> None:
+    `through_mirrors`: False for a destination, which must see what it holds itself.
+    """
+
+    def __init__(self, host: str, repository: str, options: RegistryOptions, *, through_mirrors: bool = True) -> None:
+        """Raises UsageError: what hosts.toml says is wrong, or a certificate cannot be used."""
         self.host = host
         self.repository = repository
         self.options = options
-        self.transport = Transport(options)
-        self.endpoint = Endpoint(host, options, self.transport)
-        self._auth = Authenticator(self.endpoint, repository, options, self.transport)
+        self._through_mirrors = through_mirrors
+        self._lock = threading.Lock()
+        self._stamp = Stamp()
+        self._look_at = 0.0
+        self._mirrors: tuple[HostClient, ...] = ()
+        self._own = self._set_up()
+
+    def _set_up(self) -> HostClient:
+        self._stamp = stamp(self.options.hosts_dir, self.host)
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        found = find_hosts(self.options.hosts_dir, self.host) if self._stamp != Stamp() else PLAIN
+        make = partial(HostClient, host=self.host, repository=self.repository, options=self.options)
+        own = make(found.server, is_last=True)
+        try:
+            mirrors = found.mirrors if self._through_mirrors else ()
+            self._mirrors = tuple(make(entry, is_last=False) for entry in mirrors)
+        except BaseException:
+            own.close()
+            raise
+        return own
+
+    def _hosts(self) -> tuple[HostClient, ...]:
+        """The mirrors and the registry, in order; anew when hosts.toml has changed."""
+        if self.options.hosts_dir is not None and time.monotonic() >= self._look_at:
+            with self._lock:
+                if time.monotonic() >= self._look_at and stamp(self.options.hosts_dir, self.host) != self._stamp:
+                    self._change()
+                self._look_at = time.monotonic() + _LOOK_EVERY_S
+        return (*self._mirrors, self._own)
+
+    def _change(self) -> None:
+        """Go on with what hosts.toml says now; if that is wrong, with what it said before."""
+        old = (*self._mirrors, self._own)
+        try:
+            self._own = self._set_up()
+        except LazyfsError as error:
+            _log.warning("still reading %s as before: %s", self.host, error)
+            return
+        for one in old:
+            one.close()   # answers of theirs that are being read stay open
 
     def close(self) -> None:
-        self.transport.close()
+        for one in (*self._mirrors, self._own):
+            one.close()
+
+    # --- the registry itself --------------------------------------------------------------------------------------
+
+    @property
+    def transport(self) -> Transport:
+        return self._own.transport
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._own.endpoint
 
     def scope(self, *, push: bool = False, other: str = "") -> str:
         """The token scope for this repository, and for pulling from another one."""
@@ -61,97 +135,71 @@ class RegistryClient:
         return f"{own} repository:{other}:pull" if other else own
 
     def url(self, path: str, deadline: float) -> str:
-        return f"{self.endpoint.base(deadline)}/v2/{self.repository}/{path}"
-
-    # --- sending --------------------------------------------------------------------------------------------------
+        return self._own.url(path, deadline)
 
     def send(
         self, method: str, url: str, deadline: float, *, scope: str = "", headers: Mapping[str, str] | None = None,
         body: bytes | IO[bytes] | None = None, body_size: int = 0, io_timeout_s: float | None = None,
     ) -> HttpResponse:
-        """
-        One request, with credentials where they belong, and redirects of GET and HEAD followed.
-
-        A file as `body` is read from its start. The answer may have any status but a redirect's or 401.
-
-        Raises:
-            AuthError: credentials are missing or refused. SourceError: no (sensible) answer.
-
-        """
-        scope = scope or self.scope()
-        own = self.endpoint.origin(deadline)
-        follows = method in {"GET", "HEAD"}
-        renewal_count = redirect_count = 0
-        while True:
-            origin = origin_of(url)
-            authorization = self._auth.authorization(scope, deadline) if origin == own else None
-            all_headers = dict(headers or {})
-            if authorization is not None:
-                all_headers["Authorization"] = authorization.reveal()
-            if body is not None and not isinstance(body, bytes):
-                body.seek(0)
-            guarded = origin.host != own.host and not self.endpoint.is_local
-            call = Call(method, url, all_headers, body, body_size, io_timeout_s, guarded)
-            answer = self.transport.send(call, deadline)
-            if answer.status == 401 and origin == own:
-                challenges = answer.headers.getlist("WWW-Authenticate")
-                answer.finish()
-                is_basic = authorization is not None and authorization.reveal().startswith("Basic ")
-                if renewal_count > is_basic:  # a password's refusal is explained, or a new one found, by renew()
-                    raise AuthError(f"{self.host}/{self.repository}: the registry refuses its own token",
-                                    hint="the credentials may lack the right to this image, or the clocks differ")
-                renewal_count += 1
-                self._auth.renew(challenges, scope, authorization, deadline)
-            elif answer.status in _REDIRECTS and follows:
-                redirect_count += 1
-                url = self._follow(answer, origin, redirect_count)
-            else:
-                return answer
-
-    def _follow(self, answer: HttpResponse, origin: Origin, redirect_count: int) -> str:
-        """Where a redirect leads, if that is acceptable."""
-        location = answer.headers.get("Location", "")
-        answer.finish()
-        if redirect_count > REDIRECT_COUNT_MAX:
-            raise SourceError(f"{answer.where}: more than {REDIRECT_COUNT_MAX} redirects", transient=False)
-        if not location:
-            raise SourceError(f"{answer.where}: a redirect that leads nowhere", transient=False)
-        target = resolve(answer.url, location)
-        if origin.scheme == "https" and origin_of(target).scheme != "https":
-            raise SourceError(f"{answer.where}: redirected from https to {printable(target)}: refused", transient=False)
-        return target
+        """One request to the registry itself: HostClient.send()."""
+        return self._own.send(method, url, deadline, scope=scope, headers=headers, body=body, body_size=body_size,
+                              io_timeout_s=io_timeout_s)
 
     def place(self, answer: HttpResponse, deadline: float) -> str:
-        """The absolute URL of an upload, out of Location; a registry behind a TLS proxy may call itself http."""
-        location = answer.headers.get("Location", "")
-        if not location:
-            raise SourceError(f"{answer.where}: no Location for the upload", transient=False)
-        target = resolve(answer.url, location)
-        own = self.endpoint.origin(deadline)
-        found = origin_of(target)
-        if own.scheme == "https" and found.scheme == "http":
-            if found.host != own.host:
-                raise SourceError(f"{answer.where}: upload to {printable(target)}, without TLS: refused",
-                                  transient=False)
-            parts = urlsplit(target)
-            target = f"https://{own.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
-        return target
+        """HostClient.place()."""
+        return self._own.place(answer, deadline)
+
+    # --- whom to ask ----------------------------------------------------------------------------------------------
+
+    def _first(self, capability: str, deadline: float, attempt: Callable[[HostClient, float], T]) -> T:
+        """
+        attempt(server, its deadline) of the first server that gives a result.
+
+        Raises:
+            LazyfsError: the registry's own; a mirror's where that says more, because another try may help.
+
+        """
+        able = [one for one in self._hosts() if capability in one.capabilities]
+        hosts = HEALTH.in_order(able)
+        if not hosts:
+            raise SourceError(f"{self.host}/{self.repository}: hosts.toml names no server that may {capability}",
+                              transient=False)
+        errors: dict[HostClient, LazyfsError] = {}
+        for one in hosts:
+            started = time.monotonic()
+            is_last = one is hosts[-1]
+            left_s = deadline - started
+            until = deadline if is_last else started + min(left_s * _MIRROR_TIME_SHARE, _MIRROR_S_MAX)
+            try:
+                return attempt(one, until)
+            except LazyfsError as error:
+                errors[one] = error
+                if len(hosts) > 1:
+                    _blame(one, error, until - started)
+                if time.monotonic() >= deadline:
+                    break
+        raise _most_telling(errors, hosts[-1] if self._own not in errors else self._own)
 
     # --- reading --------------------------------------------------------------------------------------------------
 
     def manifest(self, reference: str, expected: Digest | None, deadline: float) -> Document:
         """A manifest or index by tag or digest. Raises NotFoundError, AuthError, FormatError, IntegrityError."""
         where = f"{self.host}/{self.repository}{'@' if expected else ':'}{reference}"
-        url = self.url(f"manifests/{reference}", deadline)
-        with self.send("GET", url, deadline, headers={"Accept": ACCEPT}) as answer:
-            if answer.status != 200:
-                raise_for_status(answer, where)
-            content_type = answer.headers.get("Content-Type", "")
-            promised = answer.headers.get("Docker-Content-Digest", "")
-            data = answer.read_all(MANIFEST_BYTES_MAX)
-        if expected is None and promised.startswith("sha256:"):
-            expected = Digest(promised)  # nothing to trust, but it finds bytes that were changed on the way
-        return make_document(data, content_type, expected, where)
+
+        def attempt(server: HostClient, until: float) -> Document:
+            wanted = expected
+            url = server.url(f"manifests/{reference}", until)
+            with server.send("GET", url, until, headers={"Accept": ACCEPT}) as answer:
+                if answer.status != 200:
+                    raise_for_status(answer, where)
+                content_type = answer.headers.get("Content-Type", "")
+                promised = answer.headers.get("Docker-Content-Digest", "")
+                data = answer.read_all(MANIFEST_BYTES_MAX)
+            if wanted is None and promised.startswith("sha256:"):
+                wanted = Digest(promised)  # nothing to trust, but it finds bytes that were changed on the way
+            return make_document(data, content_type, wanted, where)
+
+        return self._first(RESOLVE if expected is None else PULL, deadline, attempt)
 
     def blob(self, digest: Digest, offset: int, size: int, deadline: float, *, is_whole: bool = False) -> HttpResponse:
         """
@@ -163,18 +211,26 @@ class RegistryClient:
         what = f"blob {digest.short} of {self.host}/{self.repository}"
         wants_all = is_whole and offset == 0
         headers = {} if wants_all else {"Range": f"bytes={offset}-{offset + size - 1}"}
-        answer = self.send("GET", self.url(f"blobs/{digest}", deadline), deadline, headers=headers)
-        try:
-            if answer.status == 206 and not wants_all:
-                _check_range(answer, what, offset, size)
-            elif answer.status == 200:
-                _check_whole(answer, what, offset, size, wants_all=wants_all)
-            else:
-                raise_for_status(answer, what)
-        except BaseException:
-            answer.close()
-            raise
-        return answer
+
+        def attempt(server: HostClient, until: float) -> HttpResponse:
+            answer = server.send("GET", server.url(f"blobs/{digest}", until), until, headers=headers)
+            try:
+                if answer.status == 206 and not wants_all:
+                    _check_range(answer, what, offset, size)
+                elif answer.status == 200:
+                    _check_whole(answer, what, offset, size, wants_all=wants_all)
+                else:
+                    raise_for_status(answer, what)
+            except BaseException:
+                answer.close()
+                raise
+            answer.set_deadline(deadline)
+            if self._mirrors:
+                given_s = deadline - time.monotonic()
+                answer.on_failure = lambda error: _blame(server, error, given_s)
+            return answer
+
+        return self._first(PULL, deadline, attempt)
 
     def has_blob(self, digest: Digest, size: int, deadline: float, scope: str) -> bool:
         url = self.url(f"blobs/{digest}", deadline)
@@ -205,6 +261,13 @@ class RegistryClient:
         return found[:count_max]
 
 
+def _blame(server: HostClient, error: LazyfsError, given_s: float) -> bool:
+    """Remember that a server failed, unless it had next to no time. True: there is another one to ask."""
+    if isinstance(error, DeadlineError) and given_s < _BLAME_S_MIN:
+        return not server.is_last
+    return HEALTH.blame(server, error)
+
+
 def _check_range(answer: HttpResponse, what: str, offset: int, size: int) -> None:
     """A 206 must be exactly what was asked for: anything else would put wrong bytes in their place."""
     text = answer.headers.get("Content-Range", "")
@@ -229,3 +292,12 @@ def _decode_tags(data: bytes, where: str) -> list[str]:
         return msgspec.json.decode(data, type=_TagList).tags or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a list of tags") from error
+
+
+def _most_telling(errors: Mapping[HostClient, LazyfsError], own: HostClient) -> LazyfsError:
+    """The registry's error; if it was not reached, and a mirror's may pass, that one."""
+    final = errors[own]
+    if isinstance(final, NotFoundError | AuthError | RateLimitedError) or (
+            isinstance(final, SourceError) and final.transient):
+        return final
+    return next((one for one in errors.values() if isinstance(one, SourceError) and one.transient), final)

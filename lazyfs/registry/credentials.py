@@ -1,41 +1,31 @@
 """
 Credentials by registry: from the command line, docker's config.json or its credential helpers.
 
-Layer: registry. Who calls: auth.py. Formats: docker's config file (`auths`, `credHelpers`, `credsStore`), the same file
-of containers-auth.json(5) with keys for parts of a registry (`host/namespace`), and the protocol of docker-credential-*
-programs (`get`: the server on stdin, JSON on stdout). Nothing that these hold ever reaches a message.
+Layer: registry. Who calls: keychain.py. Formats: docker's config file (`auths`, `credHelpers`, `credsStore`), the same
+file of containers-auth.json(5) with keys for parts of a registry (`host/namespace`), and the protocol of
+docker-credential-* programs (`get`: the server on stdin, JSON on stdout). Nothing that these hold reaches a message.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import os
 import re
-import selectors
-import signal
-import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from lazyfs.errors import AuthError, UsageError
-from lazyfs.limits import KIB, MIB
+from lazyfs.limits import MIB
 from lazyfs.registry.options import RegistryOptions, Secret
-
-if TYPE_CHECKING:
-    from typing import IO
+from lazyfs.registry.program import ask_program
 
 DOCKER_HUB = "docker.io"
 # What docker login writes for Docker Hub, since 2013.
 _DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 _FILE_BYTES_MAX = 4 * MIB
-_HELPER_BYTES_MAX = 64 * KIB
-_HELPER_DEADLINE_S = 20.0  # a helper may ask a cloud's token service
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _TOKEN_USER = "<token>"  # noqa: S105 - the name by which a helper says that its secret is an identity token
 _NOTHING = Secret("")
@@ -181,28 +171,8 @@ def ask_helper(name: str, server: str) -> Credentials | None:
     if not _HELPER_NAME.match(name):
         raise AuthError(f"{name[:100]!r} is no name of a credential helper", hint="check credHelpers in config.json")
     program = f"docker-credential-{name}"
-    try:
-        process = subprocess.Popen(
-            [program, "get"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise AuthError(f"{program}: cannot be started: {error.strerror}",
-                        hint="install it, or remove it from config.json") from error
-    with process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(server.encode() + b"\n")
-                process.stdin.close()
-            output = _read_bounded(process.stdout, program, time.monotonic() + _HELPER_DEADLINE_S)
-            code = process.wait(_HELPER_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            raise AuthError(f"{program}: did not end") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    code, output = ask_program([program, "get"], server.encode() + b"\n", name=program,
+                               hint="install it, or remove it from config.json")
     if code != 0:
         if b"credentials not found" in output.lower():
             return None
@@ -214,21 +184,3 @@ def ask_helper(name: str, server: str) -> Credentials | None:
     if answer.Username == _TOKEN_USER:
         return Credentials(identity_token=Secret(answer.Secret))
     return Credentials(answer.Username, Secret(answer.Secret))
-
-
-def _read_bounded(stream: IO[bytes], program: str, deadline: float) -> bytes:
-    """Everything up to end of file, at most _HELPER_BYTES_MAX, before the deadline."""
-    pieces: list[bytes] = []
-    size = 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                raise AuthError(f"{program}: no answer within {_HELPER_DEADLINE_S:.0f} s")
-            piece = os.read(stream.fileno(), _HELPER_BYTES_MAX)
-            if not piece:
-                return b"".join(pieces)
-            pieces.append(piece)
-            size += len(piece)
-            if size > _HELPER_BYTES_MAX:
-                raise AuthError(f"{program}: more than {_HELPER_BYTES_MAX} bytes of answer")

@@ -19,21 +19,20 @@ if TYPE_CHECKING:
     from lazyfs.registry.options import RegistryOptions
     from lazyfs.registry.transport import Transport
 
-_DOCKER_HUB_API = "registry-1.docker.io"
+DOCKER_HUB, DOCKER_HUB_API = "docker.io", "registry-1.docker.io"
 _PROBE_S = 5.0  # a server of the other protocol may wait for more bytes instead of answering
 
 
 class Endpoint:
-    """One registry's base address; found at the first use, then fixed. Thread-safe."""
+    """One registry's base address; found at the first use unless `origin` says it, then fixed. Thread-safe."""
 
-    def __init__(self, host: str, options: RegistryOptions, transport: Transport) -> None:
+    def __init__(self, host: str, options: RegistryOptions, transport: Transport, origin: Origin | None = None) -> None:
         self.host = host
-        self._netloc = _DOCKER_HUB_API if host == "docker.io" else host
+        self._netloc = DOCKER_HUB_API if host == DOCKER_HUB else host
         self._transport = transport
-        self._is_insecure = options.insecure
-        self.is_local = is_loopback_host(origin_of(f"https://{self._netloc}").host)
-        self.allows_plain = options.insecure or self.is_local
-        self._origin: Origin | None = None if self.allows_plain else origin_of(f"https://{self._netloc}")
+        self.is_local = is_loopback_host((origin or origin_of(f"https://{self._netloc}")).host)
+        allows_plain = options.insecure or self.is_local
+        self._origin = origin or (None if allows_plain else origin_of(f"https://{self._netloc}"))
         self._lock = threading.Lock()
 
     def origin(self, deadline: float) -> Origin:

@@ -62,7 +62,8 @@ def open_destination(text: str, options: RegistryOptions) -> ImageDestination:
         from lazyfs.registry.client import RegistryClient  # noqa: PLC0415
         from lazyfs.registry.push import RegistryDestination  # noqa: PLC0415
 
-        return RegistryDestination(RegistryClient(reference.host, reference.repository, options), reference)
+        client = RegistryClient(reference.host, reference.repository, options, through_mirrors=False)
+        return RegistryDestination(client, reference)
     if reference.transport is FileTransport.OCI:
         from lazyfs.registry.layoutwrite import LayoutDestination  # noqa: PLC0415
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lazyfs.errors import FormatError
+from lazyfs.errors import FormatError, IntegrityError
 from lazyfs.limits import BOOTSTRAP_BYTES_MAX
 from lazyfs.registry.documents import check_blob
 from lazyfs.registry.retry import with_retries
-from lazyfs.registry.streams import BlobStream, FileStream, RangeStream, read_exactly
+from lazyfs.registry.streams import BlobStream, FileStream, RangeStream, distrust, read_exactly
 
 if TYPE_CHECKING:
     from lazyfs.image.digest import Digest
@@ -70,8 +70,14 @@ class RegistrySource:
             raise FormatError(f"{self.name}: blob {digest.short} of {size} bytes is too large to be read at once")
 
         def attempt() -> bytes:
-            with self.open_blob(digest, size) as stream:
-                return check_blob(read_exactly(stream, size), digest, size, self.name)
+            while True:
+                with self.open_blob(digest, size) as stream:
+                    data = read_exactly(stream, size)
+                try:
+                    return check_blob(data, digest, size, self.name)
+                except IntegrityError as error:
+                    if not distrust(stream, error):   # true once a mirror, for it is not asked again
+                        raise
 
         return with_retries(attempt, self._deadline(), 0)
 

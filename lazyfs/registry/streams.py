@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from lazyfs.errors import LazyfsError
     from lazyfs.registry.place import ByteStream
     from lazyfs.registry.transport import HttpResponse
 
@@ -69,7 +70,13 @@ class RangeStream(_Closing):
 
     def _wrong(self, text: str) -> SourceError:
         self._response.close()
-        return SourceError(f"{self._response.where}: {text}")
+        error = SourceError(f"{self._response.where}: {text}")
+        self._response.fail(error)
+        return error
+
+    def distrust(self, error: LazyfsError) -> bool:
+        """For the function of this name."""
+        return self._response.fail(error)
 
     def close(self) -> None:
         self._response.close()
@@ -84,6 +91,7 @@ class BlobStream(_Closing):
         self._size = size
         self._offset = 0
         self._response: HttpResponse | None = reopen(0) if size else None
+        self._last = self._response          # whose bytes came last
         self._window_s = 2 * io_timeout_s
         self._patience_s = patience_s        # without progress, all retries together
         self._retry_count = retry_count
@@ -109,12 +117,14 @@ class BlobStream(_Closing):
     def _read_once(self, want: int) -> bytes:
         if self._response is None:
             self._waited_s, self._window_bytes = 0.0, 0
-            self._response = self._reopen(self._offset)
+            self._response = self._last = self._reopen(self._offset)
         started = time.monotonic()
         self._response.set_deadline(started + self._window_s)
         data = self._response.read(want)
         if not data:
-            raise SourceError(f"{self._response.where}: the body ended after {self._offset} of {self._size} bytes")
+            error = SourceError(f"{self._response.where}: the body ended after {self._offset} of {self._size} bytes")
+            self._response.fail(error)
+            raise error
         self._offset += len(data)
         self._window_bytes += len(data)
         self._waited_s += time.monotonic() - started
@@ -134,8 +144,10 @@ class BlobStream(_Closing):
         if is_slow:
             assert self._response is not None
             where = self._response.where
+            error = SourceError(f"{where}: less than {PROGRESS_BYTES} bytes in {self._window_s:.0f} s")
+            self._response.fail(error)
             self._drop()
-            self._wait(SourceError(f"{where}: less than {PROGRESS_BYTES} bytes in {self._window_s:.0f} s"))
+            self._wait(error)
 
     def _wait(self, error: SourceError) -> None:
         now = time.monotonic()
@@ -144,6 +156,10 @@ class BlobStream(_Closing):
             self._failed_at_offset = self._offset
         self._failure_count += 1
         wait_or_raise(self._failure_count, error, self._give_up_at, self._retry_count)
+
+    def distrust(self, error: LazyfsError) -> bool:
+        """For the function of this name."""
+        return self._last is not None and self._last.fail(error)
 
     def _drop(self) -> None:
         response, self._response = self._response, None
@@ -184,6 +200,15 @@ class FileStream(_Closing):
         if self._is_owner:
             self._is_owner = False
             os.close(self._descriptor)
+
+
+def distrust(stream: ByteStream, error: LazyfsError) -> bool:
+    """
+    Tell where a stream came from that its bytes were wrong.
+
+    True: that was a mirror, which is not asked again for a while; asking anew leads elsewhere.
+    """
+    return isinstance(stream, RangeStream | BlobStream) and stream.distrust(error)
 
 
 def read_exactly(stream: ByteStream, size: int) -> bytes:

@@ -19,13 +19,14 @@ from typing import IO, TYPE_CHECKING, Self
 import urllib3
 import urllib3.exceptions as u3
 
-from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError, UsageError
+from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError
 from lazyfs.limits import KIB
 from lazyfs.registry.addresses import origin_of, printable
 from lazyfs.registry.dial import CURRENT, make_pool
+from lazyfs.registry.trust import Trust, tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from lazyfs.registry.dial import DeadlineSocketIO
@@ -53,14 +54,20 @@ class Call:
 
 
 class HttpResponse:
-    """An answer whose body is read as it comes. Use as a context manager, or call finish() or close()."""
+    """
+    An answer whose body is read as it comes. Use as a context manager, or call finish() or close().
 
-    __slots__ = ("_open", "_raw", "_raw_io", "headers", "status", "url", "where")
+    `on_failure`: told when the body did not come, or was not what it should be; says whether there is another server
+    to ask.
+    """
+
+    __slots__ = ("_open", "_raw", "_raw_io", "headers", "on_failure", "status", "url", "where")
 
     def __init__(self, raw: urllib3.BaseHTTPResponse, raw_io: DeadlineSocketIO | None, call: Call) -> None:
         self._raw = raw
         self._raw_io = raw_io
         self._open = True
+        self.on_failure: Callable[[LazyfsError], bool] | None = None
         self.status = raw.status
         self.headers = raw.headers
         self.url = call.url
@@ -84,7 +91,13 @@ class HttpResponse:
         except _FAILURES as error:
             self.close()
             deadline = self._raw_io.deadline if self._raw_io is not None else 0.0
-            raise explain(error, self.where, self.url, deadline) from error
+            explained = explain(error, self.where, self.url, deadline)
+            self.fail(explained)
+            raise explained from error
+
+    def fail(self, error: LazyfsError) -> bool:
+        """What came is not what was promised: tell whoever chose this server. True: another one can be asked."""
+        return self.on_failure is not None and self.on_failure(error)
 
     def read_all(self, size_max: int) -> bytes:
         """
@@ -142,11 +155,11 @@ class HttpResponse:
 
 
 class Transport:
-    """Sends requests over pooled connections. Thread-safe."""
+    """Sends requests over pooled connections. Thread-safe. `trust` None: the options'."""
 
-    def __init__(self, options: RegistryOptions) -> None:
+    def __init__(self, options: RegistryOptions, trust: Trust | None = None) -> None:
         self._options = options
-        self._pool = make_pool(_tls_context(options))
+        self._pool = make_pool(tls_context(trust or Trust.of(options)))
 
     def send(self, call: Call, deadline: float) -> HttpResponse:
         """
@@ -197,22 +210,6 @@ def _target(url: str) -> str:
     cut = min((i for i in (rest.find("/"), rest.find("?")) if i >= 0), default=len(rest))
     target = rest[cut:]
     return target if target.startswith("/") else "/" + target
-
-
-def _tls_context(options: RegistryOptions) -> ssl.SSLContext:
-    # Loading the system's authorities takes 40 ms: not where nothing is checked.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if options.insecure else ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if options.ca_file is not None:
-        try:
-            context.load_verify_locations(cafile=options.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"--ca-file {options.ca_file}: not readable as PEM certificates ({_cause(error)})",
-                             hint="it must hold the authority's certificate, -----BEGIN CERTIFICATE-----") from error
-    if options.insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsError:

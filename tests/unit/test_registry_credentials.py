@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.errors import AuthError, UsageError
-from lazyfs.registry import credentials as module
+from lazyfs.registry import program
 from lazyfs.registry.challenge import merge_scopes, parse_challenges
 from lazyfs.registry.credentials import Credentials, ask_helper, find_credentials
 from lazyfs.registry.options import RegistryOptions, Secret
@@ -131,7 +131,7 @@ def test_a_helper_with_a_token_or_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_bad_helper_is_an_auth_error_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
-    monkeypatch.setattr(module, "_HELPER_DEADLINE_S", 0.5)
+    monkeypatch.setattr(program, "DEADLINE_S", 0.5)
     helper(tmp_path, monkeypatch, script)
     with pytest.raises(AuthError) as caught:
         ask_helper("test", "host")

@@ -1,0 +1,71 @@
+"""
+Whom a TLS connection believes, and what it shows of itself.
+
+Layer: registry. Who calls: transport.py, hostclient.py. One Trust a server: what its hosts.toml names is for it alone.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from lazyfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lazyfs.registry.hoststoml import HostEntry
+    from lazyfs.registry.options import RegistryOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """`insecure`: believe anybody. `client_pairs`: certificate and key, None: in the same file."""
+
+    insecure: bool = False
+    ca_files: tuple[Path, ...] = ()
+    client_pairs: tuple[tuple[Path, Path | None], ...] = ()
+
+    @classmethod
+    def of(cls, options: RegistryOptions, entry: HostEntry | None = None) -> Self:
+        """What the options and a hosts.toml's entry say together."""
+        authorities = () if options.ca_file is None else (options.ca_file,)
+        pairs = () if options.client_cert is None else ((options.client_cert, options.client_key),)
+        if entry is None:
+            return cls(options.insecure, authorities, pairs)
+        return cls(options.insecure or entry.skip_verify, authorities + entry.ca_files, pairs + entry.client_pairs)
+
+
+def tls_context(trust: Trust) -> ssl.SSLContext:
+    """Raises UsageError: a file cannot be read, or holds something else."""
+    # Loading the system's authorities takes 40 ms: not where nothing is checked.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if trust.insecure else ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for path in trust.ca_files:
+        try:
+            context.load_verify_locations(cafile=path)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"{path}: not readable as PEM certificates ({_cause(error)})",
+                             hint="it must hold the authority's certificate, -----BEGIN CERTIFICATE-----") from error
+    for certificate, key in trust.client_pairs:
+        try:
+            # a password callback: OpenSSL would ask on the terminal
+            context.load_cert_chain(certificate, key, password=_no_password)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"{certificate}: not usable as a client certificate with its key ({_cause(error)})",
+                             hint="both in PEM, the key without a password, and belonging together") from error
+    if trust.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _no_password() -> NoReturn:
+    raise ssl.SSLError("the key is encrypted")
+
+
+def _cause(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return str(error.reason or "no such PEM content, or an encrypted key").replace("_", " ").lower()
+    return error.strerror or type(error).__name__
