@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import gokit
+from tests.lazyrig import SnapshotterProcess
+from tests.mountkit import Machine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,3 +31,17 @@ def test_the_suite_passes_against_containerds_own_overlayfs(tmp_path: Path) -> N
     gokit.require_plain_directory(tmp_path)
     with gokit.reference_snapshotter(tmp_path) as socket:
         check_twice(socket, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_suite_passes_against_lazyfs(tmp_path: Path) -> None:
+    gokit.require_plain_directory(tmp_path)
+    machine = Machine(tmp_path)
+    snapshotter = SnapshotterProcess(machine, tmp_path / "no-containerd.sock")
+    snapshotter.start()
+    try:
+        check_twice(snapshotter.address, tmp_path)
+        left = [path for name in ("snapshots", "images") for path in (snapshotter.root / name).glob("*")]
+        assert not left
+    finally:
+        snapshotter.end(signal.SIGTERM)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.containerdkit import VERSIONS
-from tests.convertkit import Layout
+from lazyfs.registry import RegistryOptions
+from tests.containerdkit import VERSIONS, require_containerd
+from tests.convertkit import Layout, run_convert
 from tests.crikit import Cri, CriError, add_test_images, push_layout, running_cri, wait_until
+from tests.daemonkit import running_daemon
+from tests.lazyrig import Node, SnapshotterProcess, layer_digests
+from tests.mountkit import Machine, require_mounting
 from tests.registrykit import Registry, running_registry
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 USER, PASSWORD = "puller", "a pull secret"
 
 
-def push_test_images(registry: Registry, directory: Path) -> tuple[str, str]:
-    """References of the pause image and of an ordinary one."""
+def push_test_images(registry: Registry, directory: Path) -> tuple[str, str, str]:
+    """References of the pause image, of an ordinary one, and of the same one made lazy."""
     layout = Layout(directory / "images")
     add_test_images(layout)
     for tag in ("pause", "app"):
         push_layout(layout, tag, f"{registry.host}/{tag}:1")
-    return f"{registry.host}/pause:1", f"{registry.host}/app:1"
+    lazy = f"{registry.host}/app:lazy"
+    run_convert(layout.reference("app"), f"docker://{lazy}", registry=RegistryOptions(insecure=True))
+    return f"{registry.host}/pause:1", f"{registry.host}/app:1", lazy
 
 
 def check_pod(cri: Cri, image: str, *, host_network: bool = False) -> None:
@@ -76,7 +85,7 @@ def check_image_gc(cri: Cri, images: list[str], snapshotter: str) -> None:
 def test_a_pod_with_overlayfs(tmp_path: Path, version: str) -> None:
     """What the same steps with our snapshotter are compared with."""
     with running_registry(tmp_path) as registry:
-        pause, app = push_test_images(registry, tmp_path)
+        pause, app, _ = push_test_images(registry, tmp_path)
         with running_cri(tmp_path, version, sandbox_image=pause) as cri:
             cri.pull(pause)
             cri.pull(app)
@@ -99,3 +108,74 @@ def test_an_image_behind_a_password_with_overlayfs(tmp_path: Path, version: str)
             cri.pull(image, USER, PASSWORD)
             assert cri.images() == [image]
             check_image_gc(cri, [image], "overlayfs")
+
+
+# --- lazyfs -----------------------------------------------------------------------------------------------------------
+
+TRANSFER = {"disable_snapshot_annotations": True}     # 2.x's own default; without it, it pulls by itself as 1.6 does
+EXPORTS = {"enable_remote_snapshot_annotations": "true"}
+
+
+@dataclass
+class LazyNode:
+    """containerd's CRI on top of `lazyfs snapshotter` and `lazyfs daemon`."""
+
+    cri: Cri
+    node: Node
+
+
+@contextlib.contextmanager
+def running_lazy_cri(
+    directory: Path, version: str, registry: Registry, pause: str, *, transfer: bool = False, exports: bool = True,
+    **options: Any,
+) -> Iterator[LazyNode]:
+    """
+    All of a node. `transfer`: 2.x pulls by its transfer service.
+
+    `exports`: 2.x knows our directory, and hands CRI's labels through the transfer service, as `install` sets it up.
+
+    """
+    require_mounting()
+    require_containerd(version)
+    machine = Machine(directory)
+    snapshotter = SnapshotterProcess(machine, directory / f"c{version[0]}" / "c.sock")
+    more: dict[str, Any] = {"debug": {"level": "debug"}}
+    if version == "2.x" and transfer:
+        more["plugins"] = {"io.containerd.cri.v1.images": TRANSFER}
+    if version == "2.x" and exports:
+        more["proxy_plugins"] = {"lazyfs": {"exports": {"root": str(snapshotter.root), **EXPORTS}}}
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(running_daemon(machine))
+        stack.callback(snapshotter.kill)
+        snapshotter.start()
+        cri = stack.enter_context(running_cri(
+            directory, version, snapshotter=snapshotter.address, sandbox_image=pause, more=more, **options))
+        yield LazyNode(cri, Node(machine, registry, daemon, snapshotter, cri.containerd))
+
+
+def check_no_data_layer(cri: Cri, image: str) -> None:
+    """containerd has the lazy image's bootstrap, and none of its data."""
+    blobs, bootstrap = layer_digests(image)
+    content = set(cri.containerd.ctr("content", "list", "--quiet", namespace="k8s.io").split())
+    assert str(bootstrap) in content
+    assert not content.intersection(map(str, blobs))
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "transfer"), [("1.6", False), ("2.x", False), ("2.x", True)])
+def test_pods_with_lazyfs(tmp_path: Path, version: str, transfer: bool) -> None:
+    """Pause and ordinary images through our snapshotter, and a lazy image beside them."""
+    with running_registry(tmp_path) as registry:
+        pause, app, lazy = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause, transfer=transfer) as there:
+            cri = there.cri
+            for image in (pause, app, lazy):
+                cri.pull(image)
+            assert cri.images() == [app, lazy, pause]
+            assert ("with snapshotter lazyfs using transfer service" in cri.containerd.log) == transfer
+            check_no_data_layer(cri, lazy)
+            check_pod(cri, app)
+            check_pod(cri, lazy)
+            check_image_gc(cri, [lazy, app, pause], "lazyfs")
+            there.node.assert_nothing_left()
