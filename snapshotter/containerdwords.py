@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 ASK_FIRST_BYTES: Final = 128 * limits.KIB      # less is sent sooner than an answer comes
 ANSWER_S: Final = 30.0
 _HINT: Final = "is containerd running? Its socket is named with --containerd-address"
+_SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do
+    ("snapshotter not loaded", HostError, "'ctr plugins ls' shows them; 'lazyfs snapshotter install' adds ours"),
+    ("no space left", DiskFullError, "make room where containerd keeps its data"),
+    ("UNIMPLEMENTED", HostError, "is that containerd's socket, and is it 1.6 or newer?"),
+)
 _KINDS: Final = {snapshots_pb2.VIEW: Kind.VIEW, snapshots_pb2.ACTIVE: Kind.ACTIVE,
                  snapshots_pb2.COMMITTED: Kind.COMMITTED}
 
@@ -59,18 +64,18 @@ def translate(error: grpc.RpcError, address: str) -> LazyfsError:
     """What a failed call means to a user."""
     code, details = error.code(), str(error.details() or "").replace("\n", " ")[:1000]
     status = grpc.StatusCode
+    text = f"containerd: {details}"
     if code is status.UNAVAILABLE and not _answers(address):
         return HostError(f"containerd does not answer at {address}", hint=_HINT)
     if code is status.DEADLINE_EXCEEDED:
         return DeadlineError(f"containerd at {address} did not answer in time", hint="look at containerd's log")
     if code is status.NOT_FOUND:
-        return NotFoundError(f"containerd: {details}")
-    if "no space left" in details:
-        return DiskFullError(f"containerd: {details}", hint="make room where containerd keeps its data")
-    if code is status.UNIMPLEMENTED:
-        return HostError(f"containerd: {details}", hint="is that containerd's socket, and is it 1.6 or newer?")
+        return NotFoundError(text)
+    for words, kind, hint in _SAID:
+        if words in details or words == code.name:
+            return kind(text, hint=hint)
     transient = code in (status.UNAVAILABLE, status.ABORTED, status.RESOURCE_EXHAUSTED)
-    return SourceError(f"containerd: {details}", transient=transient)
+    return SourceError(text, transient=transient)
 
 
 def _answers(address: str) -> bool:
@@ -97,6 +102,7 @@ class Writing:
         self._labels = labels
         self._answered = threading.Event()
         self._ended = False
+        self._written = 0
         self.failed: BaseException | None = None
         self.done = False
 
@@ -109,17 +115,25 @@ class Writing:
                     action=content.STAT, ref=self._ref, total=self._size, expected=self._digest.text)
                 if not self._answered.wait(ANSWER_S) or self._ended:
                     return
+                if self._written == self._size:      # there, but not in this namespace yet
+                    yield content.WriteContentRequest(
+                        action=content.COMMIT, ref=self._ref, total=self._size, expected=self._digest.text,
+                        offset=self._size, labels=self._labels)
+                    return
             for piece in self._pieces():
                 last = offset + len(piece) >= self._size
                 yield content.WriteContentRequest(
                     action=content.COMMIT if last else content.WRITE, ref=self._ref, total=self._size,
                     expected=self._digest.text, offset=offset, data=piece, labels=self._labels if last else None)
                 offset += len(piece)
+        except GeneratorExit:            # the call has ended, and nobody asks for more
+            raise
         except BaseException as error:
             self.failed = error
             raise
 
     def answer(self, answer: content.WriteContentResponse) -> None:
+        self._written = answer.offset
         self._answered.set()
         self.done = answer.action == content.COMMIT
 
