@@ -50,7 +50,7 @@ class MountSettings:
 class ImageFinder(Protocol):
     """Whoever knows which images there are on the node (containerd)."""
 
-    def __call__(self, digest: str) -> list[str]:
+    def images(self, digest: str) -> list[str]:
         """
         References of the images with that bootstrap (digest of the uncompressed layer), the newest first.
 
@@ -59,11 +59,14 @@ class ImageFinder(Protocol):
 
         """
 
+    def guesses(self, digest: str) -> list[str]:
+        """Whence that layer may have come, for what is no image yet. Raises LazyfsError: it cannot be asked."""
+
 
 class LazyImages:
     """See the module, and lazyhook.LazyHook."""
 
-    def __init__(self, root: Path, daemon: DaemonLink, find_images: ImageFinder, settings: MountSettings) -> None:
+    def __init__(self, root: Path, daemon: DaemonLink, finder: ImageFinder, settings: MountSettings) -> None:
         """
         `root`: the snapshotter's, absolute and resolved.
 
@@ -73,7 +76,7 @@ class LazyImages:
         """
         self._records = LazyRecords(root)
         self._daemon = daemon
-        self._find_images = find_images
+        self._finder = finder
         self._settings = settings
         self._flights = Flights()
 
@@ -139,14 +142,15 @@ class LazyImages:
         """Order the mount. Alone with this digest."""
         target = self._records.make_target(record.digest)
         mounted = lazymounts.is_mounted(target)
-        known = self._records.reference(record.digest) if mounted else ""
-        image = known or self._choose_image(bootstrap, record)
+        image = self._records.reference(record.digest) if mounted else ""
+        known = sure = bool(image)
+        if not known:
+            image, sure = self._choose_image(bootstrap, record)
+            self._records.write_reference(record.digest, image if sure else "")   # before: what is mounted is on record
         order = MountOrder(
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
             read_timeout_s=self._settings.read_timeout_s, registry=dict(self._settings.registry),
             layer=(record.digest, 0, 0), bootstrap_dir=str(bootstrap.fs_dir))
-        if image != known:
-            self._records.write_reference(record.digest, image)
         try:
             self._daemon.mount(order)
         except BusyError:
@@ -155,9 +159,12 @@ class LazyImages:
             if not mounted:
                 raise
             if self._daemon.serves(str(target), record.digest):
-                return   # by another reference, which is as good: blobs go by digest
-            _log.warning("%s was mounted by a daemon that is gone; mounting it again", target)
-            lazymounts.detach(target)
+                if known or not sure:
+                    return   # by another reference, which is as good: blobs go by digest
+                self._daemon.unmount(str(target))   # it was mounted by a guess
+            else:
+                _log.warning("%s was mounted by a daemon that is gone; mounting it again", target)
+                lazymounts.detach(target)
             self._daemon.mount(order)
 
     def _unmount(self, target: Path) -> None:
@@ -169,23 +176,27 @@ class LazyImages:
             lazymounts.detach(target)
         self._records.remove_target(target)
 
-    def _choose_image(self, bootstrap: LazyLayer, record: LazyRecord) -> str:
+    def _choose_image(self, bootstrap: LazyLayer, record: LazyRecord) -> tuple[str, bool]:
         """
-        By which reference the data is fetched: the newest image that has this bootstrap.
+        By which reference the data is fetched, and whether that is sure: the newest image that has this bootstrap.
 
         Its label names the image that was pulled first; a copy of it that is pulled from elsewhere makes no new
         snapshot. So containerd is asked. For when it cannot say, or its images were removed under their containers:
-        what was right the last time, then the label.
+        what was right the last time, then the label. An image that is still being unpacked, and has no label, is found
+        by a guess, which holds until there is an image.
         """
         fallback = self._records.reference(record.digest) or bootstrap.labels.get(LABEL_IMAGE_REF, "")
         try:
-            found = self._find_images(record.digest)
+            found = self._finder.images(record.digest)
+            guesses = [] if found or fallback else self._finder.guesses(record.digest)
         except LazyfsError as error:
             if not fallback:
                 raise
             _log.warning("containerd cannot say which images there are, %s is taken: %s", fallback, error)
-            found = []
+            found, guesses = [], []
         if found or fallback:
-            return found[0] if found else fallback
+            return (found[0] if found else fallback), True
+        if guesses:
+            return guesses[0], False
         text = f"no image in containerd has the bootstrap {record.digest[:19]} of snapshot {bootstrap.name!r:.100}"
         raise NotFoundError(text, hint="pull the image again, with lazyfs pull")

@@ -49,14 +49,31 @@ class ContainerdImages:
         self._lock = threading.Lock()
         self._asked: tuple[Containerd, ImageFinder] | None = None
 
-    def __call__(self, digest: str) -> list[str]:
-        """References with that bootstrap: images, the newest first; else whence its layer came. Raises LazyfsError."""
+    def images(self, digest: str) -> list[str]:
+        """References of the images with that bootstrap, the newest first. Raises LazyfsError."""
         from lazyfs.image.digest import Digest  # noqa: PLC0415 - ordinary images never need it
 
         client, finder = self._connect()
         found = [image.name for image in finder.find(client, Digest(digest))]
         # CRI names images by their configs' digests, too, and `ctr images import` by the day
-        return [name for name in found if "/" in name] or sources_of_layer(client, digest)
+        return [name for name in found if "/" in name]
+
+    def guesses(self, digest: str) -> list[str]:
+        """
+        Repositories from which containerd fetched the layer with this diff-id. Raises LazyfsError.
+
+        While an image is being unpacked, it is not an image yet. A guess, because the label has the registry's name
+        without its port.
+        """
+        client, _ = self._connect()
+        found = []
+        for namespace in client.namespaces():
+            for content in client.in_namespace(namespace).contents([f'labels."{_LABEL_DIFF_ID}"=={digest}']):
+                for key, repositories in content.labels.items():
+                    if key.startswith(_LABEL_SOURCE):
+                        host = key.removeprefix(_LABEL_SOURCE)
+                        found += [f"{host}/{repository}" for repository in repositories.split(",") if repository]
+        return found
 
     def _connect(self) -> tuple[Containerd, ImageFinder]:
         from snapshotter.containerd import Containerd  # noqa: PLC0415 - as above
@@ -66,18 +83,3 @@ class ContainerdImages:
             if self._asked is None:
                 self._asked = Containerd(self._address), ImageFinder()
             return self._asked
-
-
-def sources_of_layer(client: Containerd, diff_id: str) -> list[str]:
-    """
-    Repositories from which containerd fetched the layer with this diff-id: while an image is being unpacked, it is not
-    an image yet. Raises LazyfsError: containerd cannot be asked.
-    """
-    found = []
-    for namespace in client.namespaces():
-        for content in client.in_namespace(namespace).contents([f'labels."{_LABEL_DIFF_ID}"=={diff_id}']):
-            for key, repositories in content.labels.items():
-                if key.startswith(_LABEL_SOURCE):
-                    host = key.removeprefix(_LABEL_SOURCE)
-                    found += [f"{host}/{repository}" for repository in repositories.split(",") if repository]
-    return found

@@ -64,17 +64,21 @@ class Rig:
         self.link = DaemonLink(WorkerDir(machine.run_dir / "daemon"))
         self.image = f"{host}/app:lazy"
         self.found: list[str] | LazyfsError = [self.image]
+        self.guessed: list[str] = []
         self.asked: list[str] = []
 
-    def images(self, driver: str = "auto") -> LazyImages:
+    def lazy(self, driver: str = "auto") -> LazyImages:
         """A snapshotter that has just started."""
-        return LazyImages(self.root, self.link, self.find, MountSettings(driver, registry={"insecure": True}))
+        return LazyImages(self.root, self.link, self, MountSettings(driver, registry={"insecure": True}))
 
-    def find(self, digest: str) -> list[str]:
+    def images(self, digest: str) -> list[str]:
         self.asked.append(digest)
         if isinstance(self.found, LazyfsError):
             raise self.found
         return self.found
+
+    def guesses(self, digest: str) -> list[str]:
+        return self.guessed
 
     def layer(self, number: int, **labels: str) -> LazyLayer:
         fs_dir = self.root / "snapshots" / str(number) / "fs"
@@ -113,7 +117,7 @@ def assert_right(target: Path) -> None:
 def test_one_mount_serves_all_snapshots_of_a_bootstrap_until_the_last_is_gone(
     rig: Rig, daemon: Daemon, driver: str
 ) -> None:
-    lazy = rig.images(driver)
+    lazy = rig.lazy(driver)
     first, second = rig.layer(1), rig.layer(2)
     target = lazy.ensure_mounted(first)
     assert_right(target)
@@ -131,7 +135,7 @@ def test_one_mount_serves_all_snapshots_of_a_bootstrap_until_the_last_is_gone(
 
 
 def test_labels_tell_what_a_layer_is(rig: Rig) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     assert lazy.classify({LABEL_BLOB: "layer"}) is LayerKind.LAZY_BLOB
     assert lazy.classify({LABEL_BOOTSTRAP: "1"}) is LayerKind.LAZY_BOOTSTRAP
     assert lazy.classify({"containerd.io/snapshot.ref": "sha256:x"}) is LayerKind.ORDINARY
@@ -151,15 +155,15 @@ def test_what_is_no_bootstrap_is_refused(rig: Rig, daemon: Daemon, damage: str) 
     if damage == "empty":
         path.touch()
     with pytest.raises(LazyfsError):
-        rig.images().ensure_mounted(layer)
+        rig.lazy().ensure_mounted(layer)
     assert rig.mounted() == []
-    rig.images().forget(layer)
+    rig.lazy().forget(layer)
     rig.assert_nothing_left()
 
 
 def test_a_bootstrap_that_changed_after_its_digest_is_known_is_refused(rig: Rig, daemon: Daemon) -> None:
     layer = rig.layer(1)
-    lazy = rig.images()
+    lazy = rig.lazy()
     rig.found = NotFoundError("nothing")
     with pytest.raises(NotFoundError):
         lazy.ensure_mounted(layer)
@@ -172,7 +176,7 @@ def test_a_bootstrap_that_changed_after_its_digest_is_known_is_refused(rig: Rig,
 
 
 def test_many_at_once_make_one_mount(rig: Rig, daemon: Daemon) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     layers = [rig.layer(1), rig.layer(2)]
     found: list[Path] = []
     threads = [threading.Thread(target=lambda n=number: found.append(lazy.ensure_mounted(layers[n % 2])))
@@ -192,7 +196,7 @@ def test_many_at_once_make_one_mount(rig: Rig, daemon: Daemon) -> None:
 
 def test_mounting_and_forgetting_at_once_never_takes_away_what_was_promised(rig: Rig, daemon: Daemon) -> None:
     """One snapshot comes and goes; the other one's mount is there whenever it has asked."""
-    lazy = rig.images()
+    lazy = rig.lazy()
     stays, goes = rig.layer(1), rig.layer(2)
     stop = threading.Event()
     problems: list[str] = []
@@ -221,13 +225,13 @@ def test_mounting_and_forgetting_at_once_never_takes_away_what_was_promised(rig:
 def test_a_daemon_that_does_not_run_is_said_in_one_line(rig: Rig) -> None:
     begin = time.monotonic()
     with pytest.raises(HostError, match="does not run") as caught:
-        rig.images().ensure_mounted(rig.layer(1))
+        rig.lazy().ensure_mounted(rig.layer(1))
     assert time.monotonic() - begin < 20
     assert "systemctl start lazyfs" in caught.value.hint
 
 
 def test_a_worker_that_dies_while_it_is_asked_is_not_noticed(rig: Rig, daemon: Daemon) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     layer = rig.layer(1)
     for _ in range(3):
         os.kill(daemon.worker(), signal.SIGSTOP)
@@ -242,7 +246,7 @@ def test_a_worker_that_dies_while_it_is_asked_is_not_noticed(rig: Rig, daemon: D
 
 
 def test_an_upgrade_is_not_noticed(rig: Rig, machine: Machine, daemon: Daemon) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     layer = rig.layer(1)
     done = threading.Event()
     problems: list[str] = []
@@ -266,9 +270,9 @@ def test_an_upgrade_is_not_noticed(rig: Rig, machine: Machine, daemon: Daemon) -
 
 def test_the_next_snapshotter_finds_what_the_last_one_mounted(rig: Rig, daemon: Daemon) -> None:
     layer = rig.layer(1)
-    target = rig.images().ensure_mounted(layer)
+    target = rig.lazy().ensure_mounted(layer)
     before = mountapi.mount_at(str(target))
-    later = rig.images()
+    later = rig.lazy()
     later.reconcile({1: layer.name})
     rig.found = NotFoundError("containerd is down")
     assert later.ensure_mounted(layer) == target
@@ -283,7 +287,7 @@ def test_a_start_without_daemon_takes_away_what_belongs_to_no_snapshot(rig: Rig,
         other = push_lazy(machine.directory, host, "other", {"only": b"x" * 100_000})
         (gone.fs_dir / "lazyfs" / "image.json").unlink()
         unpack_bootstrap(other, gone.fs_dir)
-        lazy = rig.images()
+        lazy = rig.lazy()
         targets = [lazy.ensure_mounted(layer) for layer in (kept, gone)]
         assert sorted(rig.mounted()) == sorted(map(str, targets))
         (rig.root / "lazy" / "77.json").write_text("no record")
@@ -292,7 +296,7 @@ def test_a_start_without_daemon_takes_away_what_belongs_to_no_snapshot(rig: Rig,
         (rig.root / "images" / "0123").mkdir()
     # the daemon is gone, with the mounts of the test (as after a reboot)
     assert rig.mounted() == []
-    later = rig.images()
+    later = rig.lazy()
     later.reconcile({kept.snapshot_id: kept.name})
     assert {path.name for path in (rig.root / "lazy").iterdir()} == {"1.json", f"{targets[0].name}.image"}
     assert list((rig.root / "images").iterdir()) == [targets[0]]
@@ -305,15 +309,15 @@ def test_a_start_without_daemon_takes_away_what_belongs_to_no_snapshot(rig: Rig,
 
 def test_mounts_of_no_snapshot_are_taken_away_at_the_start(rig: Rig, daemon: Daemon) -> None:
     layer = rig.layer(1)
-    rig.images().ensure_mounted(layer)
-    rig.images().reconcile({1: "another/name"})
+    rig.lazy().ensure_mounted(layer)
+    rig.lazy().reconcile({1: "another/name"})
     rig.assert_nothing_left()
 
 
 def test_a_mount_whose_daemon_is_gone_is_replaced(rig: Rig, machine: Machine) -> None:
     first = start_daemon(machine)
     layer = rig.layer(1)
-    lazy = rig.images()
+    lazy = rig.lazy()
     try:
         first.wait_ready()
         target = lazy.ensure_mounted(layer)
@@ -342,7 +346,7 @@ def test_a_mount_whose_daemon_is_gone_is_replaced(rig: Rig, machine: Machine) ->
 def test_forgetting_needs_no_daemon(rig: Rig, machine: Machine) -> None:
     first = start_daemon(machine)
     layer = rig.layer(1)
-    lazy = rig.images()
+    lazy = rig.lazy()
     try:
         first.wait_ready()
         target = lazy.ensure_mounted(layer)
@@ -357,7 +361,7 @@ def test_forgetting_needs_no_daemon(rig: Rig, machine: Machine) -> None:
 
 
 def test_who_reads_while_the_image_is_forgotten_reads_on(rig: Rig, daemon: Daemon) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     layer = rig.layer(1)
     with (lazy.ensure_mounted(layer) / "f4").open("rb") as file:
         lazy.forget(layer)
@@ -366,7 +370,7 @@ def test_who_reads_while_the_image_is_forgotten_reads_on(rig: Rig, daemon: Daemo
 
 
 def test_the_newest_reference_wins_and_the_label_is_for_when_containerd_is_silent(rig: Rig, daemon: Daemon) -> None:
-    lazy = rig.images()
+    lazy = rig.lazy()
     labelled = rig.layer(1, **{LABEL_IMAGE_REF: "127.0.0.1:1/gone:lazy"})
     assert_right(lazy.ensure_mounted(labelled))
     lazy.forget(labelled)
@@ -379,9 +383,24 @@ def test_the_newest_reference_wins_and_the_label_is_for_when_containerd_is_silen
         lazy.ensure_mounted(rig.layer(3))
 
 
+def test_what_was_mounted_by_a_guess_is_mounted_again_when_the_image_is_known(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    layer = rig.layer(1)
+    rig.found, rig.guessed = [], ["127.0.0.1:1/app"]
+    target = lazy.ensure_mounted(layer)
+    before = mountapi.mount_at(str(target))
+    assert sorted(path.name for path in target.iterdir()) == sorted(FILES), "metadata needs no registry"
+    assert lazy.ensure_mounted(layer) == target
+    assert mountapi.mount_at(str(target)) == before
+    rig.found = [rig.image]
+    assert_right(lazy.ensure_mounted(layer))
+    lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
 def test_a_record_of_another_snapshot_is_not_believed(rig: Rig, daemon: Daemon) -> None:
     layer = rig.layer(1)
-    lazy = rig.images()
+    lazy = rig.lazy()
     lazy.ensure_mounted(layer)
     path = rig.root / "lazy" / "1.json"
     record = json.loads(path.read_bytes())
