@@ -149,6 +149,10 @@ async def _serve(
             nursery.start_soon(worker.tend)
             nursery.start_soon(worker.housekeeper.run)
             nursery.start_soon(_listen, lines, worker)
+            if place.config.daemon.health_address:
+                from lazyfs.node import health  # noqa: PLC0415 - h11 only where it is wanted
+
+                nursery.start_soon(health.serve, place.config.daemon.health_address, worker.health)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)
             await worker.finished.wait()
