@@ -210,6 +210,11 @@ class Snapshots:
             return record.usage
         return Usage(record.usage.size_bytes + cached.size_bytes, record.usage.inodes + cached.inodes)
 
+    def bootstraps(self) -> dict[int, str]:
+        """Names of all committed snapshots of bootstraps, by id: the lazy images that there are."""
+        return {record.id: record.info.name for record in self._records.all()
+                if record.layer is LayerKind.LAZY_BOOTSTRAP and record.info.kind is Kind.COMMITTED}
+
     def cleanup(self) -> None:
         """Remove what a kill has left, and let go of lazy images that could not be let go before."""
         reclaimed = self._directories.reclaim(self._records.ids)

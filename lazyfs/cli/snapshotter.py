@@ -91,8 +91,10 @@ def _serve(settings: config.Config) -> None:
         notify(state)
 
     own = settings.snapshotter
-    snapshots = Snapshots.open(Path(own.root), make_lazy_images(settings))
+    lazy = make_lazy_images(settings)
+    snapshots = Snapshots.open(Path(own.root), lazy)
     try:
+        lazy.reconcile(snapshots.bootstraps())
         serve(snapshots, own.address, own.threads, ended, ready=lambda: tell("READY=1"))
     finally:
         tell("STOPPING=1")
