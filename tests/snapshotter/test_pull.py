@@ -53,11 +53,12 @@ def namespace(daemon: Daemon) -> Iterator[str]:
 
 def remove_all(daemon: Daemon, namespace: str) -> None:
     """Images and leases; then what containerd has left after collecting garbage: nothing."""
-    for lease in daemon.ctr("leases", "list", "--quiet", namespace=namespace).split():
-        daemon.ctr("leases", "delete", "--sync", lease, namespace=namespace)
     names = daemon.ctr("images", "list", "--quiet", namespace=namespace).split()
     if names:
-        daemon.ctr("images", "remove", "--sync", *names, namespace=namespace)
+        daemon.ctr("images", "remove", *names, namespace=namespace)
+    daemon.ctr("leases", "create", "--id", "last", namespace=namespace)
+    for lease in daemon.ctr("leases", "list", "--quiet", namespace=namespace).split():
+        daemon.ctr("leases", "delete", "--sync", lease, namespace=namespace)      # collects garbage
     with Containerd(str(daemon.address), namespace) as client:
         assert client.contents() == []
         assert client.snapshots("overlayfs") == []
