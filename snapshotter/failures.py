@@ -1,7 +1,7 @@
 """
 How an operation on snapshots may be refused: one kind for each answer that containerd tells apart.
 
-The root, SnapshotError, is in lazyfs.errors. Layer: snapshotter, above nothing. Who raises them: records, core, filters,
+The root, SnapshotError, is in lazyfs.errors. Layer: snapshotter, above nothing. Raised by records, core, filters,
 overlay; service turns each into its gRPC status.
 """
 

@@ -1,7 +1,7 @@
 """
 What containerd is told to mount: bind for one directory, overlay for more, as its own overlayfs snapshotter does.
 
-Layer: snapshotter, above model. Who calls: core. Pure but for `probe`. Shapes, of containerd's plugins/snapshots/overlay:
+Layer: snapshotter, above model. Who calls: core. Pure but for `probe`. Shapes (containerd's overlay plugin):
 
     no parent          bind, rw or ro (a View), rbind
     View, one below    bind of the one below, ro, rbind
