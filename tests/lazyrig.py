@@ -31,7 +31,7 @@ from lazyfs.image.manifest import parse_manifest
 from lazyfs.registry import RegistryOptions, open_source
 from tests.containerdkit import Containerd, require_containerd, running_containerd
 from tests.convertkit import LAYER_TYPE, Layout, run_convert
-from tests.daemonkit import Daemon, running_daemon, start_daemon
+from tests.daemonkit import Daemon, end_daemon, running_daemon, start_daemon
 from tests.mountkit import LAZYFS, Machine, require_mounting
 from tests.registrykit import Registry, require_registry, running_registry
 from tests.tarbuilder import TarBuilder
@@ -162,6 +162,17 @@ class Node:
         """After `daemon.stop()`."""
         self.daemon.process = start_daemon(self.machine).process
         self.daemon.wait_ready()
+
+    def reboot(self) -> None:
+        """Processes and mounts are gone, and what is below /run; state directories stay. Then everything starts."""
+        self.containerd.clear()
+        shutil.rmtree(self.containerd.state)
+        self.snapshotter.kill()
+        end_daemon(self.daemon)      # keeper, worker, and all mounts
+        shutil.rmtree(self.machine.run_dir)
+        self.restart_daemon()
+        self.snapshotter.start()
+        self.containerd.start()
 
     def assert_nothing_left(self) -> None:
         """No lazy mount, no mount point, no record, no snapshot, nothing that the daemon serves."""

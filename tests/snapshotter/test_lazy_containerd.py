@@ -133,8 +133,22 @@ def test_twenty_containers_start_at_once(node: Node) -> None:
 def start_reading(node: Node, image: str) -> Reader:
     """A container that lives, and a reader of its files as it sees them."""
     node.containerd.ctr("run", "--detach", "--snapshotter", "lazyfs", image, "lives", "/bin/busybox", "sleep", "600")
+    return Reader(rootfs(node), FILES)
+
+
+def rootfs(node: Node) -> Path:
+    """data/ as the container sees it."""
     (pid,) = [line.split()[1] for line in node.containerd.ctr("tasks", "list").splitlines() if "lives" in line]
-    return Reader(Path(f"/proc/{pid}/root/data"), FILES)
+    return Path(f"/proc/{pid}/root/data")
+
+
+def fails(node: Node, image: str) -> str:
+    """A container that does not start; what ctr says."""
+    words = ["run", "--rm", "--snapshotter", "lazyfs", image, "fails", "/bin/busybox", "true"]
+    with node.containerd.start_ctr(*words) as run:
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode
+    return errors
 
 
 def end_container(node: Node) -> None:
@@ -185,10 +199,43 @@ def test_a_daemon_that_is_down_is_said_by_ctr_and_then_used(node: Node) -> None:
     image = node.push("app", FILES)
     node.pull(image)
     node.daemon.stop()
-    words = ["run", "--rm", "--snapshotter", "lazyfs", image, "early", "/bin/busybox", "true"]
-    with node.containerd.start_ctr(*words) as run:
-        _, errors = run.communicate(timeout=60)
-    assert run.returncode
-    assert "the lazyfs daemon does not run" in errors
+    assert "the lazyfs daemon does not run" in fails(node, image)
     node.restart_daemon()
     assert node.sums(image, NAMES[:1]) == {"f0": SUMS["f0"]}
+
+
+@BOTH
+def test_after_a_reboot_everything_is_made_anew(node: Node) -> None:
+    """Records are kept, mounts are gone. A container from before is started again; removal leaves nothing."""
+    image = node.push("app", FILES)
+    node.pull(image)
+    node.containerd.ctr("run", "--detach", "--snapshotter", "lazyfs", image, "lives", "/bin/busybox", "sleep", "600")
+    stray = node.snapshotter.root / "images" / ("0" * 32)
+    stray.mkdir()
+    node.reboot()
+    assert not stray.exists()
+    assert node.lazy_mounts() == []
+    node.containerd.ctr("tasks", "start", "--detach", "lives")
+    assert len(node.lazy_mounts()) == 1
+    Reader(rootfs(node), FILES).finish()
+    assert node.sums(image, NAMES) == SUMS
+    end_container(node)
+    node.remove_all()
+    node.assert_nothing_left()
+
+
+@BOTH
+def test_one_broken_image_blocks_neither_the_start_nor_the_others(node: Node) -> None:
+    good, bad = node.push("app", FILES), node.push("other", {"only": b"x" * 100_000})
+    for image in (good, bad):
+        node.pull(image)
+    node.snapshotter.kill()
+    node.registry.stop()
+    smallest = min(node.snapshotter.root.glob("snapshots/*/fs/lazyfs/tables.bin"), key=lambda path: path.stat().st_size)
+    smallest.unlink()
+    node.snapshotter.start()
+    node.registry.start()
+    assert node.sums(good, NAMES) == SUMS
+    assert "pull it again" in fails(node, bad)
+    node.remove_all()
+    node.assert_nothing_left()
