@@ -7,19 +7,19 @@ containerd is connected to at the first question, the daemon at the first mount.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lazyfs.image.digest import Digest
 from lazyfs.node.rundir import WorkerDir
 from lazyfs.registry.fields import from_config, to_fields
+from snapshotter.containerd import Containerd
+from snapshotter.findimage import ImageFinder
 from snapshotter.lazy import LazyImages, MountSettings
 from snapshotter.lazydaemon import DaemonLink
 
 if TYPE_CHECKING:
     from lazyfs.config import Config
-    from snapshotter.containerd import Containerd
-    from snapshotter.findimage import ImageFinder
 
 _LABEL_DIFF_ID = "containerd.io/uncompressed"               # of a layer's content: set when it was unpacked
 _LABEL_SOURCE = "containerd.io/distribution.source."        # + host: the repositories that it came from
@@ -45,16 +45,12 @@ class ContainerdImages:
     """An ImageFinder of lazy over containerd. For any number of threads."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
-        self._lock = threading.Lock()
-        self._asked: tuple[Containerd, ImageFinder] | None = None
+        self._client = Containerd(address)   # connects at the first call
+        self._finder = ImageFinder()
 
     def images(self, digest: str) -> list[str]:
         """References of the images with that bootstrap, the newest first. Raises LazyfsError."""
-        from lazyfs.image.digest import Digest  # noqa: PLC0415 - ordinary images never need it
-
-        client, finder = self._connect()
-        found = [image.name for image in finder.find(client, Digest(digest))]
+        found = [image.name for image in self._finder.find(self._client, Digest(digest))]
         # CRI names images by their configs' digests, too, and `ctr images import` by the day
         return [name for name in found if "/" in name]
 
@@ -65,21 +61,11 @@ class ContainerdImages:
         While an image is being unpacked, it is not an image yet. A guess, because the label has the registry's name
         without its port.
         """
-        client, _ = self._connect()
         found = []
-        for namespace in client.namespaces():
-            for content in client.in_namespace(namespace).contents([f'labels."{_LABEL_DIFF_ID}"=={digest}']):
+        for namespace in self._client.namespaces():
+            for content in self._client.in_namespace(namespace).contents([f'labels."{_LABEL_DIFF_ID}"=={digest}']):
                 for key, repositories in content.labels.items():
                     if key.startswith(_LABEL_SOURCE):
                         host = key.removeprefix(_LABEL_SOURCE)
                         found += [f"{host}/{repository}" for repository in repositories.split(",") if repository]
         return found
-
-    def _connect(self) -> tuple[Containerd, ImageFinder]:
-        from snapshotter.containerd import Containerd  # noqa: PLC0415 - as above
-        from snapshotter.findimage import ImageFinder  # noqa: PLC0415
-
-        with self._lock:
-            if self._asked is None:
-                self._asked = Containerd(self._address), ImageFinder()
-            return self._asked
