@@ -48,11 +48,12 @@ class ImageRecord:
     devices: tuple[str, ...]
 
     def write(self, path: Path, digest: Digest) -> None:
-        """Store atomically, if it is not there yet; not synced: without it the image is fetched again. OSError."""
+        """Store atomically, and note the use; not synced: without it the image is fetched again. Raises OSError."""
         file = path / IMAGES / f"{digest.hex}.json"
         data = json.dumps({"image": self.image[:_NAME_CHARS_MAX], "devices": self.devices}).encode()
         with contextlib.suppress(OSError):
             if file.read_bytes() == data:
+                os.utime(file)
                 return
         file.parent.mkdir(mode=0o700, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
@@ -93,11 +94,12 @@ class FoundDevice:
 
 @dataclass(slots=True)
 class FoundImage:
-    """`name`: hex of the bootstrap's digest."""
+    """`name`: hex of the bootstrap's digest. Its last use is the latest mtime of its files: mounted or unmounted."""
 
     name: str
     record: ImageRecord
     use: Use = Use()
+    last_use_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -208,10 +210,12 @@ def _take_image_file(found: Inventory, path: Path, file: Path) -> None:
     if match is None:
         return
     with contextlib.suppress(OSError):
-        use = file_use(file.lstat())
+        status = file.lstat()
         if match[1] not in found.images:
             found.images[match[1]] = FoundImage(match[1], ImageRecord.read(path, match[1]))
-        found.images[match[1]].use += use
+        image = found.images[match[1]]
+        image.use += file_use(status)
+        image.last_use_ns = max(image.last_use_ns, status.st_mtime_ns)
 
 
 def _tree_use(path: Path) -> Use:

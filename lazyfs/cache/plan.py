@@ -8,7 +8,7 @@ none of its devices is left, and are never a reason to keep a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -107,10 +107,13 @@ def choose(devices: Iterable[Device], images: Iterable[Image], wanted: int) -> P
 
 
 def choose_all(devices: Iterable[Device], images: Iterable[Image]) -> Plan:
-    """All that nobody uses."""
+    """All that nobody uses; also the own files of images whose devices stay, because others use them."""
     devices, images = list(devices), list(images)
     total = sum(one.size_bytes for one in devices) + sum(one.size_bytes for one in images)
-    return replace(choose(devices, images, total + 1), wanted_bytes=total)   # + 1: also what takes no space
+    found = choose(devices, images, total + 1)    # + 1: also what takes no space
+    more = [one for one in images if not one.in_use and one.name not in found.images]
+    freed = found.freed_bytes + sum(one.size_bytes for one in more)
+    return Plan(found.devices, found.images + tuple(one.name for one in more), freed, total)
 
 
 def choose_image(devices: Iterable[Device], images: Iterable[Image], name: str) -> Plan:

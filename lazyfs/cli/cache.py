@@ -26,7 +26,7 @@ _EVICT_S = 600.0                 # deleting terabytes takes a while
 _WIDTH_COLUMNS = 200
 _EPILOG = """\b
 Examples:
-  lazyfs cache ls                        images and layer devices, largest use first
+  lazyfs cache ls                        images and layer devices, last used first
   lazyfs cache gc                        down to the configured quota and floor, as the daemon does by itself
   lazyfs cache gc --quota 20GiB          down to 20 GiB now
   lazyfs cache gc --all --dry-run        what would go if all went that is not mounted
@@ -201,7 +201,7 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
             "bytes": found.image_use(image.name).size_bytes,
             "devices": [f"sha256:{name}" for name in image.record.devices],
             "present": sum(present) / (len(present) + missing) if present else 0.0,
-            "lastUse": max((one.last_use_ns for one in own), default=0) / 1e9,
+            "lastUse": image.last_use_ns / 1e9,
             "mountedOn": sorted(mounts.get(image.name, ())),
         })
     images.sort(key=lambda image: -image["lastUse"])

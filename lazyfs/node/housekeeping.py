@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import trio
 
@@ -21,13 +21,13 @@ from lazyfs.cache import evict, inventory, plan
 from lazyfs.cache.space import Disk, Limits
 from lazyfs.cache.store import CacheDir
 from lazyfs.config.kinds import Amount, Size
-from lazyfs.errors import BusyError, LazyfsError, NotFoundError, UsageError
+from lazyfs.errors import BusyError, DiskFullError, LazyfsError, NotFoundError, UsageError
 from lazyfs.image.digest import Digest
 from lazyfs.node.restore import State, state_of
 from lazyfs.node.rundir import all_worker_dirs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from lazyfs.cache.inventory import Inventory
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     Mounts = Mapping[str, list[str]]   # hex of an image's digest: where it is mounted
 
+T = TypeVar("T")
 ROOM_BYTES = 64 << 20            # made at once when a chunk could not be stored: some windows of prefetch
 _PAUSE_S = 2.0                   # between two looks, however often room is asked for
 _NAMES_MAX = 1000                # of one answer
@@ -177,6 +178,18 @@ class Housekeeper:
             if devices:
                 _log.info("evicted %d devices, %d bytes", len(devices), answer["freed_bytes"])
             return answer
+
+    async def with_room(self, function: Callable[..., T], *arguments: Any, abandon_on_cancel: bool = False) -> T:
+        """Call a blocking function in a thread; once more if the disk was full and something could go."""
+        def call() -> T:
+            return function(*arguments)
+
+        try:
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=abandon_on_cancel)
+        except DiskFullError:
+            if (await self.evict(Request(room_bytes=ROOM_BYTES)))["freed_bytes"] == 0:
+                raise
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=abandon_on_cancel)
 
     async def usage(self, bootstrap: str | None) -> dict[str, Any]:
         """

@@ -7,6 +7,7 @@ Layer: node. Who calls: node.worker, on the trio loop.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,8 @@ class MountedImage:
             device.device.cached.release()
         self.devices.clear()
         self.device_indexes.clear()
+        with contextlib.suppress(OSError):
+            os.utime(self.opened.erofs_path)   # when it was used last, for `lazyfs cache ls`
         self.opened.close()
 
     def describe(self) -> dict[str, Any]:
@@ -144,17 +147,23 @@ class MountedImage:
 
 
 def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> None:
-    """Blocking: opens the devices' files in the cache. Raises CacheError."""
+    """Blocking: opens the devices' files in the cache: all or none. Raises CacheError, DiskFullError."""
     opened = mounted.opened
     blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
-    for digest, table in opened.devices:
-        cached = cache.device(digest, table.chunk_size, table.device_size)
-        try:
-            device = FetchDevice(table, cached, blobs)
-        except BaseException:
-            cached.release()
-            raise
-        mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s))
+    try:
+        for digest, table in opened.devices:
+            cached = cache.device(digest, table.chunk_size, table.device_size)
+            try:
+                device = FetchDevice(table, cached, blobs)
+            except BaseException:
+                cached.release()
+                raise
+            mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s))
+    except BaseException:
+        for one in mounted.devices:
+            one.device.cached.release()
+        mounted.devices.clear()
+        raise
     record = ImageRecord(mounted.order.image, tuple(digest.hex for digest, _ in opened.devices))
     with contextlib.suppress(OSError):   # a full disk; then its files go with the first eviction after the unmount
         record.write(cache.path, opened.layer.digest)

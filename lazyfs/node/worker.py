@@ -97,7 +97,7 @@ class Worker:
         try:
             await trio.to_thread.run_sync(check_target, order.target)
             # abandoned on cancel: it only reads, and may wait for a registry that is down
-            opened = await trio.to_thread.run_sync(open_image, order, self._cache.path, abandon_on_cancel=True)
+            opened = await self.housekeeper.with_room(open_image, order, self._cache.path, abandon_on_cancel=True)
             mounted = MountedImage(order, self._served.new_slot(), opened, driver)
             try:
                 await self._attach(mounted)
@@ -289,7 +289,7 @@ class Worker:
 
     async def _attach(self, mounted: MountedImage) -> None:
         order, opened = mounted.order, mounted.opened
-        await trio.to_thread.run_sync(open_devices, mounted, self._cache, self._fetcher)
+        await self.housekeeper.with_room(open_devices, mounted, self._cache, self._fetcher)
         if mounted.driver is Driver.EROFS:
             paths = await self._device_paths(mounted)
             # O_DIRECT on our own files: through the page cache a read costs half as much again, and every page is kept

@@ -57,6 +57,7 @@ def test_all_is_all_and_one_is_one(cache: tuple[list[Device], list[Image]]) -> N
     protected = {name for one in images if one.in_use for name in one.devices}
     everything = choose_all(devices, images)
     assert set(everything.devices) == {one.name for one in devices if not one.in_use} - protected
+    assert sorted(everything.images) == [one.name for one in images if not one.in_use]
     for image in images:
         plan = choose_image(devices, images, image.name)
         others = {name for one in images if one is not image for name in one.devices}
