@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import HostError, LazyfsError
-from snapshotter import overlay
+from snapshotter import idmap, overlay
 from snapshotter.directories import Directories, owner_of
 from snapshotter.diskuse import disk_usage
 from snapshotter.failures import (
@@ -32,7 +32,16 @@ from snapshotter.failures import (
 )
 from snapshotter.filters import parse_filters
 from snapshotter.lazyhook import LayerKind, LazyLayer
-from snapshotter.model import LABEL_BYTES_MAX, LABEL_REF, Kind, Mount, SnapshotInfo, Usage
+from snapshotter.model import (
+    LABEL_BYTES_MAX,
+    LABEL_GID_MAPPING,
+    LABEL_REF,
+    LABEL_UID_MAPPING,
+    Kind,
+    Mount,
+    SnapshotInfo,
+    Usage,
+)
 from snapshotter.records import Record, Records
 
 if TYPE_CHECKING:
@@ -112,7 +121,9 @@ class Snapshots:
         record, *below = self._records.chain(key)
         if record.info.kind is Kind.COMMITTED:
             raise SnapshotStateError(f"snapshot {key} is committed: it has no mounts")
-        return self._mounts(record, self._lowers(below, record.info.labels))
+        mapping = _mapping(below, record.info.labels)
+        lowers = self._map(record.id, self._lowers(below, record.info.labels), mapping)
+        return self._mounts(record, lowers, mapping)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """
@@ -238,11 +249,13 @@ class Snapshots:
                layer: LayerKind) -> list[Mount]:
         lowers = self._lowers(chain, labels)
         owner = overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
+        mapping = _mapping(chain, labels)
         info = SnapshotInfo(key, chain[0].info.name if chain else "", kind, labels)
         origin = {} if layer is LayerKind.ORDINARY else labels
         with self._directories.making(work=kind is Kind.ACTIVE, owner=owner) as snapshot_id:
+            lowers = self._map(snapshot_id, lowers, mapping)
             record = self._records.insert(Record(snapshot_id, info, layer, origin))
-        return self._mounts(record, lowers)
+        return self._mounts(record, lowers, mapping)
 
     def _commit_blob(self, ref: str, chain: list[Record], labels: Mapping[str, str]) -> None:
         """
@@ -289,9 +302,19 @@ class Snapshots:
                                          hint="the image is not a whole lazy image: convert it again")
         return lowers
 
-    def _mounts(self, record: Record, lowers: list[Path]) -> list[Mount]:
+    def _map(self, snapshot_id: int, lowers: list[Path], mapping: tuple[str, str] | None) -> list[Path]:
+        """Raises SnapshotUnavailableError: ids cannot be mapped here."""
+        if mapping is None:
+            return lowers
+        try:
+            return idmap.mapped(lowers, self._directories.mapped(snapshot_id), *mapping)
+        except LazyfsError as error:
+            raise SnapshotUnavailableError(str(error), hint=error.hint) from error
+
+    def _mounts(self, record: Record, lowers: list[Path], mapping: tuple[str, str] | None) -> list[Mount]:
         own = self._directories.own(record.id)
-        return overlay.mounts(record.info.kind, own, lowers, self._node, record.info.labels)
+        labels = record.info.labels if mapping is None else {}   # what is mapped is not to be mapped again
+        return overlay.mounts(record.info.kind, own, lowers, self._node, labels)
 
     def _lazy(self, record: Record) -> LazyLayer:
         labels = {**record.origin, **record.info.labels}
@@ -316,6 +339,13 @@ class Snapshots:
                 _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
             else:
                 self._records.said_goodbye(goodbye.id)
+
+
+def _mapping(chain: list[Record], labels: Mapping[str, str]) -> tuple[str, str] | None:
+    """The maps of uids and gids that we apply ourselves; None: there are none, or containerd applies them."""
+    if overlay.mapped_root(labels) is None or not any(record.layer is LayerKind.LAZY_BOOTSTRAP for record in chain):
+        return None
+    return labels.get(LABEL_UID_MAPPING, ""), labels.get(LABEL_GID_MAPPING, "")
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

@@ -4,7 +4,8 @@ The snapshotter's directory: who owns it, and one directory a snapshot in it.
     <root>/lock               flock of the one snapshotter that runs here
     <root>/metadata.db        snapshotter.records
     <root>/snapshots/<id>/    fs: the layer's files, an overlay's upper or lower directory; work: of active ones
-    <root>/images/<id>/       where a lazy image is mounted (the hook's)
+    <root>/mapped/<id>/<n>    id-mapped copies of what is below it (snapshotter.idmap)
+    <root>/images/            where lazy images are mounted (the hook's)
 
 Layer: snapshotter, above model. Who calls: core. State: the ids that are being made: their directory is there, their
 record is not yet. A directory without a record that nobody is making is left from a kill; reclaim() takes it away.
@@ -21,7 +22,8 @@ import shutil
 import threading
 from typing import TYPE_CHECKING
 
-from lazyfs.errors import BusyError, DiskFullError, HostError, UsageError
+from lazyfs.errors import BusyError, DiskFullError, HostError, LazyfsError, UsageError
+from snapshotter import idmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ class Directories:
         self.root = root
         self.images = root / "images"
         self._snapshots = root / "snapshots"
+        self._mapped = root / "mapped"
         self._lock = lock
         self._mutex = threading.Lock()
         self._making: set[int] = set()
@@ -61,7 +64,7 @@ class Directories:
             raise UsageError(f"the snapshotter's root {str(root)!r} holds a sign that mount options cannot",
                              hint="choose a path without colon, comma, quote and backslash")
         try:
-            for directory in (root, root / "snapshots", root / "images"):
+            for directory in (root, root / "snapshots", root / "images", root / "mapped"):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -82,6 +85,9 @@ class Directories:
 
     def fs(self, snapshot_id: int) -> Path:
         return self._snapshots / str(snapshot_id) / "fs"
+
+    def mapped(self, snapshot_id: int) -> Path:
+        return self._mapped / str(snapshot_id)
 
     def start_above(self, last_id: int) -> None:
         """Give ids above this one, and above all that have a directory, from now on."""
@@ -122,6 +128,10 @@ class Directories:
 
     def discard(self, snapshot_id: int) -> None:
         """Remove a snapshot's directory; what cannot be removed now is tried again by reclaim()."""
+        try:
+            idmap.release(self.mapped(snapshot_id))
+        except (OSError, LazyfsError) as error:
+            _LOG.warning("cannot remove %s: %s", self.mapped(snapshot_id), error)
         shutil.rmtree(self.own(snapshot_id), onerror=_log_failure)
 
     def reclaim(self, known: Callable[[], set[int]]) -> int:
@@ -135,7 +145,7 @@ class Directories:
         return len(left)
 
     def _present(self) -> set[int]:
-        return {int(name) for name in os.listdir(self._snapshots)  # noqa: PTH208
+        return {int(name) for place in (self._snapshots, self._mapped) for name in os.listdir(place)  # noqa: PTH208
                 if name.isascii() and name.isdigit()}
 
     def _make(self, snapshot_id: int, *, work: bool, owner: tuple[int, int] | None) -> None:

@@ -41,7 +41,7 @@ ADDRESS_BYTES_MAX = 107          # sun_path of unix(7), without its NUL
 STOP_GRACE_S = 10.0              # requests under way may end
 _REQUESTS_MAX = 4096             # waiting or being answered; above it RESOURCE_EXHAUSTED
 _PROBE_S = 1.0
-_LIST_PAGE = 100                 # snapshots a message: 100 with two labels of the largest size stay below gRPC's 4 MiB
+_LIST_PAGE_BYTES = 256 * 1024    # a message of List; gRPC's clients take 4 MiB, containerd 16
 _DETAIL_CHARS = 1024             # gRPC carries it in a header
 _KINDS = {Kind.VIEW: api.VIEW, Kind.ACTIVE: api.ACTIVE, Kind.COMMITTED: api.COMMITTED}
 _STATUS: tuple[tuple[type[LazyfsError], grpc.StatusCode], ...] = (
@@ -97,8 +97,16 @@ class SnapshotsService(SnapshotsServicer):
     def List(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         with _answering(context, "List", ""):
             found = self._snapshots.find(request.filters)
-        for start in range(0, len(found), _LIST_PAGE):
-            yield api.ListSnapshotsResponse(info=map(_info, found[start:start + _LIST_PAGE]))
+        page = api.ListSnapshotsResponse()
+        room = _LIST_PAGE_BYTES
+        for info in map(_info, found):
+            room -= info.ByteSize()
+            if room < 0 and page.info:
+                yield page
+                page, room = api.ListSnapshotsResponse(), _LIST_PAGE_BYTES - info.ByteSize()
+            page.info.append(info)
+        if page.info:
+            yield page
 
     def Usage(self, request: Any, context: Any) -> Any:  # noqa: N802
         with _answering(context, "Usage", request.key):
