@@ -1,5 +1,6 @@
 """
-Where the `lazyfs` command begins: for `mount`, the worker's process starts importing before the command line is read.
+Where the `lazyfs` command begins: for `mount`, the worker's process starts importing before the command line is read;
+for `mount` and `pull`, which a container's start waits for, the interpreter spends no time on itself.
 
 Light: imports nothing that `lazyfs.cli.main` would not. Who calls: the console script, `python -m lazyfs`.
 """
@@ -10,16 +11,20 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
+
+_OBJECTS_COUNT: Final = 200_000    # imports make fewer; a pull of many gigabytes still gets its cycles collected
 
 
 def main() -> None:
     """Run the command of sys.argv; exits."""
-    quick = _will_start_a_worker(sys.argv[1:])
+    starts_worker = _will_start_a_worker(sys.argv[1:])
+    quick = starts_worker or sys.argv[1:2] == ["pull"]
     if quick:
+        gc.set_threshold(_OBJECTS_COUNT)   # this process lives for a moment, and imports most of the time
+    if starts_worker:
         from lazyfs.node import early  # noqa: PLC0415
 
-        gc.disable()   # this process lives for a moment, and imports most of the time
         early.begin()
     from lazyfs.cli.main import main as run  # noqa: PLC0415
 
