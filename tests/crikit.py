@@ -141,7 +141,8 @@ class Cri:
         uid = uuid.uuid4().hex
         network = {"namespace_options": {"network": "NODE"}} if host_network else {}
         config = {
-            "metadata": {"name": name, "uid": uid, "namespace": "test", "attempt": 0}, "hostname": name,
+            "metadata": {"name": name, "uid": uid, "namespace": "test", "attempt": 0},
+            "hostname": "" if host_network else name,
             "log_directory": str(self.log_directory / uid), "linux": {"security_context": network, **linux}}
         (self.log_directory / uid).mkdir(parents=True)
         pod = Pod(self.call("RunPodSandbox", {"config": config})["pod_sandbox_id"], config)

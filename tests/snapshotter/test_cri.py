@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lazyfs.registry import RegistryOptions
+from lazyfs.registry.options import Secret
 from tests.containerdkit import VERSIONS, require_containerd
 from tests.convertkit import Layout, run_convert
-from tests.crikit import Cri, CriError, add_test_images, push_layout, running_cri, wait_until
+from tests.crikit import BUSYBOX, Cri, CriError, add_test_images, push_layout, running_cri, wait_until
 from tests.daemonkit import running_daemon
 from tests.lazyrig import Node, SnapshotterProcess, layer_digests
 from tests.mountkit import Machine, require_mounting
@@ -179,3 +182,157 @@ def test_pods_with_lazyfs(tmp_path: Path, version: str, transfer: bool) -> None:
             check_pod(cri, lazy)
             check_image_gc(cri, [lazy, app, pause], "lazyfs")
             there.node.assert_nothing_left()
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+def test_a_pull_without_labels_finds_its_image(tmp_path: Path) -> None:
+    """The transfer service as it is configured by default hands no image reference down."""
+    with running_registry(tmp_path) as registry:
+        pause, _, lazy = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, "2.x", registry, pause, transfer=True, exports=False) as there:
+            there.cri.pull(pause)
+            there.cri.pull(lazy)
+            check_no_data_layer(there.cri, lazy)
+            check_pod(there.cri, lazy, host_network=True)
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubelet_sees_what_images_use(tmp_path: Path, version: str) -> None:
+    """Kubelet's image GC goes by this; Debian's 1.6 names a directory of its own, as for every proxy snapshotter."""
+    with running_registry(tmp_path) as registry:
+        pause, app, _ = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause) as there:
+            cri = there.cri
+            cri.pull(app)
+            size = BUSYBOX.stat().st_size
+            # containerd collects every 10 s
+            wait_until(lambda: cri.image_filesystem()["used_bytes"] >= size, "the image's disk use is not seen")
+            found = cri.image_filesystem()
+            assert found["inodes_used"] >= 10
+            if version == "2.x":
+                assert found["mountpoint"] == str(there.node.snapshotter.root)
+            cri.remove_image(app)
+            wait_until(lambda: cri.image_filesystem()["used_bytes"] == 0, "a removed image is still counted")
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pods_outlive_containerd_and_snapshotter(tmp_path: Path, version: str) -> None:
+    """Both are killed; the container reads on, and afterwards everything can be done with it, and with new ones."""
+    with running_registry(tmp_path) as registry:
+        pause, _, lazy = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause) as there:
+            cri, node = there.cri, there.node
+            cri.pull(pause)
+            cri.pull(lazy)
+            pod = cri.run_pod("pod")
+            container = cri.run(pod, "main", lazy, ["/bin/sleep", "600"])
+            node.containerd.kill()
+            node.snapshotter.kill()
+            node.snapshotter.start()
+            node.containerd.start()
+            cri.wait_ready()
+            assert cri.state(container) == "CONTAINER_RUNNING"
+            assert cri.exec(container, ["/bin/cat", "/greeting"]).stdout == "hello\n"
+            second = cri.run(pod, "second", lazy, ["/bin/cat", "/greeting"])
+            assert cri.exit_code(second) == 0
+            cri.remove_pod(pod)
+            check_image_gc(cri, [lazy, pause], "lazyfs")
+            node.assert_nothing_left()
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_pod_runs_what_lazyfs_pulled(tmp_path: Path, version: str) -> None:
+    """An image that is there already when kubelet asks for it."""
+    with running_registry(tmp_path) as registry:
+        pause, _, lazy = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause) as there:
+            for image in (pause, lazy):
+                there.node.lazyfs_pull(image, namespace="k8s.io")
+            wait_until(lambda: there.cri.images() == [lazy, pause], "the CRI does not know the images")
+            check_no_data_layer(there.cri, lazy)
+            check_pod(there.cri, lazy)
+            check_image_gc(there.cri, [lazy, pause], "lazyfs")
+            there.node.assert_nothing_left()
+
+
+def runs(cri: Cri, image: str) -> bool:
+    """Whether a container of the image can be run now."""
+    pod = cri.run_pod("probe")
+    try:
+        cri.run(pod, "main", image, ["/bin/true"])
+    except CriError:
+        return False
+    finally:
+        cri.remove_pod(pod)
+    return True
+
+
+def push_private_image(registry: Registry, directory: Path) -> str:
+    """Reference of a lazy image that only USER may read."""
+    layout = Layout(directory / "private")
+    add_test_images(layout)
+    image = f"{registry.host}/private:lazy"
+    run_convert(layout.reference("app"), f"docker://{image}",
+                registry=RegistryOptions(username=USER, password=Secret(PASSWORD), insecure=True))
+    return image
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_lazy_image_behind_a_password_of_dockers(
+    tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """containerd has its pull secret from kubelet; the daemon finds the same one in docker's configuration."""
+    (tmp_path / "public").mkdir()
+    docker = tmp_path / "docker"
+    docker.mkdir()
+    monkeypatch.setenv("DOCKER_CONFIG", str(docker))
+    with running_registry(tmp_path / "public") as public, \
+            running_registry(tmp_path, username=USER, password=PASSWORD) as registry:
+        pause, _, _ = push_test_images(public, tmp_path)
+        image = push_private_image(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause) as there:
+            cri = there.cri
+            cri.pull(pause)
+            with pytest.raises(CriError):
+                cri.pull(image)
+            cri.pull(image, USER, PASSWORD)
+            assert not runs(cri, image)
+            auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+            (docker / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
+            wait_until(lambda: runs(cri, image), "the image cannot be read with credentials")   # kubelet retries, too
+            check_pod(cri, image)
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "transfer"), [("1.6", False), ("2.x", False), ("2.x", True)])
+def test_a_lazy_image_with_a_pull_secret(tmp_path: Path, version: str, transfer: bool) -> None:
+    """Kubelet asks our socket about images (--image-service-endpoint): its pull secrets reach the daemon."""
+    (tmp_path / "public").mkdir()
+    with running_registry(tmp_path / "public") as public, \
+            running_registry(tmp_path, username=USER, password=PASSWORD) as registry:
+        pause, _, _ = push_test_images(public, tmp_path)
+        image = push_private_image(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause, transfer=transfer) as there:
+            cri = there.cri
+            cri.images_address = there.node.snapshotter.address
+            cri.pull(pause)
+            with pytest.raises(CriError):
+                cri.pull(image)
+            cri.pull(image, USER, PASSWORD)
+            assert cri.images() == [pause, image]
+            check_pod(cri, image)
+            check_image_gc(cri, [image, pause], "lazyfs")
+            there.node.assert_nothing_left()
+            for log in (cri.containerd.log, there.node.snapshotter.log.read_text(),
+                        (tmp_path / "daemon.log").read_text()):
+                assert PASSWORD not in log
