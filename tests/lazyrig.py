@@ -151,12 +151,30 @@ class Node:
         below = f"{self.snapshotter.root}/images/"
         return [entry.target for entry in self.machine.mounts() if entry.target.startswith(below)]
 
+    def collect(self, *, namespace: str = "default") -> None:
+        """Have containerd collect garbage now: removing a lease can wait for it."""
+        self.containerd.ctr("leases", "create", "--id", "gone", namespace=namespace)
+        self.containerd.ctr("leases", "delete", "--sync", "gone", namespace=namespace)
+
     def remove_all(self, *namespaces: str) -> None:
         """Remove all images, and wait for containerd to have collected what was theirs."""
         for namespace in namespaces or ("default",):
             names = self.containerd.ctr("images", "list", "--quiet", namespace=namespace).split()
             if names:
                 self.containerd.ctr("images", "remove", "--sync", *names, namespace=namespace)
+
+    def start_snapshotter(self) -> None:
+        """Start it again, and wait until containerd has found it: gRPC tries anew after a second or three only."""
+        self.snapshotter.start()
+        deadline = time.monotonic() + WAIT_S
+        while not self._finds_snapshotter():
+            assert time.monotonic() < deadline, self.snapshotter.log.read_text()
+            time.sleep(0.05)
+
+    def _finds_snapshotter(self) -> bool:
+        with self.containerd.start_ctr("snapshots", "--snapshotter", "lazyfs", "list") as listing:
+            listing.communicate(timeout=WAIT_S)
+        return listing.returncode == 0
 
     def restart_daemon(self) -> None:
         """After `daemon.stop()`."""

@@ -187,10 +187,11 @@ def test_an_image_that_is_removed_under_its_container_is_served_to_the_end(node:
     reader = start_reading(node, image)
     node.remove_all()
     node.snapshotter.kill()
-    node.snapshotter.start()
+    node.start_snapshotter()
     reader.finish()
     assert len(node.lazy_mounts()) == 1
     end_container(node)
+    node.collect()
     node.assert_nothing_left()
 
 
@@ -233,7 +234,7 @@ def test_one_broken_image_blocks_neither_the_start_nor_the_others(node: Node) ->
     node.registry.stop()
     smallest = min(node.snapshotter.root.glob("snapshots/*/fs/lazyfs/tables.bin"), key=lambda path: path.stat().st_size)
     smallest.unlink()
-    node.snapshotter.start()
+    node.start_snapshotter()
     node.registry.start()
     assert node.sums(good, NAMES) == SUMS
     assert "pull it again" in fails(node, bad)
