@@ -102,7 +102,8 @@ class Snapshotter:
                         "The socket that containerd's `proxy_plugins` names.")
     containerd_address: str = _key(AbsolutePath(), "/run/containerd/containerd.sock",
                                    "containerd's own socket: which image a snapshot is of, `lazyfs pull`.")
-    threads: int = _key(Number(1, 64, whole=True), 8, "Requests of containerd served at the same time.")
+    threads: int = _key(Number(1, 256, whole=True), 32,
+                        "Requests of containerd served at the same time; those that wait for the daemon count.")
 
 
 @dataclass(frozen=True)
