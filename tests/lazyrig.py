@@ -112,11 +112,15 @@ class Node:
 
     def push(self, name: str, files: Mapping[str, bytes], *, lazy: bool = True) -> str:
         """An image of two layers, busybox and data/*, pushed; its reference."""
-        layout = Layout(self.machine.directory / f"{name}-source")
         data = TarBuilder().directory("data")
         for path, content in files.items():
             data.file(f"data/{path}", content)
-        layout.add_image(name, [busybox_layer(), data.build()])
+        return self.push_layers(name, [data.build()], lazy=lazy)
+
+    def push_layers(self, name: str, layers: list[bytes], *, lazy: bool = True) -> str:
+        """An image of these layers above busybox, pushed; its reference."""
+        layout = Layout(self.machine.directory / f"{name}-source")
+        layout.add_image(name, [busybox_layer(), *layers])
         image = f"{self.registry.host}/{name}:{'lazy' if lazy else 'plain'}"
         if lazy:
             run_convert(layout.reference(name), f"docker://{image}", registry=OPTIONS)
