@@ -129,10 +129,15 @@ class Cri:
         self.call("RemoveImage", {"image": {"image": image}})
 
     def image_filesystem(self) -> dict[str, Any]:
-        """`mountpoint`, `used_bytes` and `inodes_used` of the images' file system, as kubelet's image GC sees it."""
+        """
+        `mountpoint`, `used_bytes` and `inodes_used` of the images' file system, as kubelet's image GC sees it.
+
+        `collected_ns`: when (time.time_ns()) the CRI looked last; it does every 10 s.
+
+        """
         found = self.call("ImageFsInfo")["image_filesystems"][0]
         return {"mountpoint": found["fs_id"]["mountpoint"], "used_bytes": int(found["used_bytes"]["value"]),
-                "inodes_used": int(found["inodes_used"]["value"])}
+                "inodes_used": int(found["inodes_used"]["value"]), "collected_ns": int(found["timestamp"])}
 
     # --- pods ---------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import random
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+DATA_BYTES = 12 * 1024 * 1024     # more than everything else in the images together
 USER, PASSWORD = "puller", "a pull secret"
 
 
@@ -216,6 +219,30 @@ def test_kubelet_sees_what_images_use(tmp_path: Path, version: str) -> None:
                 assert found["mountpoint"] == str(there.node.snapshotter.root)
             cri.remove_image(app)
             wait_until(lambda: cri.image_filesystem()["used_bytes"] == 0, "a removed image is still counted")
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubelet_sees_what_a_lazy_image_has_fetched(tmp_path: Path, version: str) -> None:
+    """Not what the image would use unpacked, but what of it is on the disk."""
+    data = random.Random(1).randbytes(DATA_BYTES)
+    with running_registry(tmp_path) as registry:
+        pause, _, _ = push_test_images(registry, tmp_path)
+        with running_lazy_cri(tmp_path, version, registry, pause) as there:
+            cri = there.cri
+            cri.pull(pause)
+            image = there.node.push("data", {"big": data})
+            cri.pull(image)
+            pod = cri.run_pod("pod")
+            container = cri.run(pod, "main", image, ["/bin/busybox", "sleep", "600"])
+            started_ns = time.time_ns()
+            wait_until(lambda: cri.image_filesystem()["collected_ns"] > started_ns, "the CRI collects nothing")
+            before = cri.image_filesystem()["used_bytes"]
+            assert before < DATA_BYTES
+            cri.exec(container, ["/bin/busybox", "sh", "-c", "cat /data/big >/dev/null"])
+            wait_until(lambda: cri.image_filesystem()["used_bytes"] >= before + DATA_BYTES // 2,
+                       "what was fetched is not seen")
 
 
 @pytest.mark.mount
