@@ -40,6 +40,7 @@ COMMANDS = {
     "config": ("lazyfs.cli.config:config_command", "Check or show the configuration."),
     "cache": ("lazyfs.cli.cache:cache_command", "Show what is cached on this node; make room."),
     "pull": ("lazyfs.cli.pull:pull_command", "Pull an image into containerd, lazily."),
+    "doctor": ("lazyfs.cli.doctor:doctor_command", "Look at everything a node needs, and say what to do."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }

@@ -1,0 +1,91 @@
+"""containerd: does it run, which version, does it know our snapshotter, is it configured for it. Layer: doctor."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazyfs.doctor.results import failed, ok, warning
+from lazyfs.errors import HostError, LazyfsError, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lazyfs.doctor.results import Result, Subject
+
+_CONNECT_S = 3.0
+_INSTALL = "lazyfs snapshotter install, then restart containerd"
+
+
+def check_snapshotter(subject: Subject) -> Iterator[Result]:
+    address = subject.config.snapshotter.address
+    try:
+        _connect(address)
+    except OSError as error:
+        yield failed("snapshotter", f"{address}: {error.strerror or error}",
+                     "systemctl start lazyfs-snapshotter, or: lazyfs snapshotter")
+        return
+    yield ok("snapshotter", f"listens on {address}")
+
+
+def check_containerd(subject: Subject) -> Iterator[Result]:
+    from snapshotter.containerd import Containerd  # noqa: PLC0415 - gRPC is heavy
+    from snapshotter.install.settings import NAME  # noqa: PLC0415
+    from snapshotter.install.version import parse_version  # noqa: PLC0415
+
+    address = subject.config.snapshotter.containerd_address
+    try:
+        _connect(address)
+    except OSError as error:
+        yield failed("containerd", f"{address}: {error.strerror or error}",
+                     "start containerd, or configure snapshotter.containerd_address")
+        return
+    with Containerd(address) as client:
+        yield ok("containerd", f"version {parse_version(client.version())}")
+        try:
+            client.snapshot(NAME, "lazyfs-doctor")
+        except (HostError, SourceError) as error:
+            text = str(error)
+            hint = _INSTALL if "not loaded" in text or "not found" in text else "look at the snapshotter's log"
+            yield failed("snapshotter in containerd", text, hint)
+        else:
+            yield ok("snapshotter in containerd", f"{NAME} is registered, and answers")
+
+
+def check_configuration(subject: Subject) -> Iterator[Result]:
+    from snapshotter.install import apply, edit  # noqa: PLC0415
+    from snapshotter.install.settings import choose_file_version, settings_for  # noqa: PLC0415
+    from snapshotter.install.version import find_program, find_version  # noqa: PLC0415
+
+    own = subject.config.snapshotter
+    try:
+        version = find_version(find_program(None), own.containerd_address)
+        path = Path(os.path.realpath(subject.containerd_file))
+        text = apply.read_configuration(path)
+        file_version = choose_file_version(version, edit.read_toml(text, str(path)))
+        wanted = settings_for(version, file_version, address=own.address, root=own.root, cri=True)
+        _, changes = edit.set_values(text, file_version, wanted, str(path))
+    except LazyfsError as error:
+        yield failed("containerd's configuration", str(error), error.hint or "read the message")
+        return
+    missing = [".".join(change.path) for change in changes]
+    if not missing:
+        yield ok("containerd's configuration", f"{path} names the snapshotter, for CRI too")
+    elif any(name.startswith("proxy_plugins") for name in missing):
+        yield failed("containerd's configuration", f"{path} lacks {', '.join(missing)}", _INSTALL)
+    else:
+        yield warning("containerd's configuration", f"{path} lacks {', '.join(missing)}",
+                      f"for kubelet: {_INSTALL}")
+
+
+def _connect(address: str) -> None:
+    """Raises OSError: nobody listens there."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(_CONNECT_S)
+        directory = os.open(os.path.dirname(address) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
+        try:
+            client.connect(f"/proc/self/fd/{directory}/{os.path.basename(address)}")  # noqa: PTH119
+        finally:
+            os.close(directory)
