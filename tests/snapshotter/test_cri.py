@@ -276,9 +276,11 @@ def test_pods_outlive_containerd_and_snapshotter(tmp_path: Path, version: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_pod_runs_what_lazyfs_pulled(tmp_path: Path, version: str) -> None:
-    """An image that is there already when kubelet asks for it."""
+    """Images that are there already when kubelet asks for them; the pod's own is lazy, too."""
     with running_registry(tmp_path) as registry:
-        pause, _, lazy = push_test_images(registry, tmp_path)
+        _, _, lazy = push_test_images(registry, tmp_path)
+        pause = f"{registry.host}/pause:lazy"
+        run_convert(f"docker://{registry.host}/pause:1", f"docker://{pause}", registry=RegistryOptions(insecure=True))
         with running_lazy_cri(tmp_path, version, registry, pause) as there:
             for image in (pause, lazy):
                 there.node.lazyfs_pull(image, namespace="k8s.io")
@@ -363,3 +365,24 @@ def test_a_lazy_image_with_a_pull_secret(tmp_path: Path, version: str, transfer:
             for log in (cri.containerd.log, there.node.snapshotter.log.read_text(),
                         (tmp_path / "daemon.log").read_text()):
                 assert PASSWORD not in log
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "transfer"), [("1.6", False), ("2.x", False), ("2.x", True)])
+def test_a_lazy_image_from_a_mirror(
+    tmp_path: Path, version: str, transfer: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The registry in the image's name does not exist: hosts.toml sends both containerd and the daemon elsewhere."""
+    hosts = tmp_path / "certs.d"
+    monkeypatch.setenv("LAZYFS_REGISTRY_HOSTS_DIR", str(hosts))
+    with running_registry(tmp_path) as registry:
+        pause, _, _ = push_test_images(registry, tmp_path)
+        (hosts / "registry.invalid").mkdir(parents=True)
+        (hosts / "registry.invalid" / "hosts.toml").write_text(
+            f'[host."http://{registry.host}"]\ncapabilities = ["pull", "resolve"]\n')
+        image = "registry.invalid/app:lazy"
+        with running_lazy_cri(tmp_path, version, registry, pause, transfer=transfer, hosts_dir=hosts) as there:
+            there.cri.pull(pause)
+            there.cri.pull(image)
+            check_pod(there.cri, image)
