@@ -76,6 +76,7 @@ def _serve(settings: config.Config) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")   # we fork nothing that could use it
     from lazyfs.node.notify import notify  # noqa: PLC0415 - gRPC is heavy: not for --help
     from snapshotter.core import Snapshots  # noqa: PLC0415
+    from snapshotter.credentials.make import credential_proxy  # noqa: PLC0415
     from snapshotter.lazymake import make_lazy_images  # noqa: PLC0415
     from snapshotter.service import serve  # noqa: PLC0415
 
@@ -95,7 +96,8 @@ def _serve(settings: config.Config) -> None:
     snapshots = Snapshots.open(Path(own.root), lazy)
     try:
         lazy.reconcile(snapshots.bootstraps())
-        serve(snapshots, own.address, own.threads, ended, ready=lambda: tell("READY=1"))
+        with credential_proxy(settings) as proxy:
+            serve(snapshots, own.address, own.threads, ended, ready=lambda: tell("READY=1"), extra=proxy)
     finally:
         tell("STOPPING=1")
         snapshots.close()

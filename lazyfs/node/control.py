@@ -25,7 +25,10 @@ from lazyfs.node.housekeeping import Housekeeper, Request
 from lazyfs.node.order import MountOrder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from lazyfs.node.handed import HandedCredentials
 
 _log = logging.getLogger("lazyfs.node")
 _CREDENTIALS = struct.Struct("3i")   # struct ucred: pid, uid, gid (unix(7))
@@ -40,6 +43,9 @@ class Controlled(Protocol):
 
     @property
     def housekeeper(self) -> Housekeeper: ...
+
+    @property
+    def credentials(self) -> HandedCredentials: ...
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
@@ -195,9 +201,11 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
     if operation in {protocol.USAGE, protocol.EVICT}:
         return await _keep_house(worker.housekeeper, request)
-    if operation == protocol.TOUCHED:
-        return worker.touched(str(request["target"]))
-    plain = {protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health}
+    plain: dict[Any, Callable[[], Any]] = {
+        protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
+        protocol.TOUCHED: lambda: worker.touched(str(request["target"])),
+        protocol.CREDENTIALS: lambda: worker.credentials.take(request.get("entries"), more=bool(request.get("more"))),
+    }
     if operation in plain:
         return plain[operation]()
     if operation == protocol.SHUTDOWN:

@@ -133,6 +133,11 @@ class WorkerDir:
         return self.root / "seed"
 
     @property
+    def handed(self) -> Path:
+        """A mark: somebody hands credentials to our workers."""
+        return self.root / "credentials-handed-over"
+
+    @property
     def fuse(self) -> Path:
         return self.root / "fuse"
 
@@ -211,7 +216,7 @@ class WorkerDir:
             for path in (self.fuse, self.control_mount, self.mounts):
                 os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
             for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,
-                         self.keeper_socket, self.root / "lock"):
+                         self.keeper_socket, self.handed, self.root / "lock"):
                 path.unlink(missing_ok=True)
             self.root.rmdir()
 

@@ -22,6 +22,7 @@ from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node import restore
+from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
 from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
 from lazyfs.node.opening import open_image
@@ -70,6 +71,7 @@ class Worker:
         self._lasting = lasting
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
+        self.credentials = HandedCredentials(directory.handed)
         self.closing = False
         self.finished = trio.Event()
 

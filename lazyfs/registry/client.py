@@ -110,7 +110,7 @@ class RegistryClient:
         try:
             self._own = self._set_up()
         except LazyfsError as error:
-            _log.warning("still reading %s as before: %s", self.host, error)
+            _log.warning("still reading %s as before: %s", self.host, str(error))
             return
         for one in old:
             one.close()   # answers of theirs that are being read stay open
@@ -173,7 +173,7 @@ class RegistryClient:
             try:
                 return attempt(one, until)
             except LazyfsError as error:
-                errors[one] = error
+                errors[one] = error.with_traceback(None)   # else this frame would hold itself, and the answer
                 if len(hosts) > 1:
                     _blame(one, error, until - started)
                 if time.monotonic() >= deadline:

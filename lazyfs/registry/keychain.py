@@ -59,7 +59,7 @@ class Keychain:
             try:
                 found = source(host, repository, refused)
             except LazyfsError as error:
-                _log.info("%s: no credentials out of one source: %s", host, error)
+                _log.info("%s: no credentials out of one source: %s", host, str(error))
                 failure = failure or error
             else:
                 if found is not None and found not in refused:

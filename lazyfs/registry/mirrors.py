@@ -80,7 +80,7 @@ class Health:
             while len(self._pauses) > _SERVER_COUNT_MAX:
                 del self._pauses[next(iter(self._pauses))]
         if not server.is_last:
-            _log.warning("mirror %s is left alone for %.0f s: %s", server.key, length_s, error)
+            _log.warning("mirror %s is left alone for %.0f s: %s", server.key, length_s, str(error))
         return not server.is_last
 
 

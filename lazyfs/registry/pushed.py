@@ -48,9 +48,11 @@ class PushedCredentials:
         with self._lock:
             self._expected_until = time.monotonic() + seconds
 
-    def put(self, entries: Sequence[Mapping[str, Any]]) -> None:
+    def put(self, entries: Sequence[Mapping[str, Any]], *, more: bool = False) -> None:
         """
         Take over `{host, repository, username, password | identity_token, lifetime_s}` each, the newest last.
+
+        `more`: the rest follows, so who waits goes on waiting if it is not among these.
 
         Raises:
             UsageError: one of them is malformed; nothing has changed then, and nothing of it is shown.
@@ -62,7 +64,8 @@ class PushedCredentials:
                 self._held.pop(key, None)
                 self._held[key] = held
             self._forget()
-            self._expected_until = 0.0
+            if not more:
+                self._expected_until = 0.0
             self._lock.notify_all()
 
     def find(self, host: str, repository: str, refused: Collection[Credentials] = ()) -> Credentials | None:
