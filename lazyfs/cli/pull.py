@@ -34,14 +34,14 @@ Pulling again is quick. A pull that was killed leaves nothing behind for longer 
               help="containerd's namespace; Kubernetes uses k8s.io.")
 @click.option("--snapshotter", default="lazyfs", show_default=True, envvar="CONTAINERD_SNAPSHOTTER", metavar="NAME",
               help="Who unpacks it; lazy images need lazyfs.")
-@click.option("--containerd-address", default="/run/containerd/containerd.sock", show_default=True, metavar="SOCKET",
-              envvar=["LAZYFS_SNAPSHOTTER_CONTAINERD_ADDRESS", "CONTAINERD_ADDRESS"], help="containerd's socket.")
+@click.option("--containerd-address", envvar="CONTAINERD_ADDRESS", metavar="SOCKET",
+              show_default="configured, or /run/containerd/containerd.sock", help="containerd's socket.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with the time of each phase.")
 @platform_option
 @registry_options
-def pull_command(image: str, *, namespace: str, snapshotter: str, containerd_address: str, quiet: bool,
-                 as_json: bool, platform: str | None, registry: RegistryOptions) -> None:
+def pull_command(image: str, *, namespace: str, snapshotter: str, containerd_address: str | None,
+                 quiet: bool, as_json: bool, platform: str | None, registry: RegistryOptions) -> None:
     """
     Pull an image into containerd, and unpack it with the lazyfs snapshotter.
 
@@ -50,9 +50,11 @@ def pull_command(image: str, *, namespace: str, snapshotter: str, containerd_add
     """
     from dataclasses import asdict  # noqa: PLC0415
 
-    from snapshotter.pull import PullOrder, pull  # noqa: PLC0415 - start-up time of --help
+    from lazyfs import config  # noqa: PLC0415 - start-up time of --help
+    from snapshotter.pull import PullOrder, pull  # noqa: PLC0415
 
-    order = PullOrder(image, registry, containerd_address, namespace, snapshotter, platform)
+    address = containerd_address or config.load().snapshotter.containerd_address
+    order = PullOrder(image, registry, address, namespace, snapshotter, platform)
     with make_progress(quiet=quiet or as_json) as progress:
         report = pull(order, progress)
     if as_json:
