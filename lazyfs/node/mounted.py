@@ -93,7 +93,8 @@ class MountedImage:
 
     def in_use(self, served: Served) -> bool:
         """Whether somebody still reads through us."""
-        return any(map(served.device_in_use, self.device_indexes)) or served.image_in_use(self.slot)
+        ours = (index for index in self.device_indexes if index >= 0)
+        return any(map(served.device_in_use, ours)) or served.image_in_use(self.slot)
 
     def record(self, worker: ProcessIdentity, cache_dir: Path) -> MountRecord:
         """What a worker that takes over must know."""

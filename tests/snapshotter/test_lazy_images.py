@@ -94,8 +94,8 @@ class Rig:
         assert list((self.root / "images").iterdir()) == []
         assert list((self.root / "lazy").iterdir()) == []
         deadline = time.monotonic() + WAIT_S
-        while self.served():
-            assert time.monotonic() < deadline, self.served()
+        while left := [*self.served(), *self.link.directory.mounts.glob("*.json")]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.05)
 
     def served(self) -> list[object]:
