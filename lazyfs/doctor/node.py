@@ -86,7 +86,7 @@ def check_cache(subject: Subject) -> Iterator[Result]:
     else:
         yield ok("disk space", share)
     if status.f_files and status.f_favail < max(1000, status.f_files // 100):
-        yield failed("inodes", f"{status.f_favail} of {status.f_files} are free", "make room: it holds many small files")
+        yield failed("inodes", f"{status.f_favail} of {status.f_files} are free", "remove what holds many small files")
     if path.exists() and _others_may(path.stat()):
         yield warning("cache", f"{path} can be entered by others than root", f"chmod 700 {path}")
 

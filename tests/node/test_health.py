@@ -121,7 +121,7 @@ async def test_a_port_that_is_taken_is_tried_again(
         port = other.getsockname()[1]
         nursery.start_soon(health.serve, f"127.0.0.1:{port}", lambda: dict(READY))
         with trio.fail_after(10):
-            while "cannot be used" not in caplog.text:
+            while "cannot be used" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
                 await trio.sleep(0.01)
     with trio.fail_after(10):
         while True:
