@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from lazyfs.errors import DeadlineError, IntegrityError, LazyfsError, SourceError, UsageError
+from lazyfs.errors import DeadlineError, IntegrityError, LazyfsError, NotFoundError, SourceError, UsageError
 from lazyfs.registry import RegistryReference, open_source, parse_reference
 
 if TYPE_CHECKING:
@@ -182,7 +182,18 @@ class _Pull:
                 self.report.unpacked_count += 1
                 labelled.append(pool.submit(self._label_unpacked, place))
 
-            Unpacker(self.client, order.snapshotter, image, lambda place: layers[place].result()).unpack(first, applied)
+            def wait_content(place: int) -> None:
+                if place not in layers:          # its snapshot was there a moment ago
+                    layers[place] = pool.submit(self._put_layer, place)
+                layers[place].result()
+
+            unpacker = Unpacker(self.client, order.snapshotter, image, wait_content)
+            try:
+                unpacker.unpack(max(first - 1, 0), applied)      # asking for one that is there puts it under the lease
+            except NotFoundError:                # a snapshot below was collected in this moment
+                if first == 0:
+                    raise
+                unpacker.unpack(0, applied)
             clock.end("unpack")
             for future in [*documents, *labelled, *layers.values()]:
                 future.result()

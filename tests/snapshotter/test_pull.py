@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazyfs.image.digest import Digest
+from lazyfs.registry import RegistryOptions, open_source
 from snapshotter.containerd import Containerd
-from snapshotter.pullimage import chain
+from snapshotter.pullimage import chain, resolve
+from snapshotter.unpack import Unpacker
 from tests.containerdkit import VERSIONS, running_containerd
 from tests.containerdkit import Containerd as Daemon
 from tests.convertkit import Layout
@@ -169,6 +172,22 @@ def test_again_and_by_another_name(daemon: Daemon, registry: Registry, namespace
     sources = [labels["containerd.io/distribution.source.127.0.0.1"]
                for _, labels in state(daemon, namespace)["contents"].values()]
     assert sources.count("again/another,again/one") == 2      # manifest and config; layers that are there are not asked
+
+
+def test_snapshots_that_are_there_are_held_by_the_lease(
+    daemon: Daemon, registry: Registry, namespace: str, tmp_path: Path,
+) -> None:
+    layout = Layout(tmp_path / "in")
+    layout.add_image("1", tars(3))
+    reference = push(layout, "1", registry, "held:1")
+    lazyfs_pull(daemon, namespace, reference)
+    with contextlib.closing(open_source(reference, RegistryOptions(insecure=True))) as source:
+        image = resolve(source, None, reference, "overlayfs")
+    with Containerd(str(daemon.address), namespace) as client:
+        client.create_lease("held", {})
+        Unpacker(client.with_lease("held"), "overlayfs", image, pytest.fail).unpack(2, pytest.fail)
+        daemon.ctr("images", "remove", "--sync", reference, namespace=namespace)
+        assert len(client.snapshots("overlayfs")) == 3
 
 
 def test_a_tag_that_has_moved(daemon: Daemon, registry: Registry, namespace: str, tmp_path: Path) -> None:
