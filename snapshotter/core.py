@@ -76,8 +76,12 @@ class Snapshots:
         directories = Directories.open(root)
         try:
             records = Records.open(directories.root / "metadata.db")
-            directories.start_above(records.last_id())
-            return cls(directories, records, hook)
+            try:
+                directories.start_above(records.last_id())
+                return cls(directories, records, hook)
+            except BaseException:
+                records.close()
+                raise
         except BaseException:
             directories.close()
             raise
