@@ -55,9 +55,9 @@ def test_layers_merge_and_writes_go_to_the_top(tmp_path: Path) -> None:
             assert sorted(path.name for path in target.iterdir()) == ["b", "new"]
             with pytest.raises(OSError, match="Read-only"):
                 (target / "more").write_text("x")
-        with mounted(snapshots.view("w", "one", {}), tmp_path / "mnt") as target:
-            with pytest.raises(OSError, match="Read-only"):
-                (target / "more").write_text("x")
+        lowest = snapshots.view("w", "one", {})
+        with mounted(lowest, tmp_path / "mnt") as target, pytest.raises(OSError, match="Read-only"):
+            (target / "more").write_text("x")
 
 
 def test_128_layers(tmp_path: Path) -> None:
