@@ -18,6 +18,7 @@ import json
 import os
 import re
 import stat
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DEVICES, BOOTSTRAPS, IMAGES, EVICTED = f"v{presence.VERSION}", "bootstraps", "images", "evicted"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _IMAGE_FILE = re.compile(r"([0-9a-f]{64})\.(zst|tar|erofs|json)")
-_TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)\.tmp")
+_TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)(?:-\d+)?\.tmp")
 _BLOCK_BYTES = 512                                        # of st_blocks (stat(2)), whatever the file system's are
 _NAME_CHARS_MAX = 4096
 _RECORD_BYTES_MAX = 70 * limits.DEVICE_COUNT_MAX + 8 * _NAME_CHARS_MAX
@@ -56,7 +57,7 @@ class ImageRecord:
                 os.utime(file)
                 return
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
         temporary.write_bytes(data)
         temporary.replace(file)
 

@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lazyfs import limits
-from lazyfs.errors import DiskFullError, IntegrityError
+from lazyfs.cache.ownership import raise_cache_error
+from lazyfs.errors import IntegrityError
 from lazyfs.fs.drivers import Driver, choose_driver
 from lazyfs.image.bootstrap import decompress_layer, pack_unpacked, parse_bootstrap
 from lazyfs.image.digest import Digest
@@ -200,8 +202,9 @@ def _map_file(path: Path) -> mmap.mmap | None:
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:
-    """Replace atomically. Not synced: what is read back is checked."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    """Replace atomically. Not synced: what is read back is checked. Raises CacheError, DiskFullError."""
+    # of this thread alone: an image may be mounted twice at the same time
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         temporary.write_bytes(data)
@@ -209,5 +212,4 @@ def _write_file(path: Path, data: bytes | memoryview) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        text = f"cannot write {path}: {error.strerror}"
-        raise DiskFullError(text, hint="free some space, or use another --cache-dir") from error
+        raise_cache_error(path.parent.parent, f"write {path.name}", error)

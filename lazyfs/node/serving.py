@@ -141,6 +141,12 @@ def import_registry_client() -> None:
     importlib.import_module("lazyfs.registry.remote")
 
 
+def import_for_mounts() -> None:
+    """What a first mount needs, 50 ms of it: for a daemon, which has the time. Not before a hand-over: readers wait."""
+    importlib.import_module("lazyfs.image.erofs.reader")
+    importlib.import_module("numpy.ma")   # behind its set operations, on the first chunk table
+
+
 async def _run_session(session: FuseSession, task_status: trio.TaskStatus[None]) -> None:
     await session.serve(task_status)
     raise HostError(f"the FUSE mount {session.mount_point} was taken away",
@@ -156,6 +162,7 @@ def _tune(session: FuseSession, directory: WorkerDir, mounter: MounterClient) ->
 async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:
     """The starter's connection: if it closes without a mount, there is nothing to live for."""
     await control.serve_connection(connection, worker, starter=True)
+    worker.awaits_order = False
     worker.finish_if_idle()
 
 

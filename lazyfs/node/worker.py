@@ -69,6 +69,7 @@ class Worker:
         self._detached: list[MountedImage] = []
         self._busy_targets: set[str] = set()
         self._lasting = lasting
+        self.awaits_order = not lasting   # its starter fetches the bootstrap first; a slow registry takes a while
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
         self.credentials = HandedCredentials(directory.handed)
@@ -111,6 +112,7 @@ class Worker:
             return mounted.describe()
         finally:
             self._busy_targets.discard(order.target)
+            self.awaits_order = False
             self.finish_if_idle()
 
     async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]:
@@ -234,7 +236,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to serve."""
-        return not (self._mounts or self._detached or self._busy_targets or self._broken)
+        return not (self._mounts or self._detached or self._busy_targets or self._broken or self.awaits_order)
 
     def finish_if_idle(self, *, even_lasting: bool = False) -> None:
         """An embedded worker ends with its last mount."""

@@ -338,6 +338,18 @@ def test_wrong_bytes_on_the_way_are_never_served(machine: Machine, registry: str
 
 
 @pytest.mark.parametrize("path", ["/manifests/", "/blobs/"])
+def test_a_registry_that_takes_its_time_is_waited_for(machine: Machine, registry: str, path: str):
+    """A worker without mounts ends; not one whose first order is still on its way (it looks every 2 s)."""
+    target = machine.target()
+    with FaultProxy(registry) as proxy:
+        proxy.add(Fault(Kind.DELAY, path=path, seconds=5, times=1))
+        machine.mount(f"docker://{proxy.host}/app:lazy", target, "--insecure")
+        assert read(target / "f1") == FILES["f1"]
+    machine.umount(target)
+    machine.assert_clean()
+
+
+@pytest.mark.parametrize("path", ["/manifests/", "/blobs/"])
 def test_an_interrupted_mount_leaves_nothing(machine: Machine, registry: str, path: str):
     with FaultProxy(registry) as proxy:
         proxy.add(Fault(Kind.BLACK_HOLE, path=path))

@@ -7,16 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from lazyfs.cache.inventory import ImageRecord
 from lazyfs.cli.mount import absolute_image
-from lazyfs.errors import BugError, DeadlineError, TargetError, UsageError
+from lazyfs.errors import BugError, DeadlineError, LazyfsError, TargetError, UsageError
 from lazyfs.image import manifest
-from lazyfs.node import control, protocol, rundir, seed
+from lazyfs.image.digest import Digest
+from lazyfs.node import control, opening, protocol, rundir, seed
 from lazyfs.node.holders import describe_holders
 from lazyfs.node.order import MountOrder
 from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
@@ -291,3 +294,27 @@ def test_a_worker_that_never_answers_is_a_deadline():
     with theirs, pytest.raises(DeadlineError):
         client.request("list", 0.1)
     client.close()
+
+
+# --- files in the cache directory -------------------------------------------------------------------------------------
+
+
+def test_two_mounts_of_one_image_may_write_its_files_at_the_same_time(tmp_path: Path) -> None:
+    path, problems = tmp_path / "cache" / "images" / f"{'a' * 64}.erofs", []
+    path.parent.mkdir(parents=True)
+
+    def write() -> None:
+        for _ in range(50):
+            try:
+                opening._write_file(path, bytes(100_000))
+                ImageRecord("app", ()).write(tmp_path / "cache", Digest("sha256:" + "a" * 64))
+            except LazyfsError as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert sorted(one.name for one in path.parent.iterdir()) == [f"{'a' * 64}.erofs", f"{'a' * 64}.json"]
