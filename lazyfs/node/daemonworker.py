@@ -147,7 +147,7 @@ async def _serve(
         async with serving.running(session, directory, mounter) as nursery:
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
-            nursery.start_soon(worker.housekeeper.run)
+            nursery.start_soon(worker.housekeeper.run, place.config.cache)
             nursery.start_soon(_listen, lines, worker)
             if place.config.daemon.health_address:
                 from lazyfs.node import health  # noqa: PLC0415 - h11 only where it is wanted
@@ -155,6 +155,7 @@ async def _serve(
                 nursery.start_soon(health.serve, place.config.daemon.health_address, worker.health)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)
+            nursery.start_soon(trio.to_thread.run_sync, serving.import_for_mounts)
             await worker.finished.wait()
             nursery.cancel_scope.cancel()
         if worker.idle:
