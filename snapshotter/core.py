@@ -42,7 +42,7 @@ from snapshotter.model import (
     SnapshotInfo,
     Usage,
 )
-from snapshotter.records import Record, Records
+from snapshotter.records import Goodbye, Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -294,17 +294,25 @@ class Snapshots:
         lowers: list[Path] = []
         for record in chain:
             if record.layer is LayerKind.LAZY_BOOTSTRAP:
-                try:
-                    return [*lowers, self._hook.ensure_mounted(self._lazy(record))]
-                except LazyfsError as error:
-                    text = f"lazy image below {record.info.name}: {error}"
-                    raise SnapshotUnavailableError(text, hint=error.hint) from error
+                return [*lowers, self._tree(record)]
             if record.layer is LayerKind.ORDINARY:
                 lowers.append(self._directories.fs(record.id))
             elif not labels.get(LABEL_REF):   # with it, containerd is unpacking: the bootstrap is still to come
                 raise SnapshotStateError(f"lazy layer {record.info.name} has no bootstrap layer above it",
                                          hint="the image is not a whole lazy image: convert it again")
         return lowers
+
+    def _tree(self, bootstrap: Record) -> Path:
+        """Where its image is mounted. Raises SnapshotUnavailableError; SnapshotMissingError: removed meanwhile."""
+        try:
+            tree = self._hook.ensure_mounted(self._lazy(bootstrap))
+        except LazyfsError as error:
+            text = f"lazy image below {bootstrap.info.name}: {error}"
+            raise SnapshotUnavailableError(text, hint=error.hint) from error
+        if bootstrap.id not in self._records.ids():   # then its goodbye may have been said before we mounted
+            self._let_go(Goodbye(bootstrap.id, bootstrap.info.name, self._lazy(bootstrap).labels))
+            raise SnapshotMissingError(f"snapshot {bootstrap.info.name} was removed meanwhile")
+        return tree
 
     def _map(self, snapshot_id: int, lowers: list[Path], mapping: tuple[str, str] | None) -> list[Path]:
         """Raises SnapshotUnavailableError: ids cannot be mapped here."""
@@ -336,13 +344,15 @@ class Snapshots:
         for goodbye in self._records.goodbyes():
             if only not in {None, goodbye.id}:
                 continue
-            lazy = LazyLayer(goodbye.name, goodbye.labels, self._directories.fs(goodbye.id), goodbye.id)
-            try:
-                self._hook.forget(lazy)
-            except LazyfsError as error:
-                _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
-            else:
-                self._records.said_goodbye(goodbye.id)
+            self._let_go(goodbye)
+
+    def _let_go(self, goodbye: Goodbye) -> None:
+        try:
+            self._hook.forget(LazyLayer(goodbye.name, goodbye.labels, self._directories.fs(goodbye.id), goodbye.id))
+        except LazyfsError as error:
+            _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
+        else:
+            self._records.said_goodbye(goodbye.id)
 
 
 def _mapping(chain: list[Record], labels: Mapping[str, str]) -> tuple[str, str] | None:

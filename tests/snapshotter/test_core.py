@@ -32,6 +32,8 @@ from tests.snapkit import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from snapshotter.lazyhook import LazyLayer
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="snapshots belong to root")
 
 
@@ -347,6 +349,22 @@ def test_a_removed_lazy_image_is_let_go_even_if_the_daemon_was_away(both: tuple[
     for ref in ("sha256:2", "sha256:1"):
         snapshots.remove(ref)
     assert not snapshots.find()
+
+
+def test_an_image_that_is_removed_while_it_is_mounted_does_not_stay(both: tuple[Snapshots, PlainImages]) -> None:
+    snapshots, hook = both
+    top = lazy_image(both)
+    mount = hook.ensure_mounted
+
+    def removed_before(bootstrap: LazyLayer) -> Path:
+        hook.ensure_mounted = mount
+        snapshots.remove(top)
+        return mount(bootstrap)
+
+    hook.ensure_mounted = removed_before   # another request of containerd, at the worst moment
+    with pytest.raises(SnapshotMissingError, match="removed meanwhile"):
+        snapshots.prepare("container", top, {})
+    assert hook.mounted == {}
 
 
 # --- the root -------------------------------------------------------------------------------------------------------
