@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from benchmarks.kit.containerd import Containerd
 from benchmarks.kit.daemon import NodeDaemon, pss_mb
@@ -60,6 +60,12 @@ class Node:
         """Proportional set sizes of all our processes."""
         pid = self._snapshotter.pid
         return self.daemon.memory_mb() + sum(pss_mb(one) for one in [pid, *descendants(pid)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.containerd.close()

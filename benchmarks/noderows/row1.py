@@ -56,11 +56,9 @@ def _whole(session: Session, subject: Subject) -> tuple[float, float]:
 
 def _lazy(session: Session, subject: Subject, hot: str) -> tuple[float, float]:
     reference = session.lazy(subject, session.far, f"hot-{subject.program}", "--prefetch", hot)
-    node = Node(session.place)
-    drop_page_cache()
-    begin = time.perf_counter()
-    pull_s = node.pull(reference)
-    first_output_s(node.containerd.run_words(reference, subject.command, SNAPSHOTTER))
-    total_s = time.perf_counter() - begin
-    node.close()
-    return pull_s, total_s
+    with Node(session.place) as node:
+        drop_page_cache()
+        begin = time.perf_counter()
+        pull_s = node.pull(reference)
+        first_output_s(node.containerd.run_words(reference, subject.command, SNAPSHOTTER))
+        return pull_s, time.perf_counter() - begin

@@ -16,9 +16,13 @@ _STARTS_PER_RUN = 5
 
 
 def measure(session: Session) -> list[Figure]:
-    node = Node(session.place)
     lazy = session.lazy(NUMPY, session.near)
     plain = session.source(NUMPY, session.near)
+    with Node(session.place) as node:
+        return _compare(session, node, lazy, plain)
+
+
+def _compare(session: Session, node: Node, lazy: str, plain: str) -> list[Figure]:
     node.pull(lazy)
     node.containerd.pull(plain)
     figures = []
@@ -30,5 +34,4 @@ def measure(session: Session) -> list[Figure]:
             theirs.append(node.containerd.run(plain, command))
             ours.append(node.containerd.run(lazy, command, SNAPSHOTTER))
         figures.append(ratio(key, " ".join(command[:1]), target, ours, theirs))
-    node.close()
     return figures
