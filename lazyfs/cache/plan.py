@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Once over a limit, go this share of it below: else every chunk stored would be a reason to look again.
 SLACK_SHARE = 0.05
+# Of a small quota, room that somebody asks for is at most this share: not everything goes for one chunk.
+ROOM_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def wanted_bytes(used_bytes: int, disk: Disk, limits: Limits, *, room_bytes: int
     if room_bytes:
         wanted = max(wanted, floor + room_bytes - disk.free_bytes)
         if limits.quota_bytes:
-            wanted = max(wanted, used_bytes + room_bytes - limits.quota_bytes)
+            room = min(room_bytes, int(limits.quota_bytes * ROOM_SHARE))
+            wanted = max(wanted, used_bytes + room - limits.quota_bytes)
     return min(wanted, used_bytes)
 
 

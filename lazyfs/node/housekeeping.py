@@ -109,6 +109,11 @@ class Settings:
         except LazyfsError as error:
             _log.error("cache limits are the defaults: %s", error)
             found = config.Cache()
+        return cls.of(found)
+
+    @classmethod
+    def of(cls, found: config.Cache) -> Self:
+        """Of a configuration."""
         return cls(Limits(found.quota_bytes, found.free_floor_bytes), found.evict_interval_s)
 
 
@@ -122,9 +127,12 @@ class Housekeeper:
         self._one_at_a_time = trio.Lock()
         self._short = trio.Event()
 
-    async def run(self) -> None:
-        """Look now and then, and when room is short, for ever."""
-        self._settings = await trio.to_thread.run_sync(Settings.configured)
+    async def run(self, configured: config.Cache | None = None) -> None:
+        """Look now and then, and when room is short, for ever. `configured`: None reads it."""
+        if configured is None:
+            self._settings = await trio.to_thread.run_sync(Settings.configured)
+        else:
+            self._settings = Settings.of(configured)
         space = self._cache.space
         space.limits = self._settings.limits
         token = trio.lowlevel.current_trio_token()

@@ -45,6 +45,7 @@ def test_room_is_made_when_somebody_found_none() -> None:
     assert wanted_bytes(5000, Disk(10_000, 100), Limits(), room_bytes=64) == 0
     assert wanted_bytes(5000, Disk(10_000, 100), Limits(floor=Amount(bytes=90)), room_bytes=64) == 54
     assert wanted_bytes(980, Disk(10_000, 5000), Limits(1000), room_bytes=64) == 44
+    assert wanted_bytes(980, Disk(10_000, 5000), Limits(1000), room_bytes=5000) == 80, "a tenth of the quota"
 
 
 # --- what -------------------------------------------------------------------------------------------------------------
