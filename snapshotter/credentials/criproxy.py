@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SERVICES: Final = ("runtime.v1.ImageService", "runtime.v1alpha2.ImageService")
 _UNARY: Final = {"ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo"}
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024     # kubelet's own bound
+_TIMEOUT_S_MAX = 1e6
 _PULL_THREADS, _OTHER_THREADS = 64, 8    # a pull may take minutes; kubelet makes many only when told to
 _KEYS_DROPPED: Final = {"user-agent", "content-type", "te"}
 _LOG = logging.getLogger("lazyfs.snapshotter")
@@ -111,10 +112,11 @@ class ImageServiceProxy(grpc.GenericRpcHandler):   # type: ignore[misc]
     def _containerd(self) -> Any:
         with self._lock:
             if self._channel is None:
-                sizes = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                terms = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
                          ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-                         ("grpc.max_reconnect_backoff_ms", 1000), ("grpc.default_authority", "localhost")]
-                self._channel = grpc.insecure_channel(f"unix:{self._address}", sizes)
+                         ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000),
+                         ("grpc.default_authority", "localhost")]
+                self._channel = grpc.insecure_channel(f"unix:{self._address}", terms)
             return self._channel
 
 
@@ -133,7 +135,9 @@ class _Behaviour:
 
 def _terms(context: Any) -> dict[str, Any]:
     """Time limit and metadata of a call, for the call that is made instead."""
-    return {"timeout": context.time_remaining(), "metadata": _passable(context.invocation_metadata())}
+    left_s = context.time_remaining()   # infinite: gRPC says so, and would not take it
+    return {"timeout": left_s if left_s is not None and left_s < _TIMEOUT_S_MAX else None,
+            "metadata": _passable(context.invocation_metadata())}
 
 
 def _passable(metadata: Any) -> tuple[tuple[str, Any], ...]:

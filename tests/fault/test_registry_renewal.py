@@ -1,4 +1,4 @@
-"""Tokens and passwords that end in the middle of reads: renewed once, for all who wait, out of whatever source has one."""
+"""Tokens and passwords that end in the middle of reads: renewed once, for all who wait, whoever has a new one."""
 
 from __future__ import annotations
 
