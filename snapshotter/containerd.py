@@ -59,7 +59,7 @@ class Containerd:
     def __init__(self, address: str = DEFAULT_ADDRESS, namespace: str = "default") -> None:
         self.address = address
         self.namespace = namespace
-        self._lease = ""
+        self.lease = ""
         self._channel = grpc.insecure_channel(f"unix:{address}", options=[
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -78,7 +78,7 @@ class Containerd:
     def _copy(self, namespace: str, lease: str) -> Self:
         other = object.__new__(type(self))
         other.address, other.namespace = self.address, namespace
-        other._lease, other._channel = lease, self._channel
+        other.lease, other._channel = lease, self._channel
         return other
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Containerd:
     @property
     def _metadata(self) -> list[tuple[str, str]]:
         found = [("containerd-namespace", self.namespace)]
-        return [*found, ("containerd-lease", self._lease)] if self._lease else found
+        return [*found, ("containerd-lease", self.lease)] if self.lease else found
 
     def _call(self, method: str, request: Any, answer: Callable[[bytes], Any], timeout_s: float = CALL_S) -> Any:
         """One unary call; raises grpc.RpcError."""
@@ -260,10 +260,10 @@ class Containerd:
         found = self._ask("leases.v1.Leases/List", leases_pb2.ListRequest(), leases_pb2.ListResponse.FromString)
         return [lease.id for lease in found.leases]
 
-    def add_to_lease(self, lease: str, kind: str, name: str) -> None:
-        """`kind`: "content", "ingests" or "snapshots/<snapshotter>"."""
+    def hold(self, kind: str, name: str) -> None:
+        """Add something to this client's lease. `kind`: "content", "ingests" or "snapshots/<snapshotter>"."""
         resource = leases_pb2.Resource(id=name, type=kind)
-        self._ask("leases.v1.Leases/AddResource", leases_pb2.AddResourceRequest(id=lease, resource=resource),
+        self._ask("leases.v1.Leases/AddResource", leases_pb2.AddResourceRequest(id=self.lease, resource=resource),
                   Empty.FromString)
 
     def delete_lease(self, lease: str) -> None:

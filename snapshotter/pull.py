@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from lazyfs.errors import DeadlineError, IntegrityError, LazyfsError, NotFoundError, SourceError, UsageError
+from lazyfs.errors import DeadlineError, IntegrityError, LazyfsError, SourceError, UsageError
 from lazyfs.registry import RegistryReference, open_source, parse_reference
 
 if TYPE_CHECKING:
@@ -168,13 +168,13 @@ class _Pull:
     stopped: bool = False
 
     def run(self, clock: _Clock) -> None:
-        from snapshotter.unpack import Unpacker, first_missing  # noqa: PLC0415
+        from snapshotter.unpack import Unpacker, held_layers  # noqa: PLC0415
 
         image, order = self.image, self.order
         pool = ThreadPoolExecutor(JOBS, thread_name_prefix="blob")
         try:
             documents = [pool.submit(self._put_document, blob) for blob in image.documents]
-            first = first_missing(self.client, order.snapshotter, image)
+            first = held_layers(self.client, order.snapshotter, image)
             layers = self._start_layers(pool, first)
             labelled: list[Future[None]] = []
 
@@ -182,18 +182,7 @@ class _Pull:
                 self.report.unpacked_count += 1
                 labelled.append(pool.submit(self._label_unpacked, place))
 
-            def wait_content(place: int) -> None:
-                if place not in layers:          # its snapshot was there a moment ago
-                    layers[place] = pool.submit(self._put_layer, place)
-                layers[place].result()
-
-            unpacker = Unpacker(self.client, order.snapshotter, image, wait_content)
-            try:
-                unpacker.unpack(max(first - 1, 0), applied)      # asking for one that is there puts it under the lease
-            except NotFoundError:                # a snapshot below was collected in this moment
-                if first == 0:
-                    raise
-                unpacker.unpack(0, applied)
+            Unpacker(self.client, order.snapshotter, image, lambda place: layers[place].result()).unpack(first, applied)
             clock.end("unpack")
             for future in [*documents, *labelled, *layers.values()]:
                 future.result()

@@ -41,6 +41,17 @@ def first_missing(client: Containerd, snapshotter: str, image: PullImage) -> int
     return low
 
 
+def held_layers(client: Containerd, snapshotter: str, image: PullImage) -> int:
+    """How many layers, from the lowest, have snapshots; these are held by the client's lease from now on."""
+    count = first_missing(client, snapshotter, image)
+    if count:
+        top = image.chain_ids[count - 1]
+        client.hold(f"snapshots/{snapshotter}", top)     # and what is below it
+        if client.snapshot(snapshotter, top) is None:    # collected in this moment
+            return 0
+    return count
+
+
 class Unpacker:
     """Unpacks one image. `wait_content(place)` returns when the content of that layer is in containerd."""
 

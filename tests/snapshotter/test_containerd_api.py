@@ -180,7 +180,7 @@ def test_leases_hold_what_was_made_with_them(daemon: Daemon, client: Containerd)
     later.create_lease("test", {})
     kept = put(client, b"kept")
     later.create_lease("third", {})
-    later.add_to_lease("third", "content", kept.text)
+    later.with_lease("third").hold("content", kept.text)
     daemon.ctr("leases", "delete", "--sync", "test", namespace=client.namespace)
     assert later.content_info(kept) is not None
     later.delete_lease("third")

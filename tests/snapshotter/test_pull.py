@@ -18,7 +18,7 @@ from lazyfs.image.digest import Digest
 from lazyfs.registry import RegistryOptions, open_source
 from snapshotter.containerd import Containerd
 from snapshotter.pullimage import chain, resolve
-from snapshotter.unpack import Unpacker
+from snapshotter.unpack import held_layers
 from tests.containerdkit import VERSIONS, running_containerd
 from tests.containerdkit import Containerd as Daemon
 from tests.convertkit import Layout
@@ -185,9 +185,11 @@ def test_snapshots_that_are_there_are_held_by_the_lease(
         image = resolve(source, None, reference, "overlayfs")
     with Containerd(str(daemon.address), namespace) as client:
         client.create_lease("held", {})
-        Unpacker(client.with_lease("held"), "overlayfs", image, pytest.fail).unpack(2, pytest.fail)
+        assert held_layers(client.with_lease("held"), "overlayfs", image) == 3
         daemon.ctr("images", "remove", "--sync", reference, namespace=namespace)
         assert len(client.snapshots("overlayfs")) == 3
+        daemon.ctr("leases", "delete", "--sync", "held", namespace=namespace)
+        assert held_layers(client, "overlayfs", image) == 0
 
 
 def test_a_tag_that_has_moved(daemon: Daemon, registry: Registry, namespace: str, tmp_path: Path) -> None:
