@@ -260,6 +260,26 @@ def test_undoing_an_edited_file_leaves_the_edits(machine: Installed) -> None:
     assert tomllib.loads(text) == {**tomllib.loads(DEBIAN), "debug": {"level": "warn"}}
 
 
+def test_restart_is_asked_for(machine: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A systemctl that writes down what it is told: no systemd runs here."""
+    said = tmp_path / "said"
+    program = tmp_path / "bin" / "systemctl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >>{said}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    machine.run("install")
+    assert not said.exists()
+    machine.run("install", "--restart")
+    machine.run("uninstall", "--restart")
+    units_words = "lazyfs.service lazyfs-snapshotter.service"
+    assert said.read_text().splitlines() == [
+        "daemon-reload", f"enable --now {units_words}", "restart containerd.service",
+        "disable --now lazyfs-snapshotter.service lazyfs.service", "daemon-reload", "restart containerd.service"]
+    program.write_text("#!/bin/sh\necho no such unit >&2; exit 5\n")
+    assert "systemctl daemon-reload failed: no such unit" in machine.run("install", "--restart", code=40)
+
+
 def test_what_containerd_refuses_is_not_put_in_place(machine: Installed) -> None:
     text = "version = 2\nroot = 5\n"
     machine.file.write_text(text)
