@@ -286,9 +286,10 @@ def cri_config(
     cni = {"bin_dir": str(CNI_DIR), "conf_dir": str(write_network(containerd.directory))}
     registry = {"config_path": str(hosts_dir)} if hosts_dir else {}
     annotations = {"disable_snapshot_annotations": snapshotter is None}
+    often = {"stats_collect_period": 1}     # seconds; 10 by default: tests wait for what is collected
     common = {"netns_mounts_under_state_dir": True, "enable_selinux": False, "restrict_oom_score_adj": True}
     if containerd.programs.is_2:
-        images: dict[str, Any] = {"snapshotter": name, "registry": registry, **annotations}
+        images: dict[str, Any] = {"snapshotter": name, "registry": registry, **annotations, **often}
         if sandbox:
             images["pinned_images"] = {"sandbox": sandbox}
         return {
@@ -297,7 +298,7 @@ def cri_config(
                                                                "conf_dir": cni["conf_dir"]}},
         }
     return {"io.containerd.grpc.v1.cri": {
-        **common, **({"sandbox_image": sandbox} if sandbox else {}), "registry": registry, "cni": cni,
+        **common, **often, **({"sandbox_image": sandbox} if sandbox else {}), "registry": registry, "cni": cni,
         "containerd": {"snapshotter": name, **annotations}}}
 
 
