@@ -102,7 +102,10 @@ class Cri:
     def wait_ready(self) -> None:
         """Until the runtime and its network are ready."""
         def ready() -> bool:
-            conditions = self.call("Status")["status"]["conditions"]
+            try:
+                conditions = self.call("Status")["status"]["conditions"]
+            except CriError:     # "server is not initialized yet"
+                return False
             return {each["type"] for each in conditions if each["status"]} >= {"RuntimeReady", "NetworkReady"}
         wait_until(ready, "the CRI is not ready")
 
@@ -129,15 +132,10 @@ class Cri:
         self.call("RemoveImage", {"image": {"image": image}})
 
     def image_filesystem(self) -> dict[str, Any]:
-        """
-        `mountpoint`, `used_bytes` and `inodes_used` of the images' file system, as kubelet's image GC sees it.
-
-        `collected_ns`: when (time.time_ns()) the CRI looked last; it does every 10 s.
-
-        """
+        """`mountpoint`, `used_bytes` and `inodes_used` of the images' file system, as kubelet's image GC sees it."""
         found = self.call("ImageFsInfo")["image_filesystems"][0]
         return {"mountpoint": found["fs_id"]["mountpoint"], "used_bytes": int(found["used_bytes"]["value"]),
-                "inodes_used": int(found["inodes_used"]["value"]), "collected_ns": int(found["timestamp"])}
+                "inodes_used": int(found["inodes_used"]["value"])}
 
     # --- pods ---------------------------------------------------------------------------------------------------------
 
