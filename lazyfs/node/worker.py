@@ -96,6 +96,8 @@ class Worker:
         known = self._mounts.get(order.target)
         if ensure and known is not None and known.is_for(order) and self._is_mounted(known):
             return known.describe()
+        if known is not None and not self._is_mounted(known):
+            self._let_go(known, in_use=True)   # somebody else has unmounted it, and tend() has not looked yet
         self._busy_targets.add(order.target)
         try:
             await trio.to_thread.run_sync(check_target, order.target)
