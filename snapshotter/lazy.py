@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from lazyfs.node.rundir import ProcessIdentity
     from snapshotter.lazyhook import LazyLayer
     from snapshotter.model import Usage
 
@@ -45,6 +46,14 @@ class MountSettings:
     prefetch: bool = True
     read_timeout_s: float = limits.READ_DEADLINE_S
     registry: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A mount that is served as long as it is there and its keeper lives, whatever becomes of workers."""
+
+    mount_id: int
+    keeper: ProcessIdentity
 
 
 class ImageFinder(Protocol):
@@ -79,6 +88,7 @@ class LazyImages:
         self._finder = finder
         self._settings = settings
         self._flights = Flights()
+        self._confirmed: dict[str, _Standing] = {}   # by digest: what the daemon has said to be mounted
 
     def classify(self, labels: Mapping[str, str]) -> LayerKind:
         if LABEL_BLOB in labels:
@@ -91,14 +101,18 @@ class LazyImages:
         def attempt() -> None:
             self._mount(bootstrap, record)
 
-        self._flights.shared(record.digest, attempt, 2 * MOUNT_TIMEOUT_S)
-        return self._records.target(record.digest)
+        target = self._records.target(record.digest)
+        confirmed = self._confirmed.get(record.digest)   # after the record was written: see forget()
+        if confirmed is None or confirmed != self._standing(target):
+            self._flights.shared(record.digest, attempt, 2 * MOUNT_TIMEOUT_S)
+        return target
 
     def forget(self, bootstrap: LazyLayer) -> None:
         record = self._records.of(bootstrap)
         if record is None:
             return
         with self._flights.alone(record.digest):
+            self._confirmed.pop(record.digest, None)   # before the others are counted: a new one asks, and waits for us
             if sum(other.digest == record.digest for other in self._records.all()) <= 1:
                 self._unmount(self._records.target(record.digest))
             self._records.remove(record.snapshot_id)   # last: a failure above is tried again
@@ -151,6 +165,7 @@ class LazyImages:
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
             read_timeout_s=self._settings.read_timeout_s, registry=dict(self._settings.registry),
             layer=(record.digest, 0, 0), bootstrap_dir=str(bootstrap.fs_dir))
+        keeper = self._daemon.keeper()   # before: if it is another one afterwards, nothing is confirmed
         try:
             self._daemon.mount(order)
         except BusyError:
@@ -166,6 +181,14 @@ class LazyImages:
                 _log.warning("%s was mounted by a daemon that is gone; mounting it again", target)
                 lazymounts.detach(target)
             self._daemon.mount(order)
+        standing = self._standing(target)
+        if sure and standing is not None and standing.keeper == keeper:
+            self._confirmed[record.digest] = standing
+
+    def _standing(self, target: Path) -> _Standing | None:
+        """What is mounted now, and whose it is; without asking the daemon, which may be busy."""
+        keeper, mount_id = self._daemon.keeper(), lazymounts.mount_id(target)
+        return _Standing(mount_id, keeper) if keeper is not None and mount_id else None
 
     def _unmount(self, target: Path) -> None:
         try:

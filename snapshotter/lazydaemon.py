@@ -10,6 +10,8 @@ Layer: snapshotter. Who calls: lazy, from many threads; each request has a conne
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.errors import BusyError, DeadlineError, HostError, TargetError, UsageError
 from lazyfs.node import protocol
 from lazyfs.node.protocol import ControlClient, WorkerGoneError
+from lazyfs.node.rundir import ProcessIdentity
 from snapshotter.model import Usage
 
 if TYPE_CHECKING:
@@ -68,6 +71,14 @@ class DaemonLink:
         found = self._ask(protocol.LIST, UNMOUNT_TIMEOUT_S, 0)
         return any(one.get("target") == target and one.get("bootstrap") == digest and not one.get("detached")
                    for one in found)
+
+    def keeper(self) -> ProcessIdentity | None:
+        """The process that holds the FUSE connection, if it lives: as long as it does, mounts are served."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            data = json.loads(self.directory.keeper_identity.read_bytes())
+            identity = ProcessIdentity(data["pid"], data["start_ticks"], data["boot_id"])
+            return identity if identity.alive else None
+        return None
 
     def usage(self, digest: str) -> Usage:
         """

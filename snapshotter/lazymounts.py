@@ -25,9 +25,10 @@ def is_mounted(target: Path) -> bool:
     return mountapi.mount_at(str(target)) is not None
 
 
-def mounted_below(directory: Path) -> set[str]:
-    """All targets below a directory."""
-    return {entry.target for entry in mountapi.mounts() if entry.target.startswith(f"{directory}/")}
+def mount_id(target: Path) -> int:
+    """Which mount is on it (proc(5) mountinfo), alive or dead; 0: none."""
+    entry = mountapi.mount_at(str(target))
+    return entry.mount_id if entry is not None else 0
 
 
 def detach(target: Path) -> None:

@@ -343,6 +343,34 @@ def test_a_mount_whose_daemon_is_gone_is_replaced(rig: Rig, machine: Machine) ->
         end_daemon(first)
 
 
+def test_a_mount_that_somebody_else_took_away_is_made_again(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    layer = rig.layer(1)
+    for _ in range(2):
+        target = lazy.ensure_mounted(layer)
+        assert_right(lazy.ensure_mounted(layer))
+        mountapi.unmount(str(target), mountapi.MNT_DETACH)
+    assert_right(lazy.ensure_mounted(layer))
+    lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
+def test_what_stands_needs_no_word_of_the_daemon(rig: Rig, daemon: Daemon) -> None:
+    """A busy daemon keeps no second container from starting."""
+    lazy = rig.lazy()
+    layer = rig.layer(1)
+    target = lazy.ensure_mounted(layer)
+    os.kill(daemon.worker(), signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        assert lazy.ensure_mounted(layer) == target
+        assert time.monotonic() - begin < 10, "it did not wait for the worker to be replaced"
+    finally:
+        os.kill(daemon.worker(), signal.SIGCONT)
+    lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
 def test_forgetting_needs_no_daemon(rig: Rig, machine: Machine) -> None:
     first = start_daemon(machine)
     layer = rig.layer(1)
