@@ -23,6 +23,8 @@ _FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
 _PROBLEM_COUNT_MAX = 50
 _HOST_COUNT_MAX = 100            # the configuration travels to the worker as one argument: 128 KiB (execve(2))
 _HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?"
+# What kubelet puts into pods for a Service that happens to be called lazyfs-daemon, lazyfs-cache ...
+_OF_SERVICES = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 _SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
 
 
@@ -199,6 +201,8 @@ def _take_environment(environ: Mapping[str, str], found: dict[str, dict[str, Any
         given[RUN_DIR_VARIABLE] = known["LAZYFS_DAEMON_RUN_DIR"]   # the older name, last: it wins
     for name, key in given.items():
         if key is None:
+            if re.fullmatch(_OF_SERVICES, name):
+                continue
             problems.append(Problem("environment", f"unknown variable {name!r:.140}", nearest(name, known)))
             continue
         try:

@@ -122,6 +122,12 @@ def test_a_variable_that_is_unknown_is_refused_with_the_nearest() -> None:
     assert "LAZYFS_DAEMON_HANG_S" in found.hint
 
 
+def test_variables_that_kubelet_makes_for_services_are_none_of_ours() -> None:
+    names = ["LAZYFS_DAEMON_SERVICE_HOST", "LAZYFS_DAEMON_SERVICE_PORT", "LAZYFS_DAEMON_SERVICE_PORT_HTTP",
+             "LAZYFS_CACHE_PORT", "LAZYFS_CACHE_PORT_9440_TCP", "LAZYFS_CACHE_PORT_9440_TCP_ADDR", "LAZYFS_REGISTRY_PORT_5000_UDP_PROTO"]
+    assert config.check(None, dict.fromkeys(names, "10.0.0.1"))[1] == []
+
+
 def test_an_oversized_or_binary_file_is_refused(tmp_path: Path) -> None:
     assert "at most" in problems(tmp_path, "#" * (1 << 20) + "\n")[0]
     (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
