@@ -75,8 +75,7 @@ class ControlClient:
         """
         self._connection.settimeout(timeout_s)
         try:
-            self._stream.write(json.dumps({"op": operation, **arguments}).encode() + b"\n")
-            self._stream.flush()
+            self._send(json.dumps({"op": operation, **arguments}).encode() + b"\n")
             line = self._stream.readline(LINE_BYTES_MAX)
         except TimeoutError as error:
             hint = "if it does not recover, detach its mounts: lazyfs umount --force DIR"
@@ -93,6 +92,13 @@ class ControlClient:
         if "result" not in reply:
             raise BugError(f"the worker answered {reply!r:.100}")
         return reply["result"]
+
+    def _send(self, line: bytes) -> None:
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            pass   # a worker that cannot serve says why, and ends: what it said can still be read
 
     def wait_closed(self) -> None:
         """Block until the worker closes the connection (for as long as it takes; a signal ends it)."""

@@ -16,7 +16,7 @@ import trio
 
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.cli.mount import absolute_image
-from lazyfs.errors import BugError, DeadlineError, LazyfsError, TargetError, UsageError
+from lazyfs.errors import BugError, CacheOwnedError, DeadlineError, LazyfsError, TargetError, UsageError
 from lazyfs.image import manifest
 from lazyfs.image.digest import Digest
 from lazyfs.node import control, opening, protocol, rundir, seed
@@ -294,6 +294,19 @@ def test_a_worker_that_never_answers_is_a_deadline():
     with theirs, pytest.raises(DeadlineError):
         client.request("list", 0.1)
     client.close()
+
+
+def test_a_worker_that_ends_before_it_is_asked_is_heard(tmp_path: Path) -> None:
+    """As one that may not have its cache directory: it says so while its starter is still busy elsewhere."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'{"error": {"kind": "CacheOwnedError", "message": "in use by process 1", "hint": "stop it"}}\n')
+    theirs.close()
+    with protocol.ControlClient(ours) as client, pytest.raises(CacheOwnedError, match="process 1"):
+        client.request(protocol.MOUNT, 5, order={"x": "y" * 1000})
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with protocol.ControlClient(ours) as client, pytest.raises(protocol.WorkerGoneError):
+        client.request(protocol.LIST, 5)
 
 
 # --- files in the cache directory -------------------------------------------------------------------------------------
