@@ -2,11 +2,13 @@
 Whom a TLS connection believes, and what it shows of itself.
 
 Layer: registry. Who calls: transport.py, hostclient.py. One Trust a server: what its hosts.toml names is for it alone.
+State: the contexts made lately.
 """
 
 from __future__ import annotations
 
 import ssl
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
     from lazyfs.registry.hoststoml import HostEntry
     from lazyfs.registry.options import RegistryOptions
+
+# A context holds the system's authorities, half a megabyte of them: not one for each image and mirror.
+_CONTEXT_COUNT_MAX = 32
+_lock = threading.Lock()
+_contexts: dict[tuple[Trust, tuple[tuple[int, int], ...]], ssl.SSLContext] = {}   # least recently used first
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,32 @@ class Trust:
 
 
 def tls_context(trust: Trust) -> ssl.SSLContext:
-    """Raises UsageError: a file cannot be read, or holds something else."""
+    """
+    The context for connections with that trust; shared by all that have it, and made anew when a file has changed.
+
+    Raises:
+        UsageError: a file cannot be read, or holds something else.
+
+    """
+    files = (*trust.ca_files, *(path for pair in trust.client_pairs for path in pair if path is not None))
+    key = (trust, tuple(map(_stamp, files)))
+    with _lock:
+        context = _contexts.pop(key, None) or _make(trust)
+        _contexts[key] = context
+        while len(_contexts) > _CONTEXT_COUNT_MAX:
+            del _contexts[next(iter(_contexts))]
+    return context
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return (status.st_mtime_ns, status.st_ino)
+
+
+def _make(trust: Trust) -> ssl.SSLContext:
     # Loading the system's authorities takes 40 ms: not where nothing is checked.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if trust.insecure else ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2

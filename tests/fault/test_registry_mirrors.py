@@ -16,6 +16,7 @@ from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry import client as client_module
 from lazyfs.registry.mirrors import HEALTH
 from lazyfs.registry.streams import distrust, read_exactly
+from lazyfs.registry.trust import Trust, tls_context
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.registrykit import running_registry
 from tests.smallimage import SmallImage, write_image
@@ -371,3 +372,18 @@ def test_a_digest_in_the_name_is_checked_whoever_gave_it(world: World) -> None:
     with pytest.raises(NotFoundError):
         source.root()
     source.close()
+
+
+def test_tls_contexts_are_shared_until_a_file_changes(tmp_path: Path) -> None:
+    first, second = trustme.CA(), trustme.CA()
+    path = tmp_path / "ca.pem"
+    first.cert_pem.write_to_path(path)
+    trust = Trust(ca_files=(path,))
+    context = tls_context(trust)
+    assert tls_context(Trust(ca_files=(path,))) is context
+    assert tls_context(Trust()) is not context
+    second.cert_pem.write_to_path(tmp_path / "new.pem")
+    (tmp_path / "new.pem").rename(path)
+    changed = tls_context(trust)
+    assert changed is not context
+    assert changed.get_ca_certs() != context.get_ca_certs()
