@@ -41,7 +41,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15}://)([^\s\"'<>]+)")
 _MASKS = (
     # Authorization: the rest of the line, whatever the scheme
     (re.compile(r"(?i)(authorization\\?[\"']?\s{0,4}[:=])[^\r\n]+"), rf"\1 {MASK}"),
-    (re.compile(r"(?i)\b(bearer|basic|negotiate)(\s{1,4})(?!realm=|auth|challenge)[A-Za-z0-9+/=._~-]{8,}"),
+    (re.compile(r"(?i)\b(bearer|basic|negotiate)(\s{1,4})(?!realm=|auth|challenge)\S{8,}"),
      rf"\1\2{MASK}"),
     # key=value, key: value, "key": "value"
     (re.compile(rf"(?i)({_NAMES}\\?[\"']?\s{{0,4}}[:=]\s{{0,4}})"

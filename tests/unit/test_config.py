@@ -124,7 +124,8 @@ def test_a_variable_that_is_unknown_is_refused_with_the_nearest() -> None:
 
 def test_variables_that_kubelet_makes_for_services_are_none_of_ours() -> None:
     names = ["LAZYFS_DAEMON_SERVICE_HOST", "LAZYFS_DAEMON_SERVICE_PORT", "LAZYFS_DAEMON_SERVICE_PORT_HTTP",
-             "LAZYFS_CACHE_PORT", "LAZYFS_CACHE_PORT_9440_TCP", "LAZYFS_CACHE_PORT_9440_TCP_ADDR", "LAZYFS_REGISTRY_PORT_5000_UDP_PROTO"]
+             "LAZYFS_CACHE_PORT", "LAZYFS_CACHE_PORT_9440_TCP", "LAZYFS_CACHE_PORT_9440_TCP_ADDR",
+             "LAZYFS_REGISTRY_PORT_5000_UDP_PROTO"]
     assert config.check(None, dict.fromkeys(names, "10.0.0.1"))[1] == []
 
 
