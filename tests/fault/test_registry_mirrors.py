@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -387,3 +389,24 @@ def test_tls_contexts_are_shared_until_a_file_changes(tmp_path: Path) -> None:
     changed = tls_context(trust)
     assert changed is not context
     assert changed.get_ca_certs() != context.get_ca_certs()
+
+
+def test_the_command_line_has_it_all(servers: tuple[Registry, SmallImage], tmp_path: Path) -> None:
+    registry, _ = servers
+    authority = Authority(tmp_path)
+    place = tmp_path / "certs.d" / "registry.invalid"
+    place.mkdir(parents=True)
+    with FaultProxy(registry.host, ssl_context=authority.context) as proxy:
+        (place / "hosts.toml").write_text(
+            f'[host."https://{proxy.host}"]\nca = "{authority.file}"\nclient = "{authority.both}"\n')
+
+        def inspect(*words: str | Path) -> int:
+            return subprocess.run([sys.executable, "-m", "lazyfs", "inspect", "--json", *map(str, words)],
+                                  capture_output=True, timeout=60, check=False).returncode
+
+        trust = ["--ca-file", authority.file]
+        assert inspect(f"{proxy.host}/team/app:1", *trust, "--client-cert", authority.cert, "--client-key",
+                       authority.key) == 0
+        assert inspect(f"{proxy.host}/team/app:1", *trust, "--client-key", authority.key) == UsageError.exit_code
+        assert inspect(f"{proxy.host}/team/app:1", *trust) == SourceError.exit_code
+        assert inspect("registry.invalid/team/app:1", "--hosts-dir", tmp_path / "certs.d") == 0
