@@ -59,6 +59,15 @@ def mounted_disks(tmp_path: Path) -> Iterator[Mounts]:
                 assert done or subprocess.call(["umount", "--lazy", place]) == 0
 
 
+def umount(place: Path) -> None:
+    """Somebody who walks through /tmp may be in there for a moment: EBUSY is not the end before 20 s."""
+    deadline = time.monotonic() + 20
+    while (done := subprocess.run(["umount", place], capture_output=True, text=True, check=False)).returncode:
+        assert "busy" in done.stderr, done.stderr
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.05)
+
+
 def ext4(path: Path, size: int) -> Path:
     with path.open("wb") as file:
         file.truncate(size)

@@ -32,6 +32,7 @@ from tests.diskkit import (
     mounted_disks,
     needs_mounts,
     run,
+    umount,
     wait_detached,
 )
 from tests.fetchkit import MemorySource, make_sample
@@ -166,11 +167,11 @@ def test_a_power_cut_at_any_call_leaves_right_chunks_and_every_durable_one(mount
             except PowerCutError:
                 pass
         cut_power(disk)
-        run("umount", disk)
+        umount(disk)
         wait_detached(image)
         run("mount", "-o", "loop", image, disk)
         with contextlib.ExitStack() as stack:
-            stack.callback(run, "umount", disk)
+            stack.callback(umount, disk)
             cache = stack.enter_context(CacheDir.open(disk / "cache", boot_id=LATER_BOOT))
             cached = cache.device(DIGEST, CHUNK, 16 * CHUNK)
             stack.callback(cached.release)

@@ -34,6 +34,7 @@ from tests.diskkit import (
     mounted_disks,
     needs_mounts,
     run,
+    umount,
     wait_detached,
 )
 
@@ -154,11 +155,11 @@ def test_a_power_cut_at_any_call_of_an_eviction_leaves_whole_devices_or_none(mou
             except PowerCutError:
                 pass
         cut_power(disk)
-        run("umount", disk)
+        umount(disk)
         wait_detached(image)
         run("mount", "-o", "loop", image, disk)
         with contextlib.ExitStack() as stack:
-            stack.callback(run, "umount", disk)
+            stack.callback(umount, disk)
             whole_or_nothing(disk / "cache", LATER_BOOT)
             evict_all(disk / "cache")
             assert not files_left(disk / "cache")
@@ -329,7 +330,7 @@ def test_a_disk_that_fails_is_one_clear_error_and_loses_nothing(mounts, tmp_path
             evict.take_away(cache, plan)
         with pytest.raises(CacheError, match="remove an image's files"):
             evict.take_away_images(cache.path, plan.images)
-    run("umount", disk)
+    umount(disk)
     wait_detached(image)
     run("mount", "-o", "loop", image, disk)
     assert whole_or_nothing(disk / "cache", LATER_BOOT) == [True] * 3
