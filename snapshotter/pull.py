@@ -5,7 +5,8 @@ Layer: snapshotter, above containerd, pullimage, unpack. Who calls: lazyfs.cli.p
 way belongs to a lease that ends by itself, so a pull may be killed at any point; the image's record is made last, when
 all of it is there. Cheap to import: what a pull needs comes in while it waits for others.
 
-Threads: one imports gRPC and takes the lease while the registry is asked; then one a blob; this one unpacks.
+Threads: one imports gRPC and takes the lease while the registry is asked (by a process that has begun early, asker.py,
+if this is the command line); then one a blob; this one unpacks.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from lazyfs.errors import DeadlineError, IntegrityError, LazyfsError, SourceError, UsageError
 from lazyfs.registry import RegistryReference, open_source, parse_reference
+from snapshotter import asker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lazyfs.image.descriptor import Descriptor
+    from lazyfs.image.digest import Digest
     from lazyfs.registry import RegistryOptions
     from lazyfs.registry.place import ImageSource
     from snapshotter.containerd import Containerd
@@ -89,17 +93,15 @@ def pull(order: PullOrder, progress: Progress) -> PullReport:
     name = reference.text.removeprefix("docker://")
     report = PullReport(name)
     clock = _Clock(report.seconds)
-    with _Connecting(order) as connecting, contextlib.closing(open_source(reference.text, order.registry)) as source:
-        from snapshotter.pullimage import resolve  # noqa: PLC0415 - beside the other thread's imports
-
-        image = resolve(source, order.platform, name, order.snapshotter)
+    with contextlib.closing(_Registry(order, reference.text, name)) as registry, _Connecting(order) as connecting:
+        image = registry.resolve()
         report.digest, report.chain_id = image.target.digest.text, image.chain_ids[-1]
-        report.is_lazy, report.layer_count = image.is_lazy, len(image.layers)
+        report.is_lazy, report.layer_count = image.bootstrap is not None, len(image.layers)
         report.image_bytes = sum(layer.size for layer in image.layers)
         clock.end("resolve")
         client = connecting.wait()
         clock.end("connect")
-        _Pull(order, image, client, source, progress, report, reference).run(clock)
+        _Pull(order, image, client, registry, progress, report, reference).run(clock)
     clock.end("release")
     return report
 
@@ -112,6 +114,63 @@ class _Clock:
     def end(self, phase: str) -> None:
         now = time.monotonic()
         self._seconds[phase], self._last = round(now - self._last, 4), now
+
+
+class _Registry:
+    """The registry's side of a pull: asked by the process that has begun early, if there is one; else from here."""
+
+    def __init__(self, order: PullOrder, reference: str, name: str) -> None:
+        self._order, self._reference, self._name = order, reference, name
+        self._asker = asker.take()
+        self._source: ImageSource | None = None
+        self._early: Descriptor | None = None        # a blob that the asker will send
+        self._mutex = threading.Lock()
+        if self._asker is not None:
+            from lazyfs.registry.fields import to_fields  # noqa: PLC0415
+
+            self._asker.ask(reference, order.platform, name, order.snapshotter, to_fields(order.registry))
+
+    def resolve(self) -> PullImage:
+        """What is to be pulled. Raises LazyfsError."""
+        if self._asker is None:
+            from snapshotter.pullimage import resolve  # noqa: PLC0415
+
+            return resolve(self._open(), self._order.platform, self._name, self._order.snapshotter)
+        image = self._asker.image()
+        bootstrap = image.bootstrap
+        if bootstrap is not None and bootstrap.size <= asker.BOOTSTRAP_BYTES_MAX:
+            self._early = bootstrap
+        return image
+
+    def blob(self, digest: Digest, size: int) -> Iterator[bytes]:
+        """A blob, in pieces."""
+        with self._mutex:
+            early = self._early is not None and self._early.digest == digest
+            self._early = None if early else self._early
+        if early:
+            assert self._asker is not None
+            data = self._asker.bootstrap()
+            yield from (data[start : start + PIECE_BYTES] for start in range(0, size, PIECE_BYTES))
+            return
+        with self._open().open_blob(digest, size) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+
+    def _open(self) -> ImageSource:
+        with self._mutex:
+            if self._source is None:
+                self._source = open_source(self._reference, self._order.registry)
+            return self._source
+
+    def stop(self) -> None:
+        """Wait for nothing of the asker's any more."""
+        if self._asker is not None:
+            self._asker.close()
+
+    def close(self) -> None:
+        self.stop()
+        if self._source is not None:
+            self._source.close()
 
 
 class _Connecting:
@@ -161,7 +220,7 @@ class _Pull:
     order: PullOrder
     image: PullImage
     client: Containerd
-    source: ImageSource
+    registry: _Registry
     progress: Progress
     report: PullReport
     reference: RegistryReference
@@ -191,6 +250,7 @@ class _Pull:
             clock.end("record")
         finally:
             self.stopped = True
+            self.registry.stop()
             pool.shutdown(cancel_futures=True)
 
     def _start_layers(self, pool: ThreadPoolExecutor, first: int) -> dict[int, Future[None]]:
@@ -224,13 +284,12 @@ class _Pull:
 
     def _pieces(self, place: int) -> Iterator[bytes]:
         layer = self.image.layers[place]
-        with self.source.open_blob(layer.digest, layer.size) as stream:
-            while piece := stream.read(PIECE_BYTES):
-                if self.stopped:
-                    raise SourceError("the pull has ended")
-                self.report.fetched_bytes += len(piece)
-                self.progress.advance(layer.digest.text, len(piece))
-                yield piece
+        for piece in self.registry.blob(layer.digest, layer.size):
+            if self.stopped:
+                raise SourceError("the pull has ended")
+            self.report.fetched_bytes += len(piece)
+            self.progress.advance(layer.digest.text, len(piece))
+            yield piece
 
     def _put(self, kind: str, blob: Blob, pieces: Any) -> None:
         """Content and its labels into containerd; those of content that is there are added to."""

@@ -64,8 +64,9 @@ class PullImage:
         return self.documents[-1]
 
     @property
-    def is_lazy(self) -> bool:
-        return any(LABEL_BOOTSTRAP in layer.annotations for layer in self.layers)
+    def bootstrap(self) -> Descriptor | None:
+        """Of a lazy image: the layer that is fetched at once."""
+        return next((layer for layer in self.layers if LABEL_BOOTSTRAP in layer.annotations), None)
 
 
 @dataclass

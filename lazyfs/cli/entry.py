@@ -1,6 +1,6 @@
 """
-Where the `lazyfs` command begins: for `mount`, the worker's process starts importing before the command line is read;
-for `mount` and `pull`, which a container's start waits for, the interpreter spends no time on itself.
+Where the `lazyfs` command begins: for `mount`, the worker's process starts importing before the command line is read,
+for `pull` the process that asks the registry. A container's start waits for both: no time goes to garbage collection.
 
 Light: imports nothing that `lazyfs.cli.main` would not. Who calls: the console script, `python -m lazyfs`.
 """
@@ -19,13 +19,18 @@ _OBJECTS_COUNT: Final = 200_000    # imports make fewer; a pull of many gigabyte
 def main() -> None:
     """Run the command of sys.argv; exits."""
     starts_worker = _will_start_a_worker(sys.argv[1:])
-    quick = starts_worker or sys.argv[1:2] == ["pull"]
+    pulls = sys.argv[1:2] == ["pull"] and not {"-h", "--help"} & set(sys.argv)
+    quick = starts_worker or pulls
     if quick:
         gc.set_threshold(_OBJECTS_COUNT)   # this process lives for a moment, and imports most of the time
     if starts_worker:
         from lazyfs.node import early  # noqa: PLC0415
 
         early.begin()
+    if pulls:
+        from snapshotter import asker  # noqa: PLC0415
+
+        asker.begin()
     from lazyfs.cli.main import main as run  # noqa: PLC0415
 
     try:
