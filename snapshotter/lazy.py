@@ -25,6 +25,7 @@ from snapshotter.lazydigest import bootstrap_digest
 from snapshotter.lazyflight import Flights
 from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind
 from snapshotter.lazyrecords import LazyRecord, LazyRecords
+from snapshotter.model import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from lazyfs.node.rundir import ProcessIdentity
     from snapshotter.lazyhook import LazyLayer
-    from snapshotter.model import Usage
 
 LABEL_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
 _log = logging.getLogger("lazyfs.snapshotter")
@@ -96,15 +96,22 @@ class LazyImages:
         return LayerKind.LAZY_BOOTSTRAP if LABEL_BOOTSTRAP in labels else LayerKind.ORDINARY
 
     def ensure_mounted(self, bootstrap: LazyLayer) -> Path:
-        record = self._record(bootstrap)
+        record = self._records.of(bootstrap)
+        if record is None:
+            record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
+            self._records.write(record)
+        found = record
 
         def attempt() -> None:
-            self._mount(bootstrap, record)
+            self._mount(bootstrap, found)
 
         target = self._records.target(record.digest)
         confirmed = self._confirmed.get(record.digest)   # after the record was written: see forget()
         if confirmed is None or confirmed != self._standing(target):
             self._flights.shared(record.digest, attempt, 2 * MOUNT_TIMEOUT_S)
+        if not bootstrap.fs_dir.is_dir():   # core discards it before it says forget(), which may have come before us
+            self.forget(bootstrap)
+            raise NotFoundError(f"snapshot {bootstrap.name!r:.100} was removed meanwhile", hint="pull the image again")
         return target
 
     def forget(self, bootstrap: LazyLayer) -> None:
@@ -118,7 +125,8 @@ class LazyImages:
             self._records.remove(record.snapshot_id)   # last: a failure above is tried again
 
     def usage(self, bootstrap: LazyLayer) -> Usage:
-        return self._daemon.usage(self._record(bootstrap).digest)
+        record = self._records.of(bootstrap)
+        return Usage(0, 0) if record is None else self._daemon.usage(record.digest)   # none: never mounted
 
     def reconcile(self, bootstraps: Mapping[int, str]) -> None:
         """
@@ -143,14 +151,6 @@ class LazyImages:
             except LazyfsError as error:
                 _log.warning("%s belongs to no snapshot and cannot be taken away: %s", target, error)
             self._records.remove_target(target)
-
-    def _record(self, bootstrap: LazyLayer) -> LazyRecord:
-        """What is known of the snapshot; found out at the first question."""
-        record = self._records.of(bootstrap)
-        if record is None:
-            record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
-            self._records.write(record)
-        return record
 
     def _mount(self, bootstrap: LazyLayer, record: LazyRecord) -> None:
         """Order the mount. Alone with this digest."""

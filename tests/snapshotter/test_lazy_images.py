@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from snapshotter.lazy import LABEL_IMAGE_REF, LazyImages, MountSettings
 from snapshotter.lazydaemon import DaemonLink
 from snapshotter.lazydigest import bootstrap_digest
 from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind, LazyLayer
+from snapshotter.model import Usage
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
 from tests.lazykit import push_lazy, unpack_bootstrap
 from tests.mountkit import Machine, require_mounting
@@ -131,6 +133,31 @@ def test_one_mount_serves_all_snapshots_of_a_bootstrap_until_the_last_is_gone(
     rig.assert_nothing_left()
     assert_right(lazy.ensure_mounted(second))
     lazy.forget(second)
+    rig.assert_nothing_left()
+
+
+def test_a_snapshot_that_is_removed_while_it_is_mounted_leaves_nothing(rig: Rig, daemon: Daemon) -> None:
+    """Core discards the directory, then says forget(); here the mount comes after both."""
+    lazy = rig.lazy()
+    layer = rig.layer(1)
+    lazy.ensure_mounted(layer)
+    shutil.rmtree(layer.fs_dir)
+    with pytest.raises(NotFoundError, match="removed meanwhile"):
+        lazy.ensure_mounted(layer)
+    rig.assert_nothing_left()
+
+
+def test_usage_is_what_the_cache_holds_of_the_image(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    layer = rig.layer(1)
+    assert lazy.usage(layer) == Usage(0, 0)
+    target = lazy.ensure_mounted(layer)
+    assert_right(target)
+    total = sum(map(len, FILES.values()))
+    usage = lazy.usage(layer)
+    assert total <= usage.size_bytes <= 2 * total
+    assert usage.inodes
+    lazy.forget(layer)
     rig.assert_nothing_left()
 
 
