@@ -296,6 +296,15 @@ def test_a_worker_that_never_answers_is_a_deadline():
     client.close()
 
 
+def test_a_directory_that_its_last_worker_just_removes_is_locked_by_somebody_else(monkeypatch) -> None:
+    directory = WorkerDir.of_cache("/cache")
+    lock = directory.try_lock()
+    assert lock is not None
+    os.close(lock)
+    monkeypatch.setattr(WorkerDir, "create", WorkerDir.remove)    # the other process's remove() comes after our create()
+    assert directory.try_lock() is None
+
+
 def test_a_worker_that_ends_before_it_is_asked_is_heard(tmp_path: Path) -> None:
     """As one that may not have its cache directory: it says so while its starter is still busy elsewhere."""
     ours, theirs = socket.socketpair()
