@@ -301,7 +301,7 @@ def test_a_directory_that_its_last_worker_just_removes_is_locked_by_somebody_els
     lock = directory.try_lock()
     assert lock is not None
     os.close(lock)
-    monkeypatch.setattr(WorkerDir, "create", WorkerDir.remove)    # the other process's remove() comes after our create()
+    monkeypatch.setattr(WorkerDir, "create", WorkerDir.remove)    # of another process, after our create()
     assert directory.try_lock() is None
 
 
