@@ -353,7 +353,9 @@ def test_a_mount_whose_daemon_is_gone_is_replaced(rig: Rig, machine: Machine) ->
         worker = WorkerDir(machine.run_dir / "daemon").worker()
         assert worker is not None
         os.kill(worker.pid, signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
         while worker.alive:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         for record in first.directory.mounts.glob("*.json"):
             record.unlink()   # so that the next daemon knows nothing of it
