@@ -20,9 +20,20 @@ CONVERT_TIMEOUT_S = 1200.0
 MOUNT_TIMEOUT_S = 60.0
 
 
+def trust(place: Workspace, host: str) -> None:
+    """Let the node's daemon speak plain HTTP to a registry: by its configuration file."""
+    file = place.top / "lazyfs.toml"
+    section = f'[registry.host."{host}"]\ninsecure = true\n'
+    known = file.read_text() if file.exists() else ""
+    if section not in known:
+        file.write_text(known + section)
+
+
 def environment(place: Workspace) -> dict[str, str]:
     """Everything lazyfs would otherwise keep in the user's or the system's places."""
+    (place.top / "lazyfs.toml").touch()
     return {
+        "LAZYFS_CONFIG": str(place.top / "lazyfs.toml"),
         "LAZYFS_RUN_DIR": str(place.top / "run"),
         "XDG_CACHE_HOME": str(place.top / "xdg"),
         "DOCKER_CONFIG": str(place.top / "docker"),

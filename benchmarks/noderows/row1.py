@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks.figures import Figure, ratio
 from benchmarks.kit.containerd import Containerd
 from benchmarks.kit.host import drop_page_cache
+from benchmarks.kit.lazy import trust
 from benchmarks.kit.node import SNAPSHOTTER, Node, first_output_s
 from benchmarks.rows.recording import record_list
 from benchmarks.session import TENSORFLOW, Subject
@@ -56,6 +57,7 @@ def _whole(session: Session, subject: Subject) -> tuple[float, float]:
 
 def _lazy(session: Session, subject: Subject, hot: str) -> tuple[float, float]:
     reference = session.lazy(subject, session.far, f"hot-{subject.program}", "--prefetch", hot)
+    trust(session.place, session.far.host)
     with Node(session.place) as node:
         drop_page_cache()
         begin = time.perf_counter()
