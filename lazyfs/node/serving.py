@@ -147,12 +147,6 @@ def import_for_mounts() -> None:
     importlib.import_module("numpy.ma")   # behind its set operations, on the first chunk table
 
 
-def import_for_mounts() -> None:
-    """What a first mount needs, 50 ms of it: for a daemon, which has the time. Not before a hand-over: readers wait."""
-    importlib.import_module("lazyfs.image.erofs.reader")
-    importlib.import_module("numpy.ma")   # behind its set operations, on the first chunk table
-
-
 async def _run_session(session: FuseSession, task_status: trio.TaskStatus[None]) -> None:
     await session.serve(task_status)
     raise HostError(f"the FUSE mount {session.mount_point} was taken away",
