@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -29,8 +30,9 @@ _CALL = re.compile(r"(?:^|[\s`/(])lazyfs ((?:\\\n|[^\n`|;&#])*)", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)")
 
 
-def help_of(command: str) -> str:
-    words = [*LAZYFS, *([command] if command else []), "--help"]
+@functools.cache
+def help_of(*command: str) -> str:
+    words = [*LAZYFS, *filter(None, command), "--help"]
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
@@ -72,11 +74,14 @@ def test_the_tutorial_works_as_it_is_written(tutorial: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_options_that_documents_name_exist(path: Path) -> None:
-    helps = {command: help_of(command) for command in ["", *COMMANDS]}
     for call in _CALL.findall(path.read_text()):
         words = call.replace("\\\n", " ").split()
         command = next((word for word in words if word in COMMANDS), "")
-        known = set(_OPTION.findall(helps[command] + helps[""])) | {"--help"}
+        text = help_of("") + help_of(command)
+        following = words[words.index(command) + 1 :][:1] if command else []
+        if following and re.search(rf"^  {re.escape(following[0])}(  |$)", text, re.MULTILINE):   # a subcommand
+            text += help_of(command, following[0])
+        known = set(_OPTION.findall(text)) | {"--help"}
         unknown = set(_OPTION.findall(call)) - known
         assert not unknown, f"{path.name}: `lazyfs {call.strip()}`: no option {unknown}"
 
