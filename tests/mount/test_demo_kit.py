@@ -301,9 +301,9 @@ def test_figures_are_kept_with_their_spread(tmp_path, monkeypatch):
     assert (first.value, first.spread, first.met) == (0.5, (0.25, 0.75), True)
     extra = figures.plain("10-cold", "title", None, "s", [3.0, 1.0, 2.0])
     assert (extra.value, extra.met) == (2.0, None)
-    figures.save([first], {"cpu": "x"}, "abc")
+    figures.save([first], "image", {"cpu": "x"}, "abc")
     missed = figures.plain("10", "title", 0.5, "s", [0.7, 0.6, 0.8])
-    path = figures.save([missed, extra], {"cpu": "x"}, "def+")
+    path = figures.save([missed, extra], "image", {"cpu": "x"}, "def+")
     assert "MISSED" in figures.show(missed)
     day = json.loads(path.read_text())
     assert set(day["figures"]) == {"1a", "10", "10-cold"}
