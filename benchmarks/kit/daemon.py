@@ -32,7 +32,6 @@ class NodeDaemon:
         self.cache = cache or place.folder("node-cache")
         self._run = place.top / "run"
         self._run.mkdir(exist_ok=True)
-        self._mounts: list[Path] = []
         self.start()
         place.stack.callback(self.close)
 
@@ -49,7 +48,6 @@ class NodeDaemon:
         target.mkdir(parents=True, exist_ok=True)
         words: list[str | Path] = [COMMAND, "mount", "--insecure", *options, image, target]
         run(words, timeout_s=_TOOL_TIMEOUT_S, env=environment(self._place))
-        self._mounts.append(target)
 
     def kill_worker(self) -> None:
         """SIGKILL it; returns when another one serves."""
@@ -96,9 +94,7 @@ class NodeDaemon:
     def close(self) -> None:
         """Unmount everything and end it; idempotent."""
         settings = [f"{key}={value}" for key, value in environment(self._place).items()]
-        for target in self._mounts:
-            attempt(["env", *settings, str(COMMAND), "umount", "--lazy", str(target)])
-        self._mounts.clear()
+        attempt(["env", *settings, str(COMMAND), "umount", "--all", "--lazy"])   # the snapshotter's too
         attempt(["env", *settings, str(COMMAND), "daemon", "stop"])
         self._daemon.close()
 
