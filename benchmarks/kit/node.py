@@ -30,12 +30,18 @@ class Node:
         top = place.folder("node")
         self.socket = top / "snapshotter.sock"
         self.daemon = NodeDaemon(place)
-        self.containerd = Containerd(place, proxy=self.socket)
         words: list[str | Path] = [
             COMMAND, "snapshotter", "--root", top / "root", "--address", self.socket,
-            "--containerd-address", self.containerd.socket,
+            "--containerd-address", place.top / "containerd" / "containerd.sock",
         ]  # fmt: skip
         self._snapshotter = Daemon(words, log=place.top / "snapshotter.log", env=self._environment)
+        limit = time.monotonic() + _READY_TIMEOUT_S
+        while not self.socket.exists():   # before containerd looks for it: its next look would be a second later
+            self._snapshotter.check()
+            if time.monotonic() > limit:
+                raise ToolError("the snapshotter does not listen")
+            time.sleep(0.02)
+        self.containerd = Containerd(place, proxy=self.socket)
         place.stack.callback(self.close)
         limit = time.monotonic() + _READY_TIMEOUT_S
         while not attempt(self.containerd.command("snapshots", "--snapshotter", SNAPSHOTTER, "list")):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TITLE = "pull and a small program's first output in the 1.5 GB image over 1 Gbit/s, against overlayfs"
 _PROGRAMS = {   # numpy is the small program of the table of `image`
     "": ("numpy", ["python3", "-c", "import numpy; print('ready')"]),
-    "-echo": ("echo", ["sh", "-c", "echo ready"]),
 }
 
 
