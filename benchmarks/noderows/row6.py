@@ -27,12 +27,12 @@ def measure(session: Session) -> list[Figure]:
     started, after_death = [], []
     for _ in range(session.runs):
         daemon.kill_keeper()
-        started.append(daemon.start())      # finds a worker with 100 mounts, and replaces it
+        started.append(daemon.start())      # finds a worker with 100 mounts, which serves on until it is replaced
         for number in range(_IMAGE_COUNT):
             assert (top / str(number) / _SMALL_FILE).read_bytes()
         after_death.append(daemon.timed(daemon.kill_worker))
     daemon.close()
     return [
-        plain("6", "until it serves all of them again", 2.0, "s", started),
-        plain("6-worker", "the same after SIGKILL of its worker", None, "s", after_death),
+        plain("6", "until a new worker has restored all of them", 2.0, "s", after_death),
+        plain("6-keeper", "until a new keeper serves with the worker that it found", None, "s", started),
     ]
