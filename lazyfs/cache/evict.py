@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs.cache import inventory
+from lazyfs.cache.files import sync_directory
 from lazyfs.cache.ownership import raise_cache_error
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def clean(path: Path) -> None:
     try:
         for folder in (inventory.DEVICES, inventory.IMAGES, inventory.BOOTSTRAPS, inventory.EVICTED):
             with contextlib.suppress(FileNotFoundError):
-                _sync_directory(path / folder)
+                sync_directory(path / folder)
         for leftover in leftovers:
             with contextlib.suppress(FileNotFoundError):
                 _delete(leftover)
@@ -115,11 +116,3 @@ def _delete(path: Path) -> None:
     for name in names:
         _delete(path / name)
     os.rmdir(path)  # noqa: PTH106
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

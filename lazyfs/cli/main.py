@@ -9,7 +9,6 @@ Subcommands are imported only when they are asked for (start-up time counts: `la
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from lazyfs import __version__
+from lazyfs.cli.lazygroup import LazyGroup
 from lazyfs.errors import BugError, DiskFullError, LazyfsError
 
 if TYPE_CHECKING:
@@ -50,28 +50,10 @@ class Terminated(BaseException):
     """SIGTERM arrived. No LazyfsError, no Exception: only clean-up (`finally`, `with`) runs on its way out."""
 
 
-class LazyGroup(click.Group):
-    """A group that imports a subcommand's module when the subcommand is used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
 @click.group(
     name="lazyfs",
     cls=LazyGroup,
+    places=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="'lazyfs COMMAND --help' shows a command's options, with examples.",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import signal
 import threading
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazyfs import config, logs
+from lazyfs.cli.lazygroup import LazyGroup
 from lazyfs.errors import HostError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _EPILOG = """\b
 Examples:
   lazyfs snapshotter                      run it here (systemd does this)
   lazyfs snapshotter install --print      what containerd's configuration needs
-  ctr image pull --snapshotter lazyfs REF
+  ctr image pull --snapshotter lazyfs REF     (containerd 2.x; with 1.6: lazyfs pull REF)
 """
 # name -> (module:attribute, one line for the overview), as in cli.main
 _COMMANDS = {
@@ -31,26 +31,7 @@ _COMMANDS = {
 }
 
 
-class _Group(click.Group):
-    """A group that imports a subcommand's module when it is used: the running snapshotter has none of it in memory."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@click.group("snapshotter", cls=_Group, epilog=_EPILOG, invoke_without_command=True,
+@click.group("snapshotter", cls=LazyGroup, places=_COMMANDS, epilog=_EPILOG, invoke_without_command=True,
              short_help="Serve containerd's snapshots; lazy images among them.")
 @click.option("--config", "file", metavar="FILE", help="Configuration; default: /etc/lazyfs/config.toml.")
 @click.option("--root", metavar="DIR", help="Snapshots and their records.")
