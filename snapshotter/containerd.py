@@ -9,6 +9,7 @@ None), no error.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import grpc
@@ -31,6 +32,7 @@ from snapshotter.containerdwords import (
     snapshot_info,
     to_api,
     translate,
+    was_unsent,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "/run/containerd/containerd.sock"
 CALL_S: Final = 30.0             # one small call; containerd's own database may be busy collecting garbage
+RESTART_S: Final = 8.0           # a snapshotter restarts in 1 s; containerd dials it again after 3.6 s at the latest
+_RESTART_PAUSE_S: Final = 0.2
 MESSAGE_BYTES_MAX: Final = 16 * limits.MIB     # containerd's own bound for what it takes
 PIECE_BYTES: Final = limits.MIB  # of content in one message
 WRITE_BYTES_PER_S: Final = 64 * limits.KIB     # slower than that, a write or an unpacking is given up
@@ -98,9 +102,16 @@ class Containerd:
         return [*found, ("containerd-lease", self.lease)] if self.lease else found
 
     def _call(self, method: str, request: Any, answer: Callable[[bytes], Any], timeout_s: float = CALL_S) -> Any:
-        """One unary call; raises grpc.RpcError."""
+        """One unary call, made again while a snapshotter restarts; raises grpc.RpcError."""
         call = self._channel.unary_unary(f"/{_SERVICES}{method}", type(request).SerializeToString, answer)
-        return call(request, timeout=timeout_s, metadata=self._metadata)
+        deadline = time.monotonic() + RESTART_S
+        while True:
+            try:
+                return call(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                if not was_unsent(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RESTART_PAUSE_S)
 
     def _ask(self, method: str, request: Any, answer: Callable[[bytes], Any], timeout_s: float = CALL_S) -> Any:
         """The same, with errors of ours."""

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 ASK_FIRST_BYTES: Final = 128 * limits.KIB      # less is sent sooner than an answer comes
 ANSWER_S: Final = 30.0
 _HINT: Final = "is containerd running? Its socket is named with --containerd-address"
+_UNSENT: Final = "Error while dialing"         # gRPC for Go: a connection of containerd's own failed
 _SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do
     ("snapshotter not loaded", HostError, "'ctr plugins ls' shows them; 'lazyfs snapshotter install' adds ours"),
     ("no space left", DiskFullError, "make room where containerd keeps its data"),
+    (_UNSENT, HostError, "is the snapshotter running? systemctl status lazyfs-snapshotter"),
     ("UNIMPLEMENTED", HostError, "is that containerd's socket, and is it 1.6 or newer?"),
 )
 _KINDS: Final = {snapshots_pb2.VIEW: Kind.VIEW, snapshots_pb2.ACTIVE: Kind.ACTIVE,
@@ -76,6 +78,11 @@ def translate(error: grpc.RpcError, address: str) -> LazyfsError:
             return kind(text, hint=hint)
     transient = code in (status.UNAVAILABLE, status.ABORTED, status.RESOURCE_EXHAUSTED)
     return SourceError(text, transient=transient)
+
+
+def was_unsent(error: grpc.RpcError) -> bool:
+    """Whether containerd could not reach whom it asks, a snapshotter that is just restarted say: nothing was done."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and _UNSENT in str(error.details() or "")
 
 
 def _answers(address: str) -> bool:

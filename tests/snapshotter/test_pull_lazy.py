@@ -95,11 +95,11 @@ def test_another_snapshotter_is_refused_in_words(node: Node) -> None:
     found = state(node, "default")
     assert (found["images"], found["leases"]) == ({}, [])
     node.snapshotter.end(signal.SIGTERM)
-    error = pull(node, image, code=20)["error"]
-    assert "containerd: " in error
+    error = pull(node, image, code=40)["error"]
+    assert "is the snapshotter running?" in error
     assert state_of_images(node) == {}
     node.snapshotter.start()
-    pull(node, image)
+    pull(node, image)          # though containerd dials it again only after seconds
 
 
 def state_of_images(node: Node) -> dict[str, Any]:
