@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,3 +18,14 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
     assert "snapshots_pb2_grpc.py" in made
     stale = sorted(name for name in made | kept if made.get(name) != kept.get(name))
     assert not stale, f"run scripts/protos: {stale}"
+
+
+def test_the_oldest_libraries_we_ask_for_can_load_the_generated_code() -> None:
+    """Each generated file refuses, when it is imported, a library older than the one it was made for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = dict(one.split(">=") for one in project["dependencies"])
+    services = {found for path in API.glob("*_pb2_grpc.py")
+                for found in re.findall(r"^GRPC_GENERATED_VERSION = '(.*)'", path.read_text(), re.MULTILINE)}
+    messages = {found for path in API.glob("*_pb2.py")
+                for found in re.findall(r"^# Protobuf Python Version: (.*)", path.read_text(), re.MULTILINE)}
+    assert (services, messages) == ({wanted["grpcio"]}, {wanted["protobuf"]})
