@@ -180,6 +180,18 @@ class ConfigDiffersError(CheckError):
     exit_code = 55
 
 
+class ProgramError(LazyfsError):
+    """The program that `lazyfs profile run` ran has failed, or could not be started."""
+
+    exit_code = 60
+
+
+class NotReadyError(ProgramError):
+    """It did not come to the point that its stop rule names: it ended before, or its time was over."""
+
+    exit_code = 61
+
+
 class BugError(LazyfsError):
     """This should never happen; please report it."""
 

@@ -38,6 +38,7 @@ class MountOrder:
         checked: likewise: the EROFS image in it is valid.
         bootstrap_dir: a directory of root's that holds the unpacked bootstrap layer (the snapshotter's), or None; with
             it, and `layer`, no registry is asked before data is read.
+        record: what is read is to be recorded: every read must reach the worker, and little but what was asked for.
 
     """
 
@@ -54,6 +55,7 @@ class MountOrder:
     layer: tuple[str, int, int] | None = None
     checked: bool = False
     bootstrap_dir: str | None = None
+    record: bool = False
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:

@@ -214,7 +214,7 @@ class Worker:
                 if mounted.order.target not in self._busy_targets and not self._is_mounted(mounted):
                     _log.info("%s was unmounted by somebody else", mounted.order.target)
                     self._let_go(mounted, in_use=True)
-                elif not mounted.local and mounted.complete():
+                elif not mounted.local and not mounted.order.record and mounted.complete():
                     mounted.local = True
                     drivers.set_read_ahead(mounted.bdi_names, drivers.READ_AHEAD_LOCAL_KIB)
             for mounted in [one for one in self._detached if not one.in_use(self._served)]:
@@ -306,7 +306,8 @@ class Worker:
                 "mount_erofs", str(opened.erofs_path), order.target, paths, not mounted.local
             )
             size_kib = drivers.READ_AHEAD_BUFFERED_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
-            drivers.set_read_ahead(mounted.bdi_names, size_kib)
+            drivers.set_read_ahead(
+                mounted.bdi_names, drivers.READ_AHEAD_RECORDING_KIB if order.record else size_kib)
         else:
             image = self._served.add_image(mounted.slot, opened.tree, tuple(mounted.devices))
             self._note(mounted)
@@ -316,6 +317,8 @@ class Worker:
         if entry is None:
             raise TargetError(f"{order.target} was unmounted while it was being mounted")
         mounted.mount_id = entry.mount_id
+        if order.record and mounted.driver is Driver.FUSE:
+            drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
         self._directory.write_record(mounted.record(self._identity, self._cache.path))
         if order.prefetch:
             mounted.prefetch = self._fetcher.prefetch(hot_plan(opened, mounted.devices))
@@ -330,7 +333,8 @@ class Worker:
         """The files that the kernel's EROFS reads: ours, or the cache's own where a device is complete."""
         paths = []
         for device in mounted.devices:
-            if device.device.cached.complete and await trio.to_thread.run_sync(device.device.cached.make_durable):
+            local = not mounted.order.record and device.device.cached.complete
+            if local and await trio.to_thread.run_sync(device.device.cached.make_durable):
                 paths.append(_short_path(str(device.device.cached.data_path), device.device.cached.fd))
                 mounted.device_indexes.append(-1)
             else:
