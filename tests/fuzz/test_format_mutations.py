@@ -40,6 +40,9 @@ INDEX = json.dumps({"schemaVersion": 2, "manifests": [
     {**manifest()["config"], "mediaType": manifest()["mediaType"], "platform": {"os": "linux", "architecture": "arm64"}}
 ]}).encode()
 
+PREFETCH = (b'# lazyfs-prefetch 1\n# image: i@sha256:0\n# runs: 3\nusr/**/x?[a-z]* share=0.5\n'
+            b'"odd \\xff\\n" 0-5,7- ms=1.5 share=0.25\n\n# c\n/a 0-\n')
+
 
 def entries_raw(data: bytes) -> object:
     """Mutations inside the frame, where the fields are."""
@@ -69,7 +72,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "manifest": (lazy, json.dumps(build()[0]).encode()),
     "index": (index, INDEX),
     "config": (configs, config()),
-    "prefetch": (parse_prefetch, b'# lazyfs-prefetch 1\nusr/**/x?[a-z]*\n"odd \\xff\\n" 0-5,7-\n\n# c\n/a 0-\n'),
+    "prefetch": (parse_prefetch, PREFETCH),
 }
 INTERESTING = [b"\0", b"\xff", b"-", b"9", b'"', b"{", b"[", b"null", b"-1", b"\\", b"/", b"../", b"\n",
 b"\xdd\xff\xff\xff\xff",

@@ -118,3 +118,6 @@ def test_prefetch_example() -> None:
     assert entries[1].ranges == ((0, 65536), (1048576, None))
     assert entries[2].components == (b"usr", b"lib", b"python3.11", b"**", b"*.py")
     assert entries[3].components == (b"opt", b"a b", b"\xff[draft][*].txt")
+    assert [(entry.share, entry.first_ms) for entry in entries] == [(1, 0), (1, 2.5), (0.67, None), (1, None)]
+    header = parse_prefetch(example("prefetch")).header
+    assert (header.image[:23], header.tool, header.runs) == ("registry.example/python", "lazyfs 0.1.0", 3)

@@ -10,7 +10,19 @@ from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.codec import Codec
 from lazyfs.image.erofs import ErofsImage, write_image
 from lazyfs.image.model import DataMap, EntryKind, FileType, LayerEntry
-from lazyfs.image.prefetch import format_entry, parse_prefetch, resolve
+from lazyfs.image.prefetch import (
+    PrefetchHeader,
+    PrefetchList,
+    exact_pattern,
+    find,
+    format_entry,
+    format_prefetch,
+    grammar,
+    literal_path,
+    make_entry,
+    parse_prefetch,
+    resolve,
+)
 from lazyfs.image.table import ROW, ChunkTable
 
 CHUNK = 1 << 16
@@ -94,6 +106,8 @@ def test_lines_that_name_no_file_are_told(line: str) -> None:
     "text",
     ["a b", "a 5-4", "a -5", "a 1", "a 1-2,", "a 1-2, 3-4", "a 1-99999999999999999999", "a 0x1-2", "a ٣-٤", '"a',
     '"a"b', '"\\q"',
+     "a 0-1 share=0", "a 0-1 share=1.1", "a share=-1", "a share=0.5 share=0.5", "a ms=", "a ms=1e3", "a ms=1.2345",
+     "a colour=1", "a share", "a share=0.5 0-1", "a ms=٣",
      '"\\xg0"', '"\\x1"', '"\\400"', "a\\b", 'a"b', "..", "a/../b", "/", ".", '"a\\0b"', "x" * 5000, b"\xff", '"a" b'],
 )
 def test_malformed_lines_are_refused_with_their_number(text: str | bytes) -> None:
@@ -120,6 +134,79 @@ def test_formatted_entries_name_exactly_their_file(path: bytes, ranges: tuple[tu
     plan = resolve(parse_prefetch(line), image, TABLES)
     assert plan.unmatched == []
     assert set(plan.chunks) <= {(0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a", ((), 1.0, None)), ("a share=0.67", ((), 0.67, None)), ("a ms=12", ((), 1.0, 12.0)),
+        ("a 0-9,20- \t share=0.5  ms=0.125", (((0, 10), (20, None)), 0.5, 0.125)),
+        ('"a" 0-0 ms=7 share=1', (((0, 1),), 1.0, 7.0)), ("a=b 0-0", (((0, 1),), 1.0, None)),
+    ],
+)  # fmt: skip
+def test_attributes(line: str, expected: tuple[object, ...]) -> None:
+    (entry,) = parse_prefetch(line).entries
+    assert (entry.ranges, entry.share, entry.first_ms) == expected
+
+
+def test_header() -> None:
+    text = "# lazyfs-prefetch 1\n# image: a/b:c@sha256:12\n# mine\n#tool:lazyfs 1\n# runs: 3\n\n# made: too late\na\n"
+    assert parse_prefetch(text).header == PrefetchHeader("a/b:c@sha256:12", "lazyfs 1", 3)
+    assert parse_prefetch(text.partition("\n")[2]).header == PrefetchHeader()     # only behind the version
+    assert [entry.line for entry in parse_prefetch(text).entries] == ["a"]
+
+
+@pytest.mark.parametrize("line", ["runs: 0", "runs: 1000001", "runs: x", "runs: ٣", "image: a\n# image: b",
+    "image: \x07", "made: " + "x" * 5000])
+def test_malformed_headers_are_refused(line: str) -> None:
+    with pytest.raises(FormatError, match=r"line [23]"):
+        parse_prefetch(f"# lazyfs-prefetch 1\n# {line}\na\n")
+
+
+def test_lists_come_back() -> None:
+    made = PrefetchList((make_entry(b"a/b", [(0, 5), (7, None)], 2 / 3, 1.23456), make_entry(b"**/x[*]?", share=1.0),
+                         make_entry(exact_pattern(b"a b*[\xff"), first_ms=0), make_entry(b"a #*", [(3, 4)], 1e-9)),
+                        PrefetchHeader("i@sha256:0", "lazyfs 1", 3, "by hand"))
+    text = format_prefetch(made)
+    assert text.splitlines()[5:] == ["a/b 0-4,7- share=0.666667 ms=1.235", "**/x[*]?", '"a b\\*\\[\\xff" ms=0',
+                                     '"a #*" 3-3 share=0.000001']
+    again = parse_prefetch(text)
+    assert again == made
+    assert format_prefetch(again) == text
+    assert format_prefetch(PrefetchList(())) == "# lazyfs-prefetch 1\n"
+
+
+@pytest.mark.parametrize("path", [b"a", b"*", b"a[b]c", b"?/[[]/*]", b"[*]"])
+def test_exact_patterns_lead_back(path: bytes) -> None:
+    assert literal_path(exact_pattern(path)) == path
+    assert parse_prefetch(format_entry(path)).entries[0].pattern == exact_pattern(path)
+
+
+def test_globs_are_no_paths() -> None:
+    assert [literal_path(pattern) for pattern in (b"a*", b"a/**", b"[*]?", b"[ab]", b"[[][")] == [None] * 5
+
+
+def test_a_path_of_escapes_may_be_as_long_as_a_path() -> None:
+    path = b"/".join([b"*" * 255] * 16)
+    assert parse_prefetch(format_entry(path)).entries[0].pattern == exact_pattern(path)
+
+
+def test_lines_and_ranges_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "ENTRY_COUNT_MAX", 5)
+    monkeypatch.setattr(grammar, "LINE_COUNT_MAX", 8)
+    monkeypatch.setattr(grammar, "RANGE_COUNT_MAX", 10)
+    assert len(parse_prefetch("a\n" * 5).entries) == 5
+    assert len(parse_prefetch("a " + ",".join(["0-"] * 10)).entries[0].ranges) == 10
+    for text in ("a\n" * 6, "#\n" * 9, "a 0-\nb " + ",".join(["0-"] * 10)):
+        with pytest.raises(FormatError, match="more than"):
+            parse_prefetch(text)
+
+
+def test_huge_files_named_again_and_again_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "_STEPS_MAX", 1000)
+    assert len(chunks("lib/a.so\n" * 100)) == 4
+    with pytest.raises(FormatError, match="too many files and chunks"):
+        chunks("lib/a.so 0-,0-,0-\n" * 100)
 
 
 def test_many_wild_globs_end() -> None:
