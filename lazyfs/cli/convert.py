@@ -99,8 +99,9 @@ def _convert(
     events: _ProgressEvents,
 ) -> ConvertReport:
     from converter.build import convert  # noqa: PLC0415
-    from lazyfs.registry import open_destination, open_source  # noqa: PLC0415
+    from lazyfs.registry import check_apart, open_destination, open_source  # noqa: PLC0415
 
+    check_apart(source_text, destination_text)
     source = open_source(source_text, registry)
     try:
         destination = open_destination(destination_text, registry)

@@ -141,7 +141,7 @@ def check_source(manifest: Manifest) -> None:
 
     """
     if is_lazy(manifest):
-        raise FormatError("the source is a lazy image already", hint="convert the image that it was made of")
+        raise FormatError("the source is a lazy image already", hint="name the image that it was made of")
     check_config_type(manifest)
     if len(manifest.layers) > limits.DEVICE_COUNT_MAX:
         raise UnsupportedError(f"image of {len(manifest.layers)} layers: at most {limits.DEVICE_COUNT_MAX} can be used")
@@ -202,9 +202,9 @@ def build_lazy_manifest(
     return encode_json(manifest), new_config
 
 
-def parse_lazy_manifest(manifest: Manifest) -> LazyManifest:
+def parse_lazy_manifest(manifest: Manifest, name: str = "") -> LazyManifest:
     """
-    What a manifest says about the lazy image.
+    What a manifest says about the lazy image; `name`: the image's, for messages.
 
     Raises:
         UnsupportedError: a lazy image of another version.
@@ -212,7 +212,7 @@ def parse_lazy_manifest(manifest: Manifest) -> LazyManifest:
 
     """
     if not is_lazy(manifest):
-        raise FormatError("not a lazy image", hint=NOT_LAZY_HINT)
+        raise FormatError(f"{name}: not a lazy image".removeprefix(": "), hint=NOT_LAZY_HINT)
     for place in (manifest.annotations, *(layer.annotations for layer in manifest.layers)):
         if place.get(VERSION_KEY) != str(LAZY_VERSION):
             raise UnsupportedError(

@@ -56,13 +56,13 @@ def find_image(order: MountOrder) -> tuple[ImageSource, LazyManifest]:
     source: ImageSource
     if order.document is not None:
         source, data, media_type = deferred_source(order), base64.b64decode(order.document), order.document_type
-        return source, parse_lazy_manifest(parse_manifest(data, media_type))
+        return source, parse_lazy_manifest(parse_manifest(data, media_type), order.image)
     from lazyfs.registry.select import select_image  # noqa: PLC0415
 
     source = open_source(order.image, order.registry_options())
     try:
         document = select_image(source, order.platform)
-        return source, parse_lazy_manifest(parse_manifest(document.data, document.media_type))
+        return source, parse_lazy_manifest(parse_manifest(document.data, document.media_type), source.name)
     except BaseException:
         source.close()
         raise

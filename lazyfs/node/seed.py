@@ -75,7 +75,7 @@ def _check(order: MountOrder, document: Document, data: bytes) -> MountOrder:
     from lazyfs.image.manifest import parse_lazy_manifest  # noqa: PLC0415
     from lazyfs.image.parts import check_parts  # noqa: PLC0415
 
-    lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
+    lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type), order.image)
     layer = StoredLayer.of(lazy)
     bootstrap = parse_bootstrap(decompress_layer(data, layer.raw_size))
     check_parts(lazy, bootstrap)

@@ -7,7 +7,7 @@ Images in registries, image-layout directories and archives.
 Contracts: place.py. Cheap to import: transports are loaded when they are used.
 """
 
-from lazyfs.registry.opening import open_destination, open_source
+from lazyfs.registry.opening import check_apart, open_destination, open_source
 from lazyfs.registry.options import RegistryOptions, Secret
 from lazyfs.registry.reference import FileReference, Reference, RegistryReference, parse_reference
 
@@ -17,6 +17,7 @@ __all__ = [
     "RegistryOptions",
     "RegistryReference",
     "Secret",
+    "check_apart",
     "open_destination",
     "open_source",
     "parse_reference",

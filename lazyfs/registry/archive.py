@@ -2,27 +2,29 @@
 oci-archive: as a destination: an image layout in one tar, there whole or not at all.
 
 Layer: registry. Who calls: opening.py. The layout is staged beside FILE; commit() writes a deterministic tar (sorted
-members, no owner, no time), syncs it and renames it over FILE. Blobs of the archive that FILE was before can be reused:
-those that has_blob() confirmed are copied into the new one.
+members, no owner, no time), syncs it and renames it over FILE; behind a symlink that is what it leads to. Only an OCI
+archive is replaced, or an empty file: never a device or somebody else's file. Blobs of the archive that FILE was before
+can be reused: those that has_blob() confirmed are copied into the new one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import LazyfsError, NotFoundError, TargetError
 from lazyfs.registry.files import DirectoryFiles, TarFiles
-from lazyfs.registry.layout import INDEX_FILE, LAYOUT_FILE, LayoutSource, blob_member, read_index
+from lazyfs.registry.layout import INDEX_FILE, LAYOUT_FILE, LayoutSource, blob_member, check_layout, read_index
 from lazyfs.registry.layoutwrite import DOCUMENT_COUNT_MAX, LayoutDestination
 from lazyfs.registry.staging import Staging, os_errors, sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from lazyfs.image.digest import Digest
     from lazyfs.registry.files import Extent
@@ -58,13 +60,18 @@ class ArchiveDestination:
 
     def __init__(self, reference: FileReference) -> None:
         self._reference = reference
-        self._path = reference.path.absolute()
+        self._path = Path(os.path.realpath(reference.path))
         if self._path.is_dir():
             raise TargetError(f"{self._path}: a directory", hint=f"did you mean oci:{reference.path} ?")
         if not self._path.parent.is_dir():
             raise TargetError(f"{self._path.parent}: no such directory", hint="make it first")
-        self._staging = Staging(self._path.parent)
         self._old = self._open_old()
+        try:
+            self._staging = Staging(self._path.parent)
+        except BaseException:
+            if self._old is not None:
+                self._old.close()
+            raise
         self._claimed: set[Digest] = set()
         self._lock = threading.Lock()
         self._layout = LayoutDestination(reference, directory=self._staging.path / "layout")
@@ -72,11 +79,20 @@ class ArchiveDestination:
         self._source = LayoutSource(self._both, reference)
 
     def _open_old(self) -> TarFiles | None:
-        """What FILE is now, if that is an archive we can read."""
-        try:
-            return TarFiles(self._path)
-        except LazyfsError:
+        """What FILE is now; None: nothing, or an empty file. Raises TargetError: it must not be replaced."""
+        if not os.path.lexists(self._path) or (self._path.is_file() and not self._path.stat().st_size):
             return None
+        try:
+            old = TarFiles(self._path)
+            try:
+                check_layout(old)
+            except BaseException:
+                old.close()
+                raise
+        except LazyfsError as error:
+            raise TargetError(f"{self._path}: exists, and is no OCI archive",
+                              hint="name another file, or remove this one first") from error
+        return old
 
     @property
     def name(self) -> str:
@@ -111,8 +127,11 @@ class ArchiveDestination:
         if self._layout.has_blob(digest, size):
             return True
         member = self._old.members.get(blob_member(digest)) if self._old is not None else None
-        if member is None or member.target or member.size != size:
+        if self._old is None or member is None or member.target or member.size != size:
             return False
+        with self._old.locate(blob_member(digest)).stream(self.name) as stream:
+            if hashlib.file_digest(io.BufferedReader(_Raw(stream), _COPY_BYTES), "sha256").hexdigest() != digest.hex:
+                return False   # a damaged blob must be written anew, not handed on
         with self._lock:
             self._claimed.add(digest)
         return True

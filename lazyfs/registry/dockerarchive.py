@@ -132,7 +132,8 @@ class DockerArchiveSource:
         wanted, index = self._reference.tag, self._reference.index
         if index is not None:
             if index >= len(images):
-                raise NotFoundError(f"{self.name}: holds {len(images)} images")
+                raise NotFoundError(f"{self.name}: no image number {index}; the archive holds {len(images)}",
+                                    hint="the first one is :@0")
             return images[index]
         if not wanted and len(images) == 1:
             return images[0]

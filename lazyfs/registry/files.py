@@ -64,7 +64,7 @@ def open_regular(path: Path) -> tuple[int, int]:
         # Non-blocking: opening a FIFO must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{path}: no such file", hint="check the path and the tag") from None
+        raise NotFoundError(f"{path}: no such file", hint="check the path") from None
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}", transient=False) from error
     status = os.fstat(descriptor)

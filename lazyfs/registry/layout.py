@@ -16,7 +16,7 @@ from lazyfs.errors import DeadlineError, FormatError, IntegrityError, NotFoundEr
 from lazyfs.image.digest import Digest
 from lazyfs.limits import BOOTSTRAP_BYTES_MAX, KIB, MANIFEST_BYTES_MAX
 from lazyfs.registry.documents import check_blob, make_document
-from lazyfs.registry.files import Files, read_small
+from lazyfs.registry.files import Files, TarFiles, read_small
 from lazyfs.registry.streams import read_exactly
 
 if TYPE_CHECKING:
@@ -61,7 +61,12 @@ def blob_member(digest: Digest) -> str:
 
 def check_layout(files: Files) -> None:
     """Raises NotFoundError if there is no layout, UnsupportedError if it is a later kind."""
-    data = read_small(files, LAYOUT_FILE, 64 * KIB)
+    try:
+        data = read_small(files, LAYOUT_FILE, 64 * KIB)
+    except NotFoundError:
+        is_saved = isinstance(files, TarFiles) and "manifest.json" in files.members
+        raise NotFoundError(f"{files.name}: no OCI image layout there (no {LAYOUT_FILE})",
+                            hint="try docker-archive:" if is_saved else "check the path") from None
     try:
         version = msgspec.json.decode(data, type=_Layout).imageLayoutVersion
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

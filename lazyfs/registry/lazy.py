@@ -41,7 +41,7 @@ def load_lazy_image(source: ImageSource, document: Document) -> LazyImage:
 
     """
     manifest = parse_manifest(document.data, document.media_type)
-    lazy = parse_lazy_manifest(manifest)
+    lazy = parse_lazy_manifest(manifest, source.name)
     layer = lazy.bootstrap
     bootstrap = parse_bootstrap(decompress_layer(source.read_blob(layer.digest, layer.size), layer.raw_size))
     check_parts(lazy, bootstrap)

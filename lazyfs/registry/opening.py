@@ -7,6 +7,7 @@ oci: directory needs no HTTP library.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import UsageError
@@ -44,6 +45,27 @@ def _open_file_source(reference: FileReference) -> ImageSource:
     if reference.transport is FileTransport.OCI_ARCHIVE:
         return LayoutSource(TarFiles(reference.path), reference)
     return DockerArchiveSource(reference)
+
+
+def check_apart(source_text: str, destination_text: str) -> None:
+    """
+    Whether writing the destination leaves the source where it is.
+
+    Raises:
+        UsageError: one of them is no reference, or the destination would take the source's name or file.
+
+    """
+    source, destination = parse_reference(source_text), parse_reference(destination_text)
+    if isinstance(source, RegistryReference) or isinstance(destination, RegistryReference):
+        is_same = source.digest is None and source == destination
+    elif os.path.realpath(source.path) != os.path.realpath(destination.path):
+        is_same = False
+    else:   # an archive is replaced whole, a directory's other tags stay
+        is_same = destination.transport is not FileTransport.OCI or (
+            source.digest is None and source.tag == destination.tag)
+    if is_same:
+        raise UsageError(f"{destination.text} is the source itself: it would be replaced",
+                         hint="name the lazy image another way, for example with -lazy at the tag's end")
 
 
 def open_destination(text: str, options: RegistryOptions) -> ImageDestination:

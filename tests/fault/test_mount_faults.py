@@ -110,7 +110,7 @@ def test_each_obstacle_has_its_line_and_its_code(machine: Machine, layout: str):
     assert "does not exist" in machine.mount(lazy, machine.directory / "missing", code=41)
     assert "not empty" in machine.mount(lazy, full, code=41)
     assert "not a directory" in machine.mount(lazy, full / "x", code=41)
-    assert "not a lazy image" in machine.mount(f"oci:{Path(layout).parent}/in:app", target, code=10)
+    assert "/in:app: not a lazy image" in machine.mount(f"oci:{Path(layout).parent}/in:app", target, code=10)
     machine.mount(f"oci:{layout}:unknown", target, code=21)
     machine.mount(lazy, target, "--platform", "plan9/mips", code=21)
     machine.mount("docker://Bad Name", target, code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -254,3 +255,14 @@ def test_pax_headers_of_any_bytes(tmp_path: Path, payload: bytes) -> None:
         index(tmp_path, data)
     except FormatError:
         return
+
+
+def test_messages_name_the_other_kind_of_archive(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(saved())
+    with (contextlib.closing(open_source(f"oci-archive:{tmp_path}/x.tar", OPTIONS)) as source,
+          pytest.raises(NotFoundError, match="no OCI image layout") as caught):
+        source.root()
+    assert caught.value.hint == "try docker-archive:"
+    (tmp_path / "text").write_bytes(b"root:x:0:0:root:/root:/bin/bash\n" * 100)
+    with pytest.raises(FormatError, match="not a tar archive"):
+        open_source(f"oci-archive:{tmp_path}/text", OPTIONS)

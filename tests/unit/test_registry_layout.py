@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -30,9 +30,6 @@ from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.documents import DOCKER_MANIFEST, OCI_INDEX, make_document
 from lazyfs.registry.staging import PREFIX
 from tests.smallimage import SmallImage, make_image, write_image
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 OPTIONS = RegistryOptions()
 LAYERS = [b"first layer " * 1000, b"second"]
@@ -185,6 +182,39 @@ def test_an_archive_reuses_what_it_replaces(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         source.open_blob(Digest.of(LAYERS[1]), len(LAYERS[1]))
     source.close()
+
+
+def test_an_archive_hands_on_no_damage(tmp_path: Path) -> None:
+    old = write(f"oci-archive:{tmp_path}/x.tar:v1", LAYERS)
+    archive = tmp_path / "x.tar"
+    archive.write_bytes(archive.read_bytes().replace(b"second", b"sec0nd"))
+    destination = open_destination(f"oci-archive:{archive}:v1", OPTIONS)
+    assert destination.has_blob(old.digest, len(old.layer))
+    assert not destination.has_blob(Digest.of(b"second"), 6)
+    destination.close()
+
+
+def test_an_archive_replaces_nothing_but_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("notes", "fifo", "null"):
+        path = Path("/dev/null") if name == "null" else tmp_path / name
+        before = path.lstat()
+        with pytest.raises(TargetError, match="exists, and is no OCI archive"):
+            open_destination(f"oci-archive:{path}:x", OPTIONS)
+        assert path.lstat() == before
+    (tmp_path / "empty.tar").touch()
+    check(f"oci-archive:{tmp_path}/empty.tar:x", write(f"oci-archive:{tmp_path}/empty.tar:x", LAYERS))
+    assert not leftovers(tmp_path)
+
+
+def test_an_archive_behind_a_symlink_is_written_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.tar").symlink_to("real/x.tar")
+    image = write(f"oci-archive:{tmp_path}/link.tar:x", LAYERS)
+    assert (tmp_path / "link.tar").is_symlink()
+    check(f"oci-archive:{tmp_path}/real/x.tar:x", image)
+    assert not leftovers(tmp_path)
 
 
 def test_damage_at_rest_is_found(tmp_path: Path) -> None:

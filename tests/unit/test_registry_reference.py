@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.errors import UsageError
-from lazyfs.registry import FileReference, RegistryReference, open_destination, open_source, parse_reference
+from lazyfs.registry import (
+    FileReference,
+    RegistryReference,
+    check_apart,
+    open_destination,
+    open_source,
+    parse_reference,
+)
 from lazyfs.registry.options import RegistryOptions, Secret
 
 HEX = "0123456789abcdef" * 4
@@ -124,3 +131,23 @@ def test_options_hide_the_password() -> None:
     assert "hunter2" not in f"{options} {options!r} {options.password} {options.password!r}"
     with pytest.raises(UsageError):
         RegistryOptions(username="a:b", password="x")
+
+
+@pytest.mark.parametrize(("source", "destination", "is_same"), [
+    ("host:80/app:1", "docker://host:80/app:1", True), ("docker.io/library/app", "app:latest", True),
+    ("host:80/app:1", "host:80/app:2", False), (f"host:80/app@sha256:{HEX}", "host:80/app:1", False),
+    ("host:80/app:1", "oci:app:1", False), ("oci:d:1", "oci:./d:1", True), ("oci:d:1", "oci:d:2", False),
+    ("oci:d", "oci:d", True), (f"oci:d@sha256:{HEX}", "oci:d:1", False), ("oci:link:1", "oci:d:1", True),
+    ("oci-archive:a.tar:1", "oci-archive:a.tar:2", True), ("docker-archive:a.tar:app:1", "oci-archive:a.tar:2", True),
+    ("oci-archive:a.tar:1", "oci-archive:b.tar:1", False),
+])
+def test_an_image_is_not_converted_into_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, destination: str, is_same: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("d")
+    if not is_same:
+        check_apart(source, destination)
+        return
+    with pytest.raises(UsageError, match="is the source itself"):
+        check_apart(source, destination)
