@@ -13,8 +13,8 @@ removal looks at the records only when it is alone; so a mount that somebody was
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from lazyfs import limits
 from lazyfs.errors import BusyError, LazyfsError, NotFoundError, TargetError
@@ -45,7 +45,6 @@ class MountSettings:
     driver: str = "auto"
     prefetch: bool = True
     read_timeout_s: float = limits.READ_DEADLINE_S
-    registry: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +162,8 @@ class LazyImages:
             self._records.write_reference(record.digest, image if sure else "")   # before: what is mounted is on record
         order = MountOrder(
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
-            read_timeout_s=self._settings.read_timeout_s, registry=dict(self._settings.registry),
-            layer=(record.digest, 0, 0), bootstrap_dir=str(bootstrap.fs_dir))
+            read_timeout_s=self._settings.read_timeout_s, layer=(record.digest, 0, 0),
+            bootstrap_dir=str(bootstrap.fs_dir), by_node=True)
         keeper = self._daemon.keeper()   # before: if it is another one afterwards, nothing is confirmed
         try:
             self._daemon.mount(order)

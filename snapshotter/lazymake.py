@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lazyfs.image.digest import Digest
 from lazyfs.node.rundir import WorkerDir
-from lazyfs.registry.fields import from_config, to_fields
 from snapshotter.containerd import Containerd
 from snapshotter.findimage import ImageFinder
 from snapshotter.lazy import LazyImages, MountSettings
@@ -34,8 +33,7 @@ def make_lazy_images(config: Config) -> LazyImages:
 
     """
     daemon = config.daemon
-    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s,
-                             registry=to_fields(from_config(config.registry)))
+    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s)
     link = DaemonLink(WorkerDir(Path(daemon.run_dir) / "daemon"))
     root = Path(config.snapshotter.root).resolve()
     return LazyImages(root, link, ContainerdImages(config.snapshotter.containerd_address), settings)

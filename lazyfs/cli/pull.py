@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lazyfs import config
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, make_progress, note, print_json
 
 if TYPE_CHECKING:
     from lazyfs.registry import RegistryOptions
+    from snapshotter.pull import PullReport
 
 _EPILOG = """\b
 Examples:
@@ -50,10 +52,10 @@ def pull_command(image: str, *, namespace: str, snapshotter: str, containerd_add
     """
     from dataclasses import asdict  # noqa: PLC0415
 
-    from lazyfs import config  # noqa: PLC0415 - start-up time of --help
-    from snapshotter.pull import PullOrder, pull  # noqa: PLC0415
+    from snapshotter.pull import PullOrder, pull  # noqa: PLC0415 - start-up time of --help
 
-    address = containerd_address or config.load().snapshotter.containerd_address
+    settings = config.load()
+    address = containerd_address or settings.snapshotter.containerd_address
     order = PullOrder(image, registry, address, namespace, snapshotter, platform)
     with make_progress(quiet=quiet or as_json) as progress:
         report = pull(order, progress)
@@ -63,3 +65,17 @@ def pull_command(image: str, *, namespace: str, snapshotter: str, containerd_add
         kind = "lazy image, " if report.is_lazy else ""
         note(f"{report.name}: {kind}{format_bytes(report.fetched_bytes)} of {format_bytes(report.image_bytes)} fetched "
              f"in {sum(report.seconds.values()):.1f} s")
+    if report.is_lazy and not quiet:
+        _tell_what_the_node_lacks(report, registry, settings)
+
+
+def _tell_what_the_node_lacks(report: PullReport, registry: RegistryOptions, settings: config.Config) -> None:
+    """The daemon fetches the data, much later, and by its own configuration: say now what would fail then."""
+    from lazyfs.registry.fields import from_config  # noqa: PLC0415
+    from lazyfs.registry.forhost import missing_settings  # noqa: PLC0415
+
+    host = report.name.partition("/")[0]
+    missing = missing_settings(registry, from_config(settings.registry), host)
+    if missing:
+        note(f"note: the daemon fetches what containers read, and its configuration lacks {', '.join(missing)}: put it "
+             f'below [registry.host."{host}"] in {settings.file or config.DEFAULT_FILE}, then: lazyfs daemon upgrade')

@@ -54,7 +54,7 @@ def errno_of(error: Exception, what: str) -> int:
         _log_rarely(f"{what}: deadline passed")
         return errno.ETIMEDOUT
     if isinstance(error, LazyfsError) and not isinstance(error, BugError):
-        _log_rarely(f"{what}: {error}")
+        _log_rarely(f"{what}: {error}{f' ({error.hint})' if error.hint else ''}")
         return error.errno
     number = next(_incident)
     if isinstance(error, MemoryError):

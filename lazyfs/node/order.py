@@ -31,6 +31,7 @@ class MountOrder:
         prefetch: whether to fetch the hot blob at once.
         read_timeout_s: a read without its bytes by then ends with an errno.
         registry: registry.RegistryOptions as registry.fields writes them.
+        by_node: instead of these, what the node's configuration says about registries whenever they are asked.
         seed: from the worker's starter only: a file with the bootstrap layer; the worker removes it.
         document, document_type: likewise: the image's manifest (base64) and its media type.
         layer: likewise: digest, size and uncompressed size of the bootstrap layer; sizes of 0: the digest is that of
@@ -56,6 +57,7 @@ class MountOrder:
     checked: bool = False
     bootstrap_dir: str | None = None
     record: bool = False
+    by_node: bool = False
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:
@@ -68,6 +70,10 @@ class MountOrder:
 
     def registry_options(self) -> RegistryOptions:
         """What the registry client wants."""
+        if self.by_node:
+            from lazyfs.node.noderegistry import node_registry  # noqa: PLC0415 - likewise
+
+            return node_registry()
         from lazyfs.registry.fields import from_fields  # noqa: PLC0415 - the command line needs it to start a worker
 
         return from_fields(self.registry)

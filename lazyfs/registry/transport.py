@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lazyfs.registry.options import RegistryOptions
 
 _DRAIN_BYTES = 64 * KIB  # an unread rest up to this is read off, so that the connection can be used again
+_ON_NODES = 'for what a node reads: ca_file or insecure in [registry.host."NAME"], or hosts.toml (docs/credentials.md)'
 _FAILURES = (u3.HTTPError, OSError, http.client.HTTPException, ValueError)
 
 
@@ -235,9 +236,9 @@ def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsEr
 def _explain_tls(root: ssl.SSLError, host: str) -> SourceError:
     if isinstance(root, ssl.SSLCertVerificationError):
         return SourceError(f"{host}: its certificate is not trusted: {root.verify_message}", transient=False,
-                           hint="name its authority with --ca-file, or accept anything with --insecure")
+                           hint=f"name its authority with --ca-file, or accept anything with --insecure; {_ON_NODES}")
     return SourceError(f"{host}: no TLS connection: {_cause(root)}", transient=False,
-                       hint="a registry that speaks plain http needs --insecure")
+                       hint=f"a registry that speaks plain http needs --insecure; {_ON_NODES}")
 
 
 def is_untrusted(error: BaseException) -> bool:

@@ -71,7 +71,7 @@ class Rig:
 
     def lazy(self, driver: str = "auto") -> LazyImages:
         """A snapshotter that has just started."""
-        return LazyImages(self.root, self.link, self, MountSettings(driver, registry={"insecure": True}))
+        return LazyImages(self.root, self.link, self, MountSettings(driver))
 
     def images(self, digest: str) -> list[str]:
         self.asked.append(digest)
