@@ -126,8 +126,10 @@ class Snapshots:
         if record.info.kind is Kind.COMMITTED:
             raise SnapshotStateError(f"snapshot {key} is committed: it has no mounts")
         mapping = _mapping(below, record.info.labels)
-        lowers = self._map(record.id, self._lowers(below, record.info.labels), mapping)
-        return self._mounts(record, lowers, mapping)
+        lowers = self._lowers(below, record.info.labels)
+        self._directories.restore(record.id, work=record.info.kind is Kind.ACTIVE,
+                                  owner=_owner(record.info.labels, lowers))
+        return self._mounts(record, self._map(record.id, lowers, mapping), mapping)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """
@@ -162,16 +164,18 @@ class Snapshots:
 
     def remove(self, name: str) -> None:
         """
-        Forget a snapshot, and free what it holds.
+        Forget a snapshot, and free what it holds; its files go a moment later.
 
         Raises:
             SnapshotMissingError. SnapshotStateError: others stand on it.
 
         """
         record = self._records.remove(name)
-        self._directories.discard(record.id)
         if record.layer is LayerKind.LAZY_BOOTSTRAP and record.info.kind is Kind.COMMITTED:
+            self._directories.discard(record.id)   # the hook sees by it that it is too late to mount
             self._say_goodbyes(only=record.id)
+        else:
+            self._directories.discard_soon(record.id)
 
     def stat(self, name: str) -> SnapshotInfo:
         """Raises SnapshotMissingError."""
@@ -252,11 +256,10 @@ class Snapshots:
     def _begin(self, kind: Kind, key: str, chain: list[Record], labels: Mapping[str, str],
                layer: LayerKind) -> list[Mount]:
         lowers = self._lowers(chain, labels)
-        owner = overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
         mapping = _mapping(chain, labels)
         info = SnapshotInfo(key, chain[0].info.name if chain else "", kind, labels)
         origin = {} if layer is LayerKind.ORDINARY else labels
-        with self._directories.making(work=kind is Kind.ACTIVE, owner=owner) as snapshot_id:
+        with self._directories.making(work=kind is Kind.ACTIVE, owner=_owner(labels, lowers)) as snapshot_id:
             lowers = self._map(snapshot_id, lowers, mapping)
             record = self._records.insert(Record(snapshot_id, info, layer, origin))
         return self._mounts(record, lowers, mapping)
@@ -353,6 +356,11 @@ class Snapshots:
             _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
         else:
             self._records.said_goodbye(goodbye.id)
+
+
+def _owner(labels: Mapping[str, str], lowers: list[Path]) -> tuple[int, int] | None:
+    """Whose the root directory of a snapshot is; None: ours. Raises HostError, SnapshotInvalidError."""
+    return overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
 
 
 def _mapping(chain: list[Record], labels: Mapping[str, str]) -> tuple[str, str] | None:

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import DiskFullError, HostError
 from snapshotter.failures import SnapshotExistsError, SnapshotInvalidError, SnapshotMissingError, SnapshotStateError
@@ -37,6 +37,7 @@ NO_USAGE = Usage(0, 0)
 VERSION = 1                      # PRAGMA user_version
 NAME_BYTES_MAX = 32 * 1024       # of a snapshot; containerd's own database takes no longer one
 _BUSY_TIMEOUT_S = 10.0           # somebody looks at the database with another program
+_LOG_PAGES = 256                 # then the log begins anew: a sync of a file that grows takes twice as long
 _SCHEMA = """
 CREATE TABLE snapshots (
     id      INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -117,6 +118,7 @@ class Records:
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA foreign_keys=ON")
+                connection.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 _check_version(path, version)
                 if version < VERSION:   # 0: just made; one transaction, so that a kill leaves nothing or all
@@ -132,32 +134,29 @@ class Records:
 
     def get(self, name: str) -> Record:
         """Raises SnapshotMissingError."""
-        with self._transaction() as run:
-            return _get(run, name)
+        rows = self._read(f"SELECT {_COLUMNS}{_FROM}WHERE s.name = ?", name)
+        if not rows:
+            raise _missing(name)
+        return _record(rows[0])
 
     def chain(self, name: str) -> list[Record]:
         """The snapshot and all below it, top first. Raises SnapshotMissingError."""
-        with self._transaction() as run:
-            rows = run(_CHAIN, (name,)).fetchall()
+        rows = self._read(_CHAIN, name)
         if not rows:
             raise _missing(name)
         return [_record(row) for row in rows]
 
     def all(self) -> list[Record]:
         """Every snapshot, by name."""
-        with self._transaction() as run:
-            rows = run(f"SELECT {_COLUMNS}{_FROM}ORDER BY s.name").fetchall()
-        return [_record(row) for row in rows]
+        return [_record(row) for row in self._read(f"SELECT {_COLUMNS}{_FROM}ORDER BY s.name")]
 
     def ids(self) -> set[int]:
-        with self._transaction() as run:
-            return {row[0] for row in run("SELECT id FROM snapshots").fetchall()}
+        return {row[0] for row in self._read("SELECT id FROM snapshots")}
 
     def last_id(self) -> int:
         """The largest id that ever was given; 0 if none."""
-        with self._transaction() as run:
-            row = run("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
-        return int(row[0]) if row else 0
+        rows = self._read("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'")
+        return int(rows[0][0]) if rows else 0
 
     def insert(self, record: Record) -> Record:
         """
@@ -172,14 +171,17 @@ class Records:
         now = time.time_ns()
         info = replace(record.info, labels=_kept(record.info.labels), created=now, updated=now)
         _check_name(info.name)
-        with self._transaction(write=True, sync=True) as run:
+        with self._transaction(sync=True) as run:
             parent = parent_of(run, info.parent)
-            if run("SELECT 1 FROM snapshots WHERE name = ?", (info.name,)).fetchone():
-                raise SnapshotExistsError(f"snapshot {info.name}: exists already")
-            run("INSERT INTO snapshots(id, name, parent, kind, layer, created, updated, labels, origin, size, inodes) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (record.id, info.name, parent, info.kind.value, record.layer.name, now, now, _dump(info.labels),
-                 _dump(record.origin), record.usage.size_bytes, record.usage.inodes))
+            try:
+                run("INSERT INTO snapshots(id, name, parent, kind, layer, created, updated, labels, origin, size, "
+                    "inodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (record.id, info.name, parent, info.kind.value, record.layer.name, now, now, _dump(info.labels),
+                     _dump(record.origin), record.usage.size_bytes, record.usage.inodes))
+            except sqlite3.IntegrityError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+                    raise
+                raise SnapshotExistsError(f"snapshot {info.name}: exists already") from None
         return replace(record, info=info)
 
     def commit(self, key: str, name: str, change: Callable[[Record], Record]) -> Record:
@@ -194,7 +196,7 @@ class Records:
 
         """
         _check_name(name)
-        with self._transaction(write=True, sync=True) as run:
+        with self._transaction(sync=True) as run:
             old = _get(run, key)
             if run("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
                 raise SnapshotExistsError(f"committed snapshot {name}: exists already")
@@ -218,7 +220,7 @@ class Records:
             SnapshotStateError: others stand on it.
 
         """
-        with self._transaction(write=True) as run:
+        with self._transaction() as run:
             record = _get(run, name)
             if run("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (record.id,)).fetchone():
                 raise SnapshotStateError(f"snapshot {name} cannot be removed: it has children")
@@ -230,7 +232,7 @@ class Records:
 
     def set_labels(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Record:
         """Replace the labels by what `change` makes of them. Raises SnapshotMissingError, and what `change` raises."""
-        with self._transaction(write=True) as run:
+        with self._transaction() as run:
             old = _get(run, name)
             labels = _kept(change(old.info.labels))
             updated = max(time.time_ns(), old.info.updated + 1)
@@ -238,21 +240,24 @@ class Records:
         return replace(old, info=replace(old.info, labels=labels, updated=updated))
 
     def goodbyes(self) -> list[Goodbye]:
-        with self._transaction() as run:
-            rows = run("SELECT id, name, labels FROM goodbyes ORDER BY id").fetchall()
+        rows = self._read("SELECT id, name, labels FROM goodbyes ORDER BY id")
         return [Goodbye(row[0], row[1], json.loads(row[2])) for row in rows]
 
     def said_goodbye(self, record_id: int) -> None:
-        with self._transaction(write=True) as run:
+        with self._transaction() as run:
             run("DELETE FROM goodbyes WHERE id = ?", (record_id,))
 
-    @contextlib.contextmanager
-    def _transaction(self, *, write: bool = False, sync: bool = False) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        """All or nothing; an error in the block undoes it. Reads see one state too. `sync`: on disk when it ends."""
+    def _read(self, statement: str, *words: str) -> list[Any]:
+        """The rows of one statement, which is a transaction of its own."""
         with self._lock, _translated("the snapshotter's records"):
-            if write:
-                self._connection.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
-            self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            return self._connection.execute(statement, words).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self, *, sync: bool = False) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        """All or nothing; an error in the block undoes it. `sync`: on disk when it ends."""
+        with self._lock, _translated("the snapshotter's records"):
+            self._connection.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
+            self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection.execute
                 self._connection.execute("COMMIT")

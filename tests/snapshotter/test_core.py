@@ -160,8 +160,10 @@ def test_remove_needs_no_children_and_takes_the_directory(snapshots: Snapshots) 
     with pytest.raises(SnapshotStateError):
         snapshots.remove("one")
     snapshots.remove("a")
+    snapshots.cleanup()   # or a thread, a moment later
     assert not upper.parent.exists()
     snapshots.remove("one")
+    snapshots.cleanup()
     assert list(upper.parent.parent.iterdir()) == []
 
 

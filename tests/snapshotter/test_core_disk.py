@@ -49,12 +49,16 @@ def test_a_full_disk_refuses_and_harms_nothing(tmp_path: Path) -> None:
             assert len(list((disk / "root" / "snapshots").iterdir())) == 2
 
 
-def test_what_was_answered_survives_a_power_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [0, 200])   # 200: the log of the records is written over, and grows no more
+def test_what_was_answered_survives_a_power_cut(tmp_path: Path, before: int) -> None:
     with mounted_disks(tmp_path) as mount:
         image = ext4(tmp_path / "image", 32 << 20)
         disk = mount("-o", "loop", image, name="disk")
         with opened(disk) as (snapshots, _):
             commit_layer(snapshots, "base", labels={"a": "b"})
+            for number in range(before):
+                snapshots.prepare(f"c{number}", "base", {})
+                snapshots.remove(f"c{number}")
             snapshots.prepare("container", "base", {"c": "d"})
             cut_power(disk)
         subprocess.run(["umount", disk], check=True)

@@ -65,4 +65,5 @@ def test_anything_at_once(tmp_path: Path) -> None:
         for info in left:   # leaves first, as containerd does
             snapshots.remove(info.name)
         assert not hook.mounted, "every image was let go"
+        snapshots.cleanup()
         assert list((tmp_path / "root" / "snapshots").iterdir()) == []

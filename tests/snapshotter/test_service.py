@@ -175,12 +175,14 @@ def test_a_hundred_at_once(server: Running) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(25) as pool:
         assert list(pool.map(one, range(100))) == [1] * 100
+    stub.Cleanup(api.CleanupRequest())
     left = {path.name for path in root.iterdir()} - before
     assert len(left) == 51, "50 and the one that all wanted"
     for number in range(0, 100, 2):
         assert stub.Mounts(api.MountsRequest(key=f"h/{number}")).mounts
         stub.Remove(api.RemoveSnapshotRequest(key=f"h/{number}"))
     stub.Remove(api.RemoveSnapshotRequest(key="h/same"))
+    stub.Cleanup(api.CleanupRequest())
     assert {path.name for path in root.iterdir()} == before
 
 
