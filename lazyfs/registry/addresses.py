@@ -83,9 +83,12 @@ def is_loopback_host(host: str) -> bool:
 def is_private_to_machine(address: str) -> bool:
     """
     Addresses that a registry elsewhere has no business to send us to: this machine itself, its link (cloud
-    metadata services sit at 169.254.169.254), nobody, everybody.
+    metadata services sit at 169.254.169.254), nobody, everybody. Of names, localhost alone.
     """
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return is_loopback_host(address)   # a name
     mapped = getattr(ip, "ipv4_mapped", None)
     ip = mapped or ip
     return ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast

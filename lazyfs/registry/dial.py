@@ -3,8 +3,9 @@ Connections whose every wait ends at an absolute deadline, under urllib3's pool.
 
 Layer: registry; used by transport.py alone. urllib3 and http.client know timeouts per system call only, so a server
 that drips one byte a second would hold a reader for ever. Here each recv() of headers and body is given
-min(io timeout, deadline - now), resolved addresses share one connect budget, and a look at the resolved address keeps
-foreign servers from sending us to this machine's own services (redirects, token realms).
+min(io timeout, deadline - now), looking a name up and connecting share one budget, and a look at the resolved address
+keeps foreign servers from sending us to this machine's own services (redirects, token realms). Where a proxy is asked
+(proxies.py) it resolves the name; its own address may be anywhere.
 
 The limits of the request being sent travel in a thread-local (`CURRENT`), since urllib3 makes connections and
 responses deep inside; a response keeps its own copy, so another thread may read it.
@@ -23,12 +24,15 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from lazyfs.errors import SourceError
+from lazyfs.errors import DeadlineError, SourceError
 from lazyfs.limits import CONNECT_TIMEOUT_S, IO_TIMEOUT_S
 from lazyfs.registry.addresses import is_private_to_machine
+from lazyfs.registry.names import find_addresses
 
 if TYPE_CHECKING:
     import ssl
+
+    from lazyfs.registry.proxies import Proxy
 
 # Headers and small bodies are read through this; large body reads bypass it (BufferedReader.read1 goes straight to
 # the socket when its buffer is empty), so it costs no copy.
@@ -112,13 +116,17 @@ class _Dialling(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         deadline = min(CURRENT.deadline, time.monotonic() + CURRENT.connect_timeout_s)
         try:
-            found = socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)
+            found = find_addresses(self._dns_host, self.port, deadline)
+        except TimeoutError as error:
+            late = DeadlineError if time.monotonic() >= CURRENT.deadline else SourceError
+            raise late(f"cannot find the host {self.host}: no name server answered in time",
+                       hint="check /etc/resolv.conf, and whether its servers can be reached") from error
         except (socket.gaierror, UnicodeError) as error:
             reason = error if isinstance(error, socket.gaierror) else socket.gaierror(socket.EAI_NONAME, "no such name")
             raise NameResolutionError(self.host, self, reason) from error
         last: OSError = OSError("no address")
         for family, kind, protocol, _, address in found:
-            if CURRENT.guarded and is_private_to_machine(str(address[0])):
+            if CURRENT.guarded and self.proxy is None and is_private_to_machine(str(address[0])):
                 raise SourceError(
                     f"{self.host} is an address of this machine or its link: a server elsewhere may not send us there",
                     transient=False,
@@ -164,11 +172,11 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
             conn.connect()
 
 
-def make_pool(context: ssl.SSLContext) -> urllib3.PoolManager:
-    """A pool manager of such connections; thread-safe."""
-    pool = urllib3.PoolManager(
-        num_pools=POOL_HOSTS, maxsize=POOL_CONNECTIONS, block=False, retries=False, ssl_context=context,
-        blocksize=_SEND_BYTES,
-    )
+def make_pool(context: ssl.SSLContext, proxy: Proxy | None = None) -> urllib3.PoolManager:
+    """A pool manager of such connections, or of such through a proxy; thread-safe."""
+    settings: dict[str, Any] = {"num_pools": POOL_HOSTS, "maxsize": POOL_CONNECTIONS, "block": False, "retries": False,
+                                "ssl_context": context, "blocksize": _SEND_BYTES}
+    pool = (urllib3.PoolManager(**settings) if proxy is None
+            else urllib3.ProxyManager(proxy.url, proxy_headers=proxy.headers, **settings))
     pool.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
     return pool

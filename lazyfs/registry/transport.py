@@ -21,8 +21,9 @@ import urllib3.exceptions as u3
 
 from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError
 from lazyfs.limits import KIB
-from lazyfs.registry.addresses import origin_of, printable
+from lazyfs.registry.addresses import is_private_to_machine, origin_of, printable
 from lazyfs.registry.dial import CURRENT, make_pool
+from lazyfs.registry.proxies import Proxies
 from lazyfs.registry.trust import Trust, tls_context
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from lazyfs.registry.dial import DeadlineSocketIO
     from lazyfs.registry.options import RegistryOptions
+    from lazyfs.registry.proxies import Proxy
 
 _DRAIN_BYTES = 64 * KIB  # an unread rest up to this is read off, so that the connection can be used again
 _ON_NODES = 'for what a node reads: ca_file or insecure in [registry.host."NAME"], or hosts.toml (docs/credentials.md)'
@@ -159,8 +161,15 @@ class Transport:
     """Sends requests over pooled connections. Thread-safe. `trust` None: the options'."""
 
     def __init__(self, options: RegistryOptions, trust: Trust | None = None) -> None:
+        """Raises UsageError: a certificate, or a proxy of the environment, cannot be used."""
         self._options = options
-        self._pool = make_pool(tls_context(trust or Trust.of(options)))
+        self._proxies = Proxies.of_environment()
+        self._context = tls_context(trust or Trust.of(options))
+        self._pools: dict[Proxy | None, urllib3.PoolManager] = {None: make_pool(self._context)}
+
+    def _pool_for(self, proxy: Proxy | None) -> urllib3.PoolManager:
+        """At most three: straight, and through the proxies for http and https."""
+        return self._pools.get(proxy) or self._pools.setdefault(proxy, make_pool(self._context, proxy))
 
     def send(self, call: Call, deadline: float) -> HttpResponse:
         """
@@ -174,6 +183,10 @@ class Transport:
         """
         options = self._options
         origin = origin_of(call.url)
+        proxy = self._proxies.find(origin)
+        if proxy is not None and call.guarded and is_private_to_machine(origin.host):
+            raise SourceError(f"{call.where}: an address of the proxy's machine or its link: a server elsewhere may "
+                              "not send us there", transient=False)
         CURRENT.deadline, CURRENT.guarded = deadline, call.guarded
         CURRENT.connect_timeout_s = options.connect_timeout_s
         CURRENT.io_timeout_s = call.io_timeout_s or options.io_timeout_s
@@ -185,15 +198,24 @@ class Transport:
             raise DeadlineError(f"{call.where}: no time left")
         timeout = urllib3.Timeout(connect=min(left_s, options.connect_timeout_s), read=CURRENT.io_timeout_s)
         try:
-            pool = self._pool.connection_from_host(origin.host, origin.port, origin.scheme)
+            pool = self._pool_for(proxy).connection_from_host(origin.host, origin.port, origin.scheme)
+            target = _target(call.url)
+            if proxy is not None and origin.scheme == "http":
+                target = f"http://{origin.netloc}{target}"   # RFC 9112, absolute form
             raw = pool.urlopen(
-                call.method, _target(call.url), body=call.body, headers=headers, retries=False, redirect=False,
+                call.method, target, body=call.body, headers=headers, retries=False, redirect=False,
                 assert_same_host=False, timeout=timeout, preload_content=False, decode_content=False,
             )
         except _FAILURES as error:
+            root = _root(error)
+            if proxy is not None and (isinstance(error, u3.ProxyError) or isinstance(root, TimeoutError)):
+                raise proxy.explain(root, call.where, deadline) from error
             raise explain(error, call.where, call.url, deadline) from error
         raw_io = getattr(getattr(raw, "_fp", None), "raw_io", None)
         response = HttpResponse(raw, raw_io, call)
+        if proxy is not None and response.status == 407:
+            response.close()
+            raise proxy.demands_credentials(call.where)
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in {"", "identity"}:
             response.close()
@@ -202,7 +224,8 @@ class Transport:
         return response
 
     def close(self) -> None:
-        self._pool.clear()
+        for pool in list(self._pools.values()):
+            pool.clear()
 
 
 def _target(url: str) -> str:

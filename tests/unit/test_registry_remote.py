@@ -207,7 +207,7 @@ def test_connections_are_used_again(registry: Registry) -> None:
         with source.read_range(image.digest, 5, 100, time.monotonic() + 5) as stream:
             assert len(stream.read(100)) == 100
         source.document(image.document.digest)
-    pool = source._client.transport._pool  # type: ignore[attr-defined]
+    pool = source._client.transport._pools[None]  # type: ignore[attr-defined]
     made = [pool.pools.get(key).num_connections for key in pool.pools.keys()]  # noqa: SIM118 - not a dict
     assert made == [1]
     source.close()
