@@ -41,6 +41,8 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wo
 @click.pass_context
 def cache_command(context: click.Context, cache_dir: str | None) -> None:
     """Show what is cached on this node, and make room."""
+    if cache_dir == "":
+        raise UsageError("--cache-dir: expected a directory, found nothing")
     if cache_dir is None:
         from lazyfs import config  # noqa: PLC0415
 
@@ -52,7 +54,11 @@ def cache_command(context: click.Context, cache_dir: str | None) -> None:
 @_json_option
 @click.pass_obj
 def ls_command(path: Path, *, as_json: bool) -> None:
-    """Show images and layer devices: size on disk, how much of them is there, last use, who uses them."""
+    """
+    Show images and layer devices.
+
+    Size on disk, how much of them is there, last use, who uses them.
+    """
     from lazyfs.cache import inventory  # noqa: PLC0415
 
     _check(path)

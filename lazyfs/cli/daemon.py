@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lazyfs.errors import BusyError, HostError, LazyfsError, TargetError
+from lazyfs.errors import BusyError, HostError, LazyfsError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.node.rundir import WorkerDir
@@ -44,6 +44,8 @@ def daemon_command(context: click.Context, file: str | None, cache_dir: str | No
     The keeper holds the kernel's connection, a worker serves it. If the worker dies, the next one goes on with the
     same mounts: what runs on them waits for a moment, and sees no error.
     """
+    if cache_dir == "":
+        raise UsageError("--cache-dir: expected a directory, found nothing")
     if file is not None:
         os.environ[FILE_VARIABLE] = os.path.realpath(file)   # the processes to come read the same one
     context.obj = lambda: _settings(cache_dir, hang_timeout)
@@ -93,7 +95,9 @@ def status_command(*, as_json: bool) -> None:
 @click.pass_context
 def upgrade_command(context: click.Context) -> None:
     """Go on with the version of lazyfs that is installed now."""
-    print(f"worker {_ask_keeper(_directory(), 'upgrade', settings=context.obj())['worker']} serves")
+    settings = context.obj()
+    timeout_s = max(_ANSWER_S, 2 * settings["start_s"])   # a worker that does not load in time is given up before
+    print(f"worker {_ask_keeper(_directory(), 'upgrade', timeout_s, settings=settings)['worker']} serves")
 
 
 @daemon_command.command("stop")
@@ -119,10 +123,12 @@ def _directory() -> WorkerDir:
     return daemon_dir()
 
 
-def _ask_keeper(directory: WorkerDir, operation: str, **arguments: Any) -> dict[str, Any]:
-    """Raises TargetError: none runs. BusyError: it refuses."""
+def _ask_keeper(
+    directory: WorkerDir, operation: str, timeout_s: float = _ANSWER_S, **arguments: Any
+) -> dict[str, Any]:
+    """Raises TargetError: none runs. BusyError: it refuses. HostError: we may not ask."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(_ANSWER_S)
+        client.settimeout(timeout_s)
         try:
             client.connect(str(directory.keeper_socket))
             client.sendall(json.dumps({"op": operation, **arguments}).encode())
@@ -130,9 +136,13 @@ def _ask_keeper(directory: WorkerDir, operation: str, **arguments: Any) -> dict[
                 line = stream.readline(1 << 20)
         except (FileNotFoundError, ConnectionError):
             raise TargetError(_no_daemon(directory), hint="start it: lazyfs daemon") from None
+        except PermissionError:
+            raise HostError(f"{directory.keeper_socket} is for root only", hint="run it with sudo") from None
         except TimeoutError:
-            raise BusyError(f"the daemon did not answer within {_ANSWER_S:g} s", hint="look at its log") from None
-    answer = json.loads(line or b"{}")
+            raise BusyError(f"the daemon did not answer within {timeout_s:g} s", hint="look at its log") from None
+    if not line.endswith(b"\n"):
+        raise BusyError("the daemon ended before it answered", hint="try again; its log says why it ended")
+    answer = json.loads(line)
     if "error" in answer:
         raise BusyError(answer["error"])
     result: dict[str, Any] = answer.get("result", {})

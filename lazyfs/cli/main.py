@@ -20,7 +20,7 @@ import click
 
 from lazyfs import __version__
 from lazyfs.cli.lazygroup import LazyGroup
-from lazyfs.errors import BugError, DiskFullError, LazyfsError
+from lazyfs.errors import BugError, DiskFullError, HostError, LazyfsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,9 +96,12 @@ def report(error: BaseException, *, debug: bool) -> int:
         return EXIT_BROKEN_PIPE
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    known = as_lazyfs_error(error)
-    print_error(known)
-    return known.exit_code
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):   # a group without its command: this is its help
+        print(error.format_message(), file=sys.stderr)
+    else:
+        error = as_lazyfs_error(error)
+        print_error(error)
+    return error.exit_code
 
 
 def as_lazyfs_error(error: BaseException) -> LazyfsError:
@@ -108,11 +111,7 @@ def as_lazyfs_error(error: BaseException) -> LazyfsError:
     if isinstance(error, click.ClickException):
         return _usage_error(error)
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        text = f"{where}{os.strerror(error.errno)}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFullError(text, hint="free some space there, then run the same command again")
-        return LazyfsError(text, hint="run with --debug before the command to see where this comes from")
+        return _system_error(error, error.errno)
     if isinstance(error, MemoryError):
         return LazyfsError("out of memory", hint="try again with --jobs 1")
     return _bug_error(error)
@@ -123,6 +122,16 @@ def print_error(error: LazyfsError) -> None:
     print(f"lazyfs: error: {_one_line(str(error))}", file=sys.stderr)
     if error.hint:
         print(f"hint: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def _system_error(error: OSError, number: int) -> LazyfsError:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    text = f"{where}{os.strerror(number)}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(text, hint="free some space there, then run the same command again")
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        return HostError(text, hint="run it as root: sudo lazyfs ...")
+    return LazyfsError(text, hint="run with --debug before the command to see where this comes from")
 
 
 def _usage_error(error: click.ClickException) -> LazyfsError:

@@ -39,7 +39,7 @@ def registry_options(command: F) -> F:
     @click.option("--client-cert", type=_EXISTING_FILE, metavar="FILE",
                   help="Show this TLS client certificate (PEM), with its key here or in --client-key.")
     @click.option("--client-key", type=_EXISTING_FILE, metavar="FILE", help="The client certificate's key (PEM).")
-    @click.option("--hosts-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    @click.option("--hosts-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
                   help="Mirrors and certificates by registry: containerd's hosts.toml files.  "
                        "[default: configured, or /etc/containerd/certs.d]")
     @functools.wraps(command)

@@ -13,7 +13,9 @@ from lazyfs import config
 from lazyfs.errors import HostError
 
 DEFAULT_FILE = "/etc/containerd/config.toml"
+SYSTEMD_RUNS = Path("/run/systemd/system")       # sd_booted(3)
 _SYSTEMCTL_S = 120.0
+_NO_SYSTEMD = "the files are written; where systemd does not run, start lazyfs daemon and lazyfs snapshotter yourself"
 _EPILOG = """\b
 Examples:
   lazyfs snapshotter install --print    what containerd needs, for configuration management
@@ -52,6 +54,8 @@ def install_command(file: str, containerd: str | None, state: str | None, system
     if only_print:
         print(f"# for containerd {version}\n{edit.as_fragment(file_version, settings)}", end="")
         return
+    if not no_units:
+        units.check_units(Path(systemd_dir))   # before anything is written
     changed, changes = edit.set_values(text, file_version, settings, str(path))
     place = _state_path(state)
     if changes:
@@ -68,8 +72,9 @@ def install_command(file: str, containerd: str | None, state: str | None, system
     if restart:
         _restart(with_units=not no_units)
     else:
-        print("next: systemctl daemon-reload; systemctl enable --now lazyfs lazyfs-snapshotter; "
-              "systemctl restart containerd")
+        _tell_next("systemctl daemon-reload; systemctl enable --now lazyfs lazyfs-snapshotter; "
+                   "systemctl restart containerd",
+                   "start lazyfs daemon and lazyfs snapshotter, then restart containerd", with_units=not no_units)
 
 
 @click.command("uninstall")
@@ -93,6 +98,14 @@ def uninstall_command(state: str | None, *, restart: bool) -> None:
     if restart:
         _systemctl("daemon-reload")
         _systemctl("restart", "containerd.service")
+    else:
+        _tell_next("systemctl stop lazyfs-snapshotter lazyfs; systemctl daemon-reload; systemctl restart containerd",
+                   "restart containerd, then end lazyfs snapshotter and lazyfs daemon", with_units=bool(record.units))
+
+
+def _tell_next(with_systemd: str, without: str, *, with_units: bool) -> None:
+    """What is left to do, for who did not ask for it."""
+    print(f"next: {with_systemd if with_units and SYSTEMD_RUNS.is_dir() else without}")
 
 
 def _state_path(named: str | None) -> Path:
@@ -117,7 +130,7 @@ def _systemctl(*words: str) -> None:
         subprocess.run(["systemctl", *words], check=True, capture_output=True, text=True, errors="replace",
                        timeout=_SYSTEMCTL_S, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:
-        raise HostError(f"systemctl {' '.join(words)} failed: {' '.join(error.stderr.split())[:300]}") from error
+        raise HostError(f"systemctl {' '.join(words)} failed: {' '.join(error.stderr.split())[:300]}",
+                        hint="systemctl status says more" if SYSTEMD_RUNS.is_dir() else _NO_SYSTEMD) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        hint = "where systemd does not run, start lazyfs daemon and lazyfs snapshotter yourself"
-        raise HostError(f"systemctl {' '.join(words)} failed: {error}", hint=hint) from error
+        raise HostError(f"systemctl {' '.join(words)} failed: {error}", hint=_NO_SYSTEMD) from error

@@ -187,6 +187,8 @@ class _Sections:
 
     def _unknown(self, what: str, path: str, known: Iterable[str], name: str = "") -> None:
         hint = nearest(path, known)
+        if path == f"registry.{name}" and name in {key.name for key in keys_of("registry.host", RegistryHost)}:
+            hint = f'{name} is of one registry: [registry.host."NAME"]'
         if name in _SECRET_NAMES:
             hint = 'secrets do not stand here: name a file with password_file in [registry.host."NAME"]'
         self._problems.append(Problem(self._file, f"unknown {what} {path!r:.140}", hint))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 3.0
 _INSTALL = "lazyfs snapshotter install, then restart containerd"
+_AS_ROOT = "run this as root"
+_OTHER_FILE = "repair it, or name another file: --containerd-config"
 
 
 def check_snapshotter(subject: Subject) -> Iterator[Result]:
@@ -24,8 +26,9 @@ def check_snapshotter(subject: Subject) -> Iterator[Result]:
     try:
         _connect(address)
     except OSError as error:
+        hint = "systemctl start lazyfs-snapshotter, or: lazyfs snapshotter"
         yield failed("snapshotter", f"{address}: {error.strerror or error}",
-                     "systemctl start lazyfs-snapshotter, or: lazyfs snapshotter")
+                     _AS_ROOT if isinstance(error, PermissionError) else hint)
         return
     yield ok("snapshotter", f"listens on {address}")
 
@@ -39,8 +42,9 @@ def check_containerd(subject: Subject) -> Iterator[Result]:
     try:
         _connect(address)
     except OSError as error:
+        hint = "start containerd, or configure snapshotter.containerd_address"
         yield failed("containerd", f"{address}: {error.strerror or error}",
-                     "start containerd, or configure snapshotter.containerd_address")
+                     _AS_ROOT if isinstance(error, PermissionError) else hint)
         return
     with Containerd(address) as client:
         yield ok("containerd", f"version {parse_version(client.version())}")
@@ -57,18 +61,18 @@ def check_containerd(subject: Subject) -> Iterator[Result]:
 def check_configuration(subject: Subject) -> Iterator[Result]:
     from snapshotter.install import apply, edit  # noqa: PLC0415
     from snapshotter.install.settings import choose_file_version, settings_for  # noqa: PLC0415
-    from snapshotter.install.version import find_program, find_version  # noqa: PLC0415
+    from snapshotter.install.version import running_version  # noqa: PLC0415
 
     own = subject.config.snapshotter
     try:
-        version = find_version(find_program(None), own.containerd_address)
+        version = running_version(own.containerd_address)
         path = Path(os.path.realpath(subject.containerd_file))
         text = apply.read_configuration(path)
         file_version = choose_file_version(version, edit.read_toml(text, str(path)))
         wanted = settings_for(version, file_version, address=own.address, root=own.root, cri=True)
         _, changes = edit.set_values(text, file_version, wanted, str(path))
     except LazyfsError as error:
-        yield failed("containerd's configuration", str(error), error.hint or "read the message")
+        yield failed("containerd's configuration", str(error), error.hint or _OTHER_FILE)
         return
     missing = [".".join(change.path) for change in changes]
     if not missing:

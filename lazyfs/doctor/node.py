@@ -26,6 +26,9 @@ _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "
 def check_daemon(subject: Subject) -> Iterator[Result]:
     directory = WorkerDir(Path(subject.config.daemon.run_dir) / "daemon")
     start = "systemctl start lazyfs, or: lazyfs daemon"
+    if directory.root.parent.exists() and not os.access(directory.root.parent, os.X_OK):
+        yield failed("daemon", f"{directory.root.parent} is private to root", "run this as root")
+        return
     try:
         with ControlClient.connect(directory.socket, _ANSWER_S) as client:
             health = client.request(HEALTH, _ANSWER_S)

@@ -84,14 +84,16 @@ def choose_file_version(version: Version, document: dict[str, Any]) -> int:
     newest = 3 if version.major >= 2 else 2
     if "version" not in document:
         if document:   # version 1, by containerd's rule: plugins have other names there
+            how = "containerd --config FILE config migrate" if version.major >= 2 else (
+                "write plugins' names in full, and begin it with: version = 2")
             raise UnsupportedError("containerd's configuration is of version 1 (it names none)",
-                                   hint=f"migrate it first, and begin it with: version = {newest}")
+                                   hint=f"migrate it first: {how}")
         return newest
     found = document["version"]
     if isinstance(found, bool) or found not in (2, 3) or found > newest:
         raise UnsupportedError(f"containerd's configuration has version {found!r:.20}: expected 2"
                                f"{' or 3' if newest == 3 else ''} for containerd {version}",
-                               hint="migrate it first: containerd config migrate")
+                               hint="migrate it first: containerd --config FILE config migrate")
     return int(found)
 
 

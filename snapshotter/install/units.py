@@ -99,11 +99,8 @@ def write_units(directory: Path, program: str) -> list[str]:
         TargetError: one is there that is not ours.
 
     """
+    check_units(directory)
     found = {directory / name: text for name, text in texts(program).items()}
-    for path in found:
-        if path.exists() and not _is_ours(path):
-            raise TargetError(f"{path} is there, and was not written by lazyfs",
-                              hint="move it away, or use --no-units")
     for path, text in found.items():
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -111,10 +108,21 @@ def write_units(directory: Path, program: str) -> list[str]:
     return [str(path) for path in found]
 
 
+def check_units(directory: Path) -> None:
+    """Raises TargetError: one is there that is not ours."""
+    for path in (directory / name for name in texts()):
+        if path.exists() and not _is_ours(path):
+            raise TargetError(f"{path} is there, and was not written by lazyfs",
+                              hint="move it away, or use --no-units")
+
+
 def remove_units(paths: list[str]) -> None:
-    """Those that are still ours; and the drop-in's directory, if nothing else is in it."""
+    """Those that are still ours, also where they are enabled; and the drop-in's directory, if nothing else is in it."""
     for path in map(Path, paths):
         if path.exists() and _is_ours(path):
+            for link in path.parent.glob(f"*.wants/{path.name}"):
+                if link.is_symlink():
+                    link.unlink()
             path.unlink()
             if path.suffix == ".conf":
                 with contextlib.suppress(OSError):

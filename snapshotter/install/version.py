@@ -76,7 +76,31 @@ def find_version(program: str | None, address: str) -> Version:
                                   timeout=_ANSWER_S, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
             raise HostError(f"{program} --version failed: {error}", hint="name another one: --containerd") from error
+        if "containerd" not in done.stdout:
+            raise HostError(f"{program} is not containerd: it says it is {done.stdout.strip()!r:.60}",
+                            hint="name another one: --containerd")
         return parse_version(done.stdout)
+    return _ask(address)
+
+
+def running_version(address: str) -> Version:
+    """
+    Of the containerd that listens there; where none does, of the one on PATH, which is perhaps another.
+
+    Raises:
+        HostError, UnsupportedError: as find_version().
+
+    """
+    try:
+        return _ask(address)
+    except HostError:
+        program = find_program(None)
+        if program is None:
+            raise
+        return find_version(program, address)
+
+
+def _ask(address: str) -> Version:
     try:
         from snapshotter.containerd import Containerd  # noqa: PLC0415 - gRPC is heavy, and seldom needed here
 

@@ -277,7 +277,22 @@ def test_restart_is_asked_for(machine: Installed, tmp_path: Path, monkeypatch: p
         "daemon-reload", f"enable --now {units_words}", "restart containerd.service",
         "disable --now lazyfs-snapshotter.service lazyfs.service", "daemon-reload", "restart containerd.service"]
     program.write_text("#!/bin/sh\necho no such unit >&2; exit 5\n")
-    assert "systemctl daemon-reload failed: no such unit" in machine.run("install", "--restart", code=40)
+    said_then = machine.run("install", "--restart", code=40)
+    assert "systemctl daemon-reload failed: no such unit" in said_then
+    assert "hint: " in said_then
+
+
+def test_a_unit_of_others_stops_it_before_anything_is_written(machine: Installed) -> None:
+    machine.systemd.mkdir()
+    (machine.systemd / "lazyfs.service").write_text("[Unit]\n")
+    assert "not written by lazyfs" in machine.run("install", code=41)
+    assert not machine.file.exists()
+    assert "nothing is installed" in machine.run("uninstall")
+
+
+def test_what_is_left_to_do_names_no_units_where_there_are_none(machine: Installed) -> None:
+    assert "next: start lazyfs daemon" in machine.run("install", "--no-units")
+    assert "next: restart containerd" in machine.run("uninstall")
 
 
 def test_what_containerd_refuses_is_not_put_in_place(machine: Installed) -> None:
@@ -346,5 +361,8 @@ def test_units_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "lazyfs.service").unlink()
     paths = units.write_units(tmp_path, "/usr/bin/lazyfs")
     (tmp_path / "lazyfs-snapshotter.service").write_text("[Unit]\n")
+    (tmp_path / "multi-user.target.wants").mkdir()
+    (tmp_path / "multi-user.target.wants" / "lazyfs.service").symlink_to(tmp_path / "lazyfs.service")
     units.remove_units(paths)
+    (tmp_path / "multi-user.target.wants").rmdir()   # nothing in it
     assert [path.name for path in tmp_path.rglob("*")] == ["lazyfs-snapshotter.service"]

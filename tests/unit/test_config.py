@@ -82,6 +82,7 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ('[daemon]\ncache_dri = "/x"', r"config.toml: unknown key 'daemon.cache_dri' \[did you mean daemon.cache_dir\?\]"),
+    ("[registry]\ninsecure = true", r"unknown key 'registry.insecure' \[insecure is of one registry: \[registry.host"),
     ("[demon]\n", r"unknown section 'demon' \[did you mean daemon\?\]"),
     ("daemon = 3", r"daemon: expected a table, found 3"),
     ("[daemon]\ncache_dir = 3", r"daemon.cache_dir: expected an absolute path, found 3"),
