@@ -20,7 +20,9 @@ from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.model import Attributes, DataMap, EntryKind, FileType, LayerEntry
 from lazyfs.image.oci import is_index, parse_index
 from lazyfs.image.prefetch import parse_prefetch
+from lazyfs.profile.recording import from_json, to_json
 from tests.formatkit import make_blob, make_bootstrap
+from tests.profilekit import recording
 from tests.unit.test_manifest_lazy import build, config, manifest
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ INDEX = json.dumps({"schemaVersion": 2, "manifests": [
 
 PREFETCH = (b'# lazyfs-prefetch 1\n# image: i@sha256:0\n# runs: 3\nusr/**/x?[a-z]* share=0.5\n'
             b'"odd \\xff\\n" 0-5,7- ms=1.5 share=0.25\n\n# c\n/a 0-\n')
+RECORDING = to_json(recording([(0, 0, 4096, 0.0), (1, 8192, 8200, 12.5)], devices=2))
 
 
 def entries_raw(data: bytes) -> object:
@@ -73,6 +76,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "index": (index, INDEX),
     "config": (configs, config()),
     "prefetch": (parse_prefetch, PREFETCH),
+    "recording": (from_json, RECORDING),
 }
 INTERESTING = [b"\0", b"\xff", b"-", b"9", b'"', b"{", b"[", b"null", b"-1", b"\\", b"/", b"../", b"\n",
 b"\xdd\xff\xff\xff\xff",

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
-from benchmarks.hotlist import _largest, _Piece
 from benchmarks.imagekit import apt
 from benchmarks.imagekit.layer import write_layer
 from benchmarks.imagekit.layout import LayoutWriter, recompress
@@ -254,7 +253,7 @@ def test_tool_errors_say_what_happened(tmp_path):
     assert BASE.is_dir()
 
 
-# --- this machine's apt, prefetch lists -----------------------------------------------------------------------------
+# --- this machine's apt ---------------------------------------------------------------------------------------------
 
 
 def test_sources_of_both_syntaxes_are_found(tmp_path):
@@ -281,15 +280,6 @@ def test_sources_of_both_syntaxes_are_found(tmp_path):
     )
     with pytest.raises(ToolError, match="no apt source for trixie"):
         apt.sources("trixie", tmp_path)
-
-
-def test_a_chunk_becomes_its_largest_piece():
-    pieces = [_Piece(0, 100, b"a", 0), _Piece(4096, 4196, b"b", 500), _Piece(8192, 20000, b"c", 0)]
-    starts = [piece.start for piece in pieces]
-    assert _largest(pieces, starts, 0, 4096) == (b"a", 0, 100)
-    assert _largest(pieces, starts, 0, 16384) == (b"c", 0, 8192)
-    assert _largest(pieces, starts, 16384, 32768) == (b"c", 8192, 11808)
-    assert _largest(pieces, starts, 32768, 65536) is None
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lazyfs.image.prefetch.grammar import (
     ENTRY_COUNT_MAX,
     LIST_BYTES_MAX,
     PREFETCH_VERSION,
+    RUNS_MAX,
     PrefetchEntry,
     PrefetchHeader,
     PrefetchList,
@@ -32,7 +33,7 @@ from lazyfs.image.prefetch.grammar import (
 )
 
 __all__ = [
-    "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "PREFETCH_VERSION", "FileFinder", "PrefetchEntry", "PrefetchHeader",
-    "PrefetchList", "PrefetchPlan", "chunks_of", "exact_pattern", "format_entry", "format_pattern", "format_prefetch",
-    "literal_path", "make_entry", "parse_prefetch", "resolve",
+    "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "PREFETCH_VERSION", "RUNS_MAX", "FileFinder", "PrefetchEntry",
+    "PrefetchHeader", "PrefetchList", "PrefetchPlan", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
+    "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "resolve",
 ]
