@@ -196,4 +196,6 @@ def _mount_error(code: int, what: str, log: str) -> LazyfsError:
 
 
 def _unescape(field: bytes) -> str:
-    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+    if b"\\" in field:   # hardly ever; a node has hundreds of lines
+        field = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+    return os.fsdecode(field)

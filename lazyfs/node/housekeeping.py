@@ -22,6 +22,7 @@ from lazyfs.cache.space import Disk, Limits
 from lazyfs.cache.store import CacheDir
 from lazyfs.config.kinds import Amount, Size
 from lazyfs.errors import BusyError, DiskFullError, LazyfsError, NotFoundError, UsageError
+from lazyfs.fs import mountapi
 from lazyfs.image.digest import Digest
 from lazyfs.node.restore import State, state_of
 from lazyfs.node.rundir import all_worker_dirs
@@ -244,9 +245,10 @@ def evict_unserved(path: Path, request: Request) -> dict[str, Any]:
 def mounts_of(path: Path) -> dict[str, list[str]]:
     """Which images of a cache directory are mounted where, by the records of workers, live or dead."""
     found: dict[str, list[str]] = {}
+    entries = mountapi.mounts()
     for directory in all_worker_dirs():
         for record in directory.records():
-            if record.cache_dir == str(path) and state_of(record, directory) is not State.GONE:
+            if record.cache_dir == str(path) and state_of(record, directory, entries) is not State.GONE:
                 found.setdefault(record.bootstrap.rpartition(":")[2], []).append(record.target)
     return found
 
@@ -280,7 +282,9 @@ def _decide_removal(
         return _decide_device_removal(hexadecimal, name, devices, images, mounts)
     for one in named:
         if one in mounts:
-            raise BusyError(f"{name} is mounted on {', '.join(mounts[one])}", hint="unmount it first: lazyfs umount")
+            raise BusyError(f"{name} is mounted on {', '.join(mounts[one])}",
+                            hint="unmount it first: lazyfs umount; what containerd uses goes with its containers and "
+                                 "images: ctr images rm")
     gone: list[plan.Plan] = []
     for one in named:    # a tag that has moved is the name of several
         gone.append(plan.choose_image(devices, images, one))

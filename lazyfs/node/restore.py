@@ -22,6 +22,7 @@ from lazyfs.node.unmount import is_ours
 if TYPE_CHECKING:
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher
+    from lazyfs.fs.mountapi import MountEntry
     from lazyfs.fs.served import Served
     from lazyfs.node.rundir import MountRecord, WorkerDir
 
@@ -45,12 +46,13 @@ class Broken:
         return {"target": self.record.target, "image": self.record.image, "reason": self.reason}
 
 
-def state_of(record: MountRecord, directory: WorkerDir) -> State:
-    """Look at what is mounted now (mountinfo only: nothing that can hang)."""
+def state_of(record: MountRecord, directory: WorkerDir, entries: list[MountEntry] | None = None) -> State:
+    """Look at what is mounted (mountinfo only: nothing that can hang). `entries`: who asks for many has looked."""
     if record.boot_id != read_boot_id():
         return State.GONE
-    entry = mountapi.mount_at(record.target)
-    if entry is not None and is_ours(record, directory) and record.mount_id in {0, entry.mount_id}:
+    entries = mountapi.mounts() if entries is None else entries
+    entry = mountapi.mount_at(record.target, entries)
+    if entry is not None and is_ours(record, directory, entries) and record.mount_id in {0, entry.mount_id}:
         return State.MOUNTED
     # mount_id 0: it was never mounted. All devices in the cache: nobody needs us.
     if record.mount_id == 0 or (record.driver == Driver.EROFS and all(index < 0 for index in record.device_indexes)):

@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import mountapi
 from lazyfs.fs.isolate import call_isolated
 from lazyfs.node.holders import describe_holders
 from lazyfs.node.rundir import MountRecord, WorkerDir, all_worker_dirs, read_boot_id
+
+if TYPE_CHECKING:
+    from lazyfs.fs.mountapi import MountEntry
 
 UNMOUNT_TIMEOUT_S = 10.0
 _LINKS_MAX = 40
@@ -136,13 +140,14 @@ def clean_all_stale() -> list[str]:
     return [target for directory in all_worker_dirs() for target in clean_and_remove(directory)]
 
 
-def is_ours(record: MountRecord, directory: WorkerDir) -> bool:
-    """Whether what is mounted on the record's target now is what the record speaks of."""
-    entry = mountapi.mount_at(record.target)
+def is_ours(record: MountRecord, directory: WorkerDir, entries: list[MountEntry] | None = None) -> bool:
+    """Whether what is mounted on the record's target now (by `entries`; None: look) is what the record speaks of."""
+    entries = mountapi.mounts() if entries is None else entries
+    entry = mountapi.mount_at(record.target, entries)
     if entry is None or record.boot_id != read_boot_id():
         return False
     if record.driver == "fuse":
-        fuse = mountapi.mount_at(str(directory.fuse))
+        fuse = mountapi.mount_at(str(directory.fuse), entries)
         return entry.fs_type == "fuse.lazyfs" and (fuse is None or fuse.device == entry.device)
     return entry.fs_type == "erofs" and record.bootstrap.rpartition(":")[2] in entry.source
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher
+    from lazyfs.fs.mountapi import MountEntry
     from lazyfs.fs.mounter import MounterClient
     from lazyfs.fs.served import Served
     from lazyfs.node.order import MountOrder
@@ -210,8 +211,9 @@ class Worker:
         while True:
             await trio.sleep(_TEND_S)
             elapsed_s += _TEND_S
+            entries = mountapi.mounts()
             for mounted in list(self._mounts.values()):
-                if mounted.order.target not in self._busy_targets and not self._is_mounted(mounted):
+                if mounted.order.target not in self._busy_targets and not self._is_mounted(mounted, entries):
                     _log.info("%s was unmounted by somebody else", mounted.order.target)
                     self._let_go(mounted, in_use=True)
                 elif not mounted.local and not mounted.order.record and mounted.complete():
@@ -245,8 +247,8 @@ class Worker:
         if self.idle and (even_lasting or not self._lasting):
             self.shut_down()
 
-    def _is_mounted(self, mounted: MountedImage) -> bool:
-        entry = mountapi.mount_at(mounted.order.target)
+    def _is_mounted(self, mounted: MountedImage, entries: list[MountEntry] | None = None) -> bool:
+        entry = mountapi.mount_at(mounted.order.target, entries)
         return entry is not None and entry.mount_id == mounted.mount_id
 
     # --- taking over -------------------------------------------------------------------------------------------------
@@ -258,12 +260,13 @@ class Worker:
         What cannot be restored is reported, answers with errors, and is tried again now and then.
         """
         self._served.begin_numbers(*self._directory.read_numbers())
+        entries = mountapi.mounts()   # once: nothing is mounted or unmounted by us meanwhile, and readers wait
         for record in self._directory.records():
             self._served.begin_numbers(max([-1, *record.device_indexes]) + 1, record.slot + 1)
-            await self._restore(record, offline=True)
+            await self._restore(record, entries, offline=True)
 
-    async def _restore(self, record: MountRecord, *, offline: bool) -> None:
-        state = restore.state_of(record, self._directory)
+    async def _restore(self, record: MountRecord, entries: list[MountEntry], *, offline: bool) -> None:
+        state = restore.state_of(record, self._directory, entries)
         if state is restore.State.GONE:
             self._broken.pop(record.slot, None)
             self._directory.remove_record(record.slot)
@@ -279,7 +282,7 @@ class Worker:
             return
         self._broken.pop(record.slot, None)
         if state is restore.State.MOUNTED:
-            entry = mountapi.mount_at(record.target)
+            entry = mountapi.mount_at(record.target, entries)
             mounted.mount_id = entry.mount_id if entry is not None else 0
             self._mounts[record.target] = mounted
         else:
@@ -289,7 +292,7 @@ class Worker:
 
     async def _retry_broken(self) -> None:
         for broken in list(self._broken.values()):
-            await self._restore(broken.record, offline=False)
+            await self._restore(broken.record, mountapi.mounts(), offline=False)
 
     # --- making a mount ----------------------------------------------------------------------------------------------
 
