@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from converter.device import DeviceWriter
 from converter.layerstream import LayerStream
-from converter.pool import BlobWriter, CompressionPool, Encoding
+from converter.pool import BlobWriter, CompressionPool
 from converter.reuse import LayerContent
 from converter.tar.reader import TarReader
 from lazyfs.errors import FormatError, UnsupportedError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from converter.encode import Encoding
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.registry.place import ByteStream, ImageSource
 

@@ -5,6 +5,10 @@ A *run* of neighbouring chunks is one task, so that handing it over costs little
 and BLAKE3 release the GIL). The layer's own thread adds runs and, when its window is full, writes the oldest finished
 one: no writer thread, bounded memory, and an order that does not depend on the number of threads.
 
+With codec lz4 runs come in *groups*, whose first run finds out by trial how all of them are compressed
+(converter.encode). The others are held until the next group's first run is handed over, so that its outcome is there
+when they are taken up, and no thread waits.
+
 Who calls: converter.layer (and converter.device through the Sink protocol). Layer: converter.
 """
 
@@ -20,9 +24,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from converter.encode import Encoded, Encoding, encode_run, encode_trial
 from lazyfs import limits
 from lazyfs.errors import BugError, UnsupportedError
-from lazyfs.image.codec import Codec, compress, decompress
+from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import Digest, chunk_digest
 from lazyfs.image.table import ROW, ROW_BYTES, Rows
 
@@ -39,23 +44,18 @@ assert _ROW.size == ROW_BYTES
 assert RUN_BYTES % limits.CHUNK_SIZE_MAX_BYTES == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How chunks are stored: what, with the layer and the tool's version, decides every byte of a blob."""
+@dataclass(slots=True)
+class _Run:
+    """A run on its way. `result` is None while it is held."""
 
-    codec: Codec
-    level: int
-    chunk_size: int
+    buffer: bytearray
+    size: int
+    result: Future[Encoded] | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class _StoredChunk:
-    codec: Codec
-    digest: bytes
-    data: bytes | memoryview
-
-
-_Encoded = list[_StoredChunk]
+    def encoded(self) -> Encoded:
+        if self.result is None:
+            raise BugError("a run that nobody compresses is waited for")
+        return self.result.result()
 
 
 class CompressionPool:
@@ -66,8 +66,11 @@ class CompressionPool:
         self._executor = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
         self.window = max(2, min(jobs * RUNS_PER_JOB + 2, RUN_COUNT_MAX) // layers_at_once)
 
-    def submit(self, run: memoryview, encoding: Encoding) -> Future[_Encoded]:
-        return self._executor.submit(_encode_run, run, encoding)
+    def submit(self, run: memoryview, encoding: Encoding, trial: Future[Encoded] | None) -> Future[Encoded]:
+        """`trial`: the result of its group's first run, submitted before; None: it is that run."""
+        if trial is None:
+            return self._executor.submit(encode_trial, run, encoding)
+        return self._executor.submit(encode_run, run, encoding, trial)
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +123,10 @@ class BlobWriter(BlobFile):
         super().__init__(file)
         self._pool = pool
         self._encoding = encoding
-        self._pending: deque[tuple[Future[_Encoded], bytearray] | int] = deque()
+        self._pending: deque[_Run | int] = deque()
+        self._group_count = 0                       # runs of the group so far
+        self._trial: Future[Encoded] | None = None  # of the group
+        self._held: list[_Run] = []                 # the group's others
         self._free: list[bytearray] = []
         self._rows = bytearray()
 
@@ -130,18 +136,23 @@ class BlobWriter(BlobFile):
 
     def add_run(self, buffer: bytearray, size: int) -> None:
         """Store the first `size` bytes as the next chunks; a multiple of the chunk size, but for the device's end."""
-        run = memoryview(buffer)[:size]
-        self._pending.append((self._pool.submit(run, self._encoding), buffer))
         self._check_count(size // self._encoding.chunk_size)
-        while len(self._pending) >= self._pool.window:
-            self._write_oldest()
+        run = _Run(buffer, size)
+        self._pending.append(run)
+        if self._group_count == 0:
+            trial = run.result = self._pool.submit(memoryview(buffer)[:size], self._encoding, None)
+            self._release()
+            self._trial = trial
+        else:
+            self._held.append(run)
+        self._group_count = (self._group_count + 1) % self._encoding.group_runs
+        self._write_full()
 
     def add_zero_chunks(self, count: int) -> None:
         """The next `count` whole chunks are zeros."""
         self._check_count(count)
         self._pending.append(count)
-        while len(self._pending) >= self._pool.window:
-            self._write_oldest()
+        self._write_full()
 
     def read_back(self, offset: int, size: int) -> Iterator[bytes | memoryview]:
         """Bytes of the device that were added before, in order; decoded from what was stored."""
@@ -164,9 +175,20 @@ class BlobWriter(BlobFile):
     def abandon(self) -> None:
         """Take no more results (the layer failed). After finish() nothing is left to do."""
         for item in self._pending:
-            if not isinstance(item, int):
-                item[0].cancel()
+            if not isinstance(item, int) and item.result is not None:
+                item.result.cancel()
         self._pending.clear()
+        self._held.clear()
+
+    def _release(self) -> None:
+        """Hand over what is held."""
+        for run in self._held:
+            run.result = self._pool.submit(memoryview(run.buffer)[: run.size], self._encoding, self._trial)
+        self._held.clear()
+
+    def _write_full(self) -> None:
+        while len(self._pending) >= self._pool.window:
+            self._write_oldest()
 
     def _write_oldest(self) -> None:
         item = self._pending.popleft()
@@ -174,23 +196,15 @@ class BlobWriter(BlobFile):
             zeros = bytes(self._encoding.chunk_size)
             self._rows += _ROW.pack(0, 0, 0, Codec.ZERO, 0, chunk_digest(zeros)) * item
             return
-        future, buffer = item
-        for chunk in future.result():
+        if item.result is None:
+            self._release()
+        for chunk in item.encoded().chunks:
             offset = self.blob_size if len(chunk.data) else 0
             self._rows += _ROW.pack(offset, len(chunk.data), 0, chunk.codec, 0, chunk.digest)
             self.write(chunk.data)
-        self._free.append(buffer)   # only now: with codec none the stored bytes are the buffer's
+        self._free.append(item.buffer)   # only now: with codec none the stored bytes are the buffer's
 
     def _check_count(self, added: int) -> None:
         if len(self._rows) // ROW_BYTES + added > limits.CHUNK_COUNT_MAX:
             raise UnsupportedError(f"more than {limits.CHUNK_COUNT_MAX} chunks in one layer",
                                    hint="a larger --chunk-size makes fewer")
-
-
-def _encode_run(run: memoryview, encoding: Encoding) -> _Encoded:
-    stored = []
-    for start in range(0, len(run), encoding.chunk_size):
-        chunk = run[start : start + encoding.chunk_size]
-        codec, data = compress(chunk, encoding.codec, encoding.level)
-        stored.append(_StoredChunk(codec, chunk_digest(chunk), data))
-    return stored

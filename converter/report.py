@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from converter.pool import Encoding
+    from converter.encode import Encoding
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.image.digest import Digest
     from lazyfs.image.prefetch import PrefetchList

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import zstandard
 
 from converter.build import convert
+from converter.encode import Encoding
 from converter.journal import Journal
-from converter.pool import Encoding
 from converter.report import ConvertOptions, ConvertReport, Events
 from lazyfs.image.blob import FOOTER_BYTES, parse_footer
 from lazyfs.image.bootstrap import Bootstrap, decompress_layer, parse_bootstrap

@@ -58,7 +58,7 @@ class ChunkSize(click.ParamType[int]):
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
 @click.option("--codec", type=click.Choice(["lz4", "zstd", "none"]), default="zstd", show_default=True,
-              help="How chunks are compressed: lz4 reads fastest, zstd is smallest.")
+              help="How chunks are compressed: zstd is smallest; lz4, with zstd where it saves much, reads fastest.")
 @click.option("--level", type=int, metavar="N", help="Of the codec: lz4 1-12, zstd 1-19.  [default: by codec]")
 @click.option("--chunk-size", type=ChunkSize(), default=limits.CHUNK_SIZE_DEFAULT_BYTES, metavar="SIZE",
               help=f"From 64k to 1m.  [default: {limits.CHUNK_SIZE_DEFAULT_BYTES // limits.MIB}m]")
@@ -114,7 +114,7 @@ def _convert(
 
 
 def _options(words: dict[str, Any]) -> ConvertOptions:
-    from converter.pool import Encoding  # noqa: PLC0415
+    from converter.encode import Encoding  # noqa: PLC0415
     from converter.report import ConvertOptions  # noqa: PLC0415
     from lazyfs.image.codec import LEVEL_DEFAULTS, LEVEL_RANGES, Codec  # noqa: PLC0415
     from lazyfs.image.prefetch import LIST_BYTES_MAX, parse_prefetch  # noqa: PLC0415

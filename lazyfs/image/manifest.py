@@ -53,7 +53,7 @@ SOURCE_KEY = PREFIX + "source"                # layer blob: digest of the source
 DIFF_ID_KEY = PREFIX + "source.diff-id"       # layer blob: sha256 of the source layer's uncompressed tar
 # Bump it whenever the same layer gives another blob: what is read out of an archive, or how it is laid out. Blobs that
 # were made by other rules are then not reused.
-LAYER_RULES = 1
+LAYER_RULES = 2
 OPTIONS_KEY = PREFIX + "options"              # layer blob: options_key()
 TAIL_DIGEST_KEY = PREFIX + "tail.digest"      # layer blob: sha256 of metadata, table and footer
 TAIL_SIZE_KEY = PREFIX + "tail.size"

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from converter.build import convert
+from converter.encode import Encoding
 from converter.journal import RECORD_COUNT_MAX, Journal
-from converter.pool import Encoding
 from lazyfs.errors import DiskFullError, LazyfsError, SourceError, TargetError
 from lazyfs.image.codec import Codec
 from lazyfs.image.digest import Digest

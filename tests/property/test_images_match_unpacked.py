@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from converter.pool import Encoding
+from converter.encode import Encoding
 from lazyfs.errors import FormatError
 from lazyfs.image.codec import Codec
 from lazyfs.node.launch import mount_image

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from converter.pool import Encoding
+from converter.encode import Encoding
 from lazyfs import limits
 from lazyfs.errors import FormatError, IntegrityError, LazyfsError, NotFoundError, UnsupportedError
 from lazyfs.image.codec import Codec

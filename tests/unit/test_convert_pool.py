@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from converter.device import DeviceWriter
-from converter.pool import RUN_BYTES, BlobWriter, CompressionPool, Encoding
+from converter.encode import Encoding
+from converter.pool import RUN_BYTES, BlobWriter, CompressionPool
 from lazyfs import limits
 from lazyfs.image.codec import Codec
 

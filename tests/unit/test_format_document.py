@@ -79,7 +79,7 @@ def test_descriptor_and_image_json() -> None:
                                                            PREFIX + "bootstrap.size": "20"})
     notes = {PREFIX + "version": "1", PREFIX + "source": Digest.of(b"").text}
     lazy = parse_lazy_manifest(Manifest("", blob, (blob, last), notes))
-    assert (lazy.layers[0].tail_size, lazy.layers[0].options) == (35716, "v1.1,lz4,6,262144")
+    assert (lazy.layers[0].tail_size, lazy.layers[0].options) == (35716, "v1.2,lz4,6,262144")
     assert lazy.bootstrap == LazyBootstrap(Digest.of(b""), 10, 20)
     image = json.loads(example("image.json"))
     assert list(image) == ["version", "blobs", "devices"]

@@ -308,7 +308,7 @@ def test_options_key_tells_apart_what_changes_bytes() -> None:
     keys = {options_key(codec, level, size) for codec in (Codec.LZ4, Codec.ZSTD) for level in (1, 6)
             for size in (1 << 16, 1 << 18)}
     assert len(keys) == 8
-    assert options_key(Codec.LZ4, 6, 1 << 18) == "v1.1,lz4,6,262144"
+    assert options_key(Codec.LZ4, 6, 1 << 18) == "v1.2,lz4,6,262144"
     with pytest.raises(UnsupportedError):
         options_key(Codec.LZ4, 6, 1000)
 
