@@ -1,0 +1,67 @@
+"""
+Read a file inside a container's root file system, where every link may point anywhere.
+
+Layer: runner. Who calls: runner.session. openat2(2) with RESOLVE_IN_ROOT (Linux 5.6): the kernel resolves absolute
+links and `..` as if the directory were /, so nothing outside of it is ever opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING
+
+from lazyfs.errors import FormatError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SYS_OPENAT2 = 437               # on all architectures
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def read_inside(root: Path, path: str, size_bytes_max: int) -> bytes | None:
+    """
+    A regular file's content; None: there is none by that name.
+
+    Args:
+        root: the directory that is / for `path`.
+        path: absolute, as the container sees it.
+        size_bytes_max: of a file that is read at all.
+
+    Raises:
+        FormatError: larger than that. OSError: it cannot be read.
+
+    """
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = _open_in_root(directory, path)
+    finally:
+        os.close(directory)
+    if descriptor is None:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return None
+        data = file.read(size_bytes_max + 1)
+    if len(data) > size_bytes_max:
+        raise FormatError(f"{path} in the image is larger than {size_bytes_max} bytes")
+    return data
+
+
+def _open_in_root(directory: int, path: str) -> int | None:
+    how = struct.pack("QQQ", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0,
+                      _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    number = _libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(directory), ctypes.c_char_p(os.fsencode(path)),
+                           ctypes.c_char_p(how), ctypes.c_long(len(how)))
+    if number >= 0:
+        return int(number)
+    code = ctypes.get_errno()
+    if code in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+        return None
+    raise OSError(code, os.strerror(code), path)
