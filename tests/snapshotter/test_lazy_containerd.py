@@ -86,6 +86,17 @@ def test_lazy_and_ordinary_layers_mix(node: Node, tmp_path: Path) -> None:
     node.assert_nothing_left()
 
 
+@pytest.mark.parametrize("version", ["2.x"])
+def test_what_is_unpacked_by_a_guess_is_looked_for_at_the_right_port(node: Node, tmp_path: Path) -> None:
+    """Of an image that is being unpacked containerd's labels have the registry's name, but not its port."""
+    node.pull(node.push("plain", {}, lazy=False))
+    lazy = node.push("app", FILES)
+    node.pull(add_layer(lazy, TarBuilder().file("new", b"new").build(), tmp_path / "mixed"))
+    status = node.daemon.status()
+    assert status is not None
+    assert [mount["image"] for mount in status["mounts"]] == [f"{node.registry.host}/app"]
+
+
 @BOTH
 def test_namespaces_share_a_mount_until_the_last_has_removed_the_image(node: Node) -> None:
     image = node.push("app", FILES)
