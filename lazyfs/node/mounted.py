@@ -15,6 +15,7 @@ import numpy as np
 
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
+from lazyfs.fetch.hotcopies import HotCopies
 from lazyfs.node.rundir import MountRecord
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ class MountedImage:
 def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> None:
     """Blocking: opens the devices' files in the cache: all or none. Raises CacheError, DiskFullError."""
     opened = mounted.opened
-    blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
+    source = HotCopies(opened.source, opened.blobs, opened.devices)
+    blobs = [(source, blob.digest, blob.size) for blob in opened.blobs]
     try:
         for digest, table in opened.devices:
             cached = cache.device(digest, table.chunk_size, table.device_size)
