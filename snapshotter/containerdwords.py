@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 ASK_FIRST_BYTES: Final = 128 * limits.KIB      # less is sent sooner than an answer comes
 ANSWER_S: Final = 30.0
 _HINT: Final = "is containerd running? Its socket is named with --containerd-address"
-_UNSENT: Final = "Error while dialing"         # gRPC for Go: a connection of containerd's own failed
+# gRPC for Go: a connection of containerd's own failed, or ended before it had begun (who listened there was killed)
+_UNSENT: Final = ("Error while dialing", "error reading server preface")
+_NO_SNAPSHOTTER: Final = "is the snapshotter running? systemctl status lazyfs-snapshotter"
 _SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do
     ("snapshotter not loaded", HostError, "'ctr plugins ls' shows them; 'lazyfs snapshotter install' adds ours"),
     ("no space left", DiskFullError, "make room where containerd keeps its data"),
-    (_UNSENT, HostError, "is the snapshotter running? systemctl status lazyfs-snapshotter"),
+    *((words, HostError, _NO_SNAPSHOTTER) for words in _UNSENT),
     ("UNIMPLEMENTED", HostError, "is that containerd's socket, and is it 1.6 or newer?"),
 )
 _KINDS: Final = {snapshots_pb2.VIEW: Kind.VIEW, snapshots_pb2.ACTIVE: Kind.ACTIVE,
@@ -82,7 +84,8 @@ def translate(error: grpc.RpcError, address: str) -> LazyfsError:
 
 def was_unsent(error: grpc.RpcError) -> bool:
     """Whether containerd could not reach whom it asks, a snapshotter that is just restarted say: nothing was done."""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and _UNSENT in str(error.details() or "")
+    details = str(error.details() or "")
+    return error.code() is grpc.StatusCode.UNAVAILABLE and any(words in details for words in _UNSENT)
 
 
 def _answers(address: str) -> bool:

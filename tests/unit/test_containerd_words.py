@@ -1,0 +1,45 @@
+"""Which of containerd's refusals mean that nothing was done, so that a call may be made again."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from lazyfs.errors import HostError
+from snapshotter.containerdwords import translate, was_unsent
+
+
+class Refusal(grpc.RpcError):
+    """As gRPC raises it; these texts were seen while a snapshotter was killed under pulls."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+@pytest.mark.parametrize("details", [
+    'connection error: desc = "transport: Error while dialing: dial unix /s.sock: connect: connection refused"',
+    'connection error: desc = "error reading server preface: read unix @->/s.sock: use of closed network connection"',
+    'connection error: desc = "error reading server preface: read unix @->/s.sock: read: connection reset by peer"',
+])
+def test_a_connection_that_never_was_has_sent_nothing(details: str) -> None:
+    refusal = Refusal(grpc.StatusCode.UNAVAILABLE, details)
+    assert was_unsent(refusal)
+    assert not was_unsent(Refusal(grpc.StatusCode.INTERNAL, details))
+
+
+def test_a_call_that_was_cut_may_have_been_done() -> None:
+    assert not was_unsent(Refusal(grpc.StatusCode.UNAVAILABLE, "error reading from server: EOF"))
+
+
+def test_a_snapshotter_that_is_away_is_said_so() -> None:
+    with_socket = Refusal(grpc.StatusCode.UNKNOWN, 'connection error: desc = "error reading server preface: EOF"')
+    error = translate(with_socket, "/nowhere")
+    assert isinstance(error, HostError)
+    assert "lazyfs-snapshotter" in error.hint
