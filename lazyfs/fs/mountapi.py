@@ -190,6 +190,9 @@ def _mount_error(code: int, what: str, log: str) -> LazyfsError:
         return HostError(text, hint="mounting needs root (CAP_SYS_ADMIN)")
     if code in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBUSY}:
         return TargetError(text)
+    if code == errno.ENOTBLK:   # fs/erofs/super.c: no read_folio there, or a kernel that wants block devices
+        return HostError(f"{what}: the image cannot be mounted from the file system that its file is on",
+                         hint="tmpfs and overlayfs cannot do it: use --driver fuse, or a --cache-dir on ext4 or xfs")
     if code in {errno.ENODEV, errno.ENOSYS}:
         return HostError(text, hint="this kernel lacks it; try --driver fuse")
     return HostError(text)

@@ -73,9 +73,14 @@ def serve(connection: socket.socket) -> None:
 
 
 class MounterClient:
-    """The worker's end. Blocking; call it from a thread, one call at a time (the caller holds a lock)."""
+    """
+    The worker's end. Blocking; call it from a thread, one call at a time (the caller holds a lock).
+
+    `lost`: the process has died, or does not answer: no call will succeed any more.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.lost = False
         self._connection = connection
         self._stream = connection.makefile("rwb")
 
@@ -95,8 +100,10 @@ class MounterClient:
             self._stream.flush()
             line = self._stream.readline()
         except OSError as error:
+            self.lost = True   # also after a late answer: nobody would know whose it is
             raise BugError(f"the mounter process does not answer: {error}") from error
         if not line:
+            self.lost = True
             raise BugError("the mounter process has died")
         reply = json.loads(line)
         if "error" in reply:

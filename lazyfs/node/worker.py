@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from lazyfs import __version__
 from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import drivers, mountapi
-from lazyfs.fs.drivers import Driver
 from lazyfs.node import restore
 from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
-from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
+from lazyfs.node.mounted import MountedImage
+from lazyfs.node.mounting import Mounting
 from lazyfs.node.opening import open_image
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.unmount import check_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from lazyfs.node.order import MountOrder
     from lazyfs.node.rundir import MountRecord
 
-T = TypeVar("T")
-MOUNT_TIMEOUT_S = 30.0           # one mount or umount call in the kernel
 TOUCHED_COUNT_MAX = 100_000      # of one answer; a large program's start touches some thousands
 _TEND_S = 2.0                    # how soon a foreign umount(8), or a complete image, is noticed
 _CHECKPOINT_S = 30.0             # a crash of the machine may cost what was fetched since
@@ -61,8 +58,6 @@ class Worker:
         self._cache = cache
         self._fetcher = fetcher
         self._served = served
-        self._mounter = mounter
-        self._mounter_limit = trio.CapacityLimiter(1)
         identity = ProcessIdentity.of(os.getpid())
         assert identity is not None
         self._identity = identity
@@ -73,6 +68,8 @@ class Worker:
         self.awaits_order = not lasting   # its starter fetches the bootstrap first; a slow registry takes a while
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
+        self._mounting = Mounting(
+            directory, cache, fetcher, served, mounter, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
         self.closing = False
         self.finished = trio.Event()
@@ -106,7 +103,7 @@ class Worker:
             opened = await self.housekeeper.with_room(open_image, order, self._cache.path, abandon_on_cancel=True)
             mounted = MountedImage(order, self._served.new_slot(), opened, driver)
             try:
-                await self._attach(mounted)
+                await self._mounting.attach(mounted)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._undo(mounted)
@@ -203,6 +200,12 @@ class Worker:
         self.closing = True
         self.finished.set()
 
+    def _mounter_lost(self) -> None:
+        """Nothing can be mounted or unmounted any more: the next worker has a mounter of its own."""
+        if self._lasting and not self.closing:
+            _log.error("the mounter process has died: another worker takes over")
+            self.shut_down()
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def tend(self) -> None:
@@ -294,58 +297,6 @@ class Worker:
         for broken in list(self._broken.values()):
             await self._restore(broken.record, mountapi.mounts(), offline=False)
 
-    # --- making a mount ----------------------------------------------------------------------------------------------
-
-    async def _attach(self, mounted: MountedImage) -> None:
-        order, opened = mounted.order, mounted.opened
-        await self.housekeeper.with_room(open_devices, mounted, self._cache, self._fetcher)
-        if mounted.driver is Driver.EROFS:
-            paths = await self._device_paths(mounted)
-            # O_DIRECT on our own files: through the page cache a read costs half as much again, and every page is kept
-            # twice. On the cache's files the second copy is worth it: the whole tree cold in 0.6 of O_DIRECT's time.
-            mounted.local = all(index < 0 for index in mounted.device_indexes)
-            self._note(mounted)
-            mounted.bdi_names = await self._call_mounter(
-                "mount_erofs", str(opened.erofs_path), order.target, paths, not mounted.local
-            )
-            size_kib = drivers.READ_AHEAD_BUFFERED_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
-            drivers.set_read_ahead(
-                mounted.bdi_names, drivers.READ_AHEAD_RECORDING_KIB if order.record else size_kib)
-        else:
-            image = self._served.add_image(mounted.slot, opened.tree, tuple(mounted.devices))
-            self._note(mounted)
-            source = self._directory.fuse / "tree" / os.fsdecode(image.name)
-            await self._call_mounter("mount_tree", str(source), order.target)
-        entry = mountapi.mount_at(order.target)
-        if entry is None:
-            raise TargetError(f"{order.target} was unmounted while it was being mounted")
-        mounted.mount_id = entry.mount_id
-        if order.record and mounted.driver is Driver.FUSE:
-            drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
-        self._directory.write_record(mounted.record(self._identity, self._cache.path))
-        if order.prefetch:
-            mounted.prefetch = self._fetcher.prefetch(hot_plan(opened, mounted.devices))
-
-    def _note(self, mounted: MountedImage) -> None:
-        """Before the kernel is asked to mount: from now on there may be something to unmount, or to take over."""
-        self._directory.write_numbers(*self._served.next_numbers)
-        self._directory.write_record(mounted.record(self._identity, self._cache.path))
-        mounted.attempted = True
-
-    async def _device_paths(self, mounted: MountedImage) -> list[str]:
-        """The files that the kernel's EROFS reads: ours, or the cache's own where a device is complete."""
-        paths = []
-        for device in mounted.devices:
-            local = not mounted.order.record and device.device.cached.complete
-            if local and await trio.to_thread.run_sync(device.device.cached.make_durable):
-                paths.append(_short_path(str(device.device.cached.data_path), device.device.cached.fd))
-                mounted.device_indexes.append(-1)
-            else:
-                index = self._served.add_device(device)
-                mounted.device_indexes.append(index)
-                paths.append(str(self._directory.fuse / "dev" / str(index)))
-        return paths
-
     # --- taking it away ----------------------------------------------------------------------------------------------
 
     async def _unmount_in_kernel(self, mounted: MountedImage, *, lazy: bool, force: bool) -> None:
@@ -361,7 +312,7 @@ class Worker:
                 nursery.start_soon(self._abort_once_detached, mounted)
             flags = mountapi.MNT_DETACH if lazy or force else 0
             try:
-                await self._call_mounter("unmount", mounted.order.target, flags)
+                await self._mounting.call("unmount", mounted.order.target, flags)
             except LazyfsError as raised:   # kept: out of a nursery it would come as a group
                 error = raised
             nursery.cancel_scope.cancel()
@@ -381,7 +332,7 @@ class Worker:
         entry = mountapi.mount_at(target) if mounted.attempted and not mounted.detached else None
         if entry is not None and mounted.mount_id in {0, entry.mount_id}:
             try:
-                await self._call_mounter("unmount", target, mountapi.MNT_DETACH)
+                await self._mounting.call("unmount", target, mountapi.MNT_DETACH)
             except LazyfsError as error:
                 _log.error("%s stays mounted: %s", target, error)
         self._directory.remove_record(mounted.slot)
@@ -397,20 +348,3 @@ class Worker:
         else:
             self._directory.remove_record(mounted.slot)
             mounted.release(self._served)
-
-    async def _call_mounter(self, name: str, *arguments: Any) -> Any:
-        def call() -> Any:
-            return self._mounter.call(name, *arguments, timeout_s=MOUNT_TIMEOUT_S)
-
-        return await _in_thread(call, self._mounter_limit)
-
-
-async def _in_thread(function: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
-    return await trio.to_thread.run_sync(function, limiter=limiter)
-
-
-def _short_path(path: str, descriptor: int) -> str:
-    """A path that fits a mount option; through this process's descriptor if the real one does not."""
-    if len(os.fsencode(path)) <= mountapi.FSCONFIG_STRING_BYTES_MAX:
-        return path
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
