@@ -192,6 +192,12 @@ class NotReadyError(ProgramError):
     exit_code = 61
 
 
+class ProfileDiffersError(CheckError):
+    """`lazyfs profile`: two lists agree less, or an image has less of a list, than was asked for."""
+
+    exit_code = 56
+
+
 class BugError(LazyfsError):
     """This should never happen; please report it."""
 

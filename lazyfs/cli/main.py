@@ -42,6 +42,7 @@ COMMANDS = {
     "pull": ("lazyfs.cli.pull:pull_command", "Pull an image into containerd, lazily."),
     "doctor": ("lazyfs.cli.doctor:doctor_command", "Look at everything a node needs, and say what to do."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
+    "profile": ("lazyfs.cli.profile:profile_command", "Show, merge, compare and check prefetch lists."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.image.prefetch import FileFinder, chunks_of, exact_pattern, literal_path
+from lazyfs.image.prefetch import FileFinder, chunks_of, exact_pattern, literal_path, make_entry
 from lazyfs.profile.parts import OPEN_END, Part, Profile, distinct
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def cover(prefetch: PrefetchList, files: ImageFiles) -> Coverage:
         parts += found.parts
         stated, matched = stated + found.stated, matched + found.matched
         if not found.file_count:
-            missing.append(entry.line)
+            missing.append(_plain(entry))
         elif found.short:
-            cut.append((entry.line, found.stated - found.matched))
+            cut.append((_plain(entry), found.stated - found.matched))
     profile = Profile(distinct(parts), prefetch.header)
     return Coverage(profile, len(prefetch.entries), tuple(missing), tuple(cut), stated, matched,
                     count_chunks(chunks_in(profile, finder, files), files.tables))
@@ -131,6 +131,11 @@ def count_chunks(chunks: Iterable[tuple[int, int]], tables: Sequence[ChunkTable]
         size += tables[device].chunk_bytes(chunk)
         stored += int(tables[device].rows["stored_size"][chunk])
     return Chunks(count, size, stored)
+
+
+def _plain(entry: PrefetchEntry) -> str:
+    """The line as lazyfs would write it: printable, whatever stands in the list."""
+    return make_entry(entry.pattern, entry.ranges, entry.share, entry.first_ms).line
 
 
 def _find(entry: PrefetchEntry, finder: FileFinder, files: ImageFiles) -> _Found:

@@ -44,7 +44,8 @@ def merge(profiles: Sequence[Profile], min_share: float = 0.0) -> Profile:
     """
     runs = sum(profile.header.runs for profile in profiles)
     if runs > RUNS_MAX:
-        raise UsageError(f"these lists are of {runs} runs, at most {RUNS_MAX} can be merged")
+        raise UsageError(f"these lists are of {runs} runs, at most {RUNS_MAX} can be merged",
+                         hint="merge fewer, or those of the newest build")
     ranked: list[tuple[float, Part]] = []
     for pattern, ranges in _uses(profiles).items():
         for (start, end), uses in ranges.items():
