@@ -13,11 +13,19 @@ import sys
 from pathlib import Path
 from typing import Final, NoReturn
 
+_EXIT_INTERRUPTED: Final = 130     # cli.main.EXIT_INTERRUPTED, which takes importing
 _OBJECTS_COUNT: Final = 200_000    # imports make fewer; a pull of many gigabytes still gets its cycles collected
 
 
 def main() -> None:
     """Run the command of sys.argv; exits."""
+    try:
+        _run()
+    except KeyboardInterrupt:   # before cli.main was there to say so
+        sys.exit(_EXIT_INTERRUPTED)
+
+
+def _run() -> None:
     starts_worker = _will_start_a_worker(sys.argv[1:])
     pulls = sys.argv[1:2] == ["pull"] and not {"-h", "--help"} & set(sys.argv)
     quick = starts_worker or pulls

@@ -96,6 +96,24 @@ def test_signals_have_their_exit_codes_and_say_nothing(run, error: BaseException
     assert (found, out, err.strip()) == (code, "", "")
 
 
+INTERRUPTED_IMPORT = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "lazyfs.cli.main":
+            raise KeyboardInterrupt      # what ^C does there
+sys.meta_path.insert(0, Interrupt())
+from lazyfs.cli.entry import main
+main()
+"""
+
+
+def test_an_interrupt_while_it_still_imports_says_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, cwd=ROOT,
+                          check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (frame.EXIT_INTERRUPTED, "")
+
+
 def test_memory_running_out_is_told(run) -> None:
     code, _, err = run(MemoryError())
     assert (code, err.splitlines()[0]) == (1, "lazyfs: error: out of memory")
