@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 ASK_FIRST_BYTES: Final = 128 * limits.KIB      # less is sent sooner than an answer comes
 ANSWER_S: Final = 30.0
 _HINT: Final = "is containerd running? Its socket is named with --containerd-address"
-# gRPC for Go: a connection of containerd's own failed, or ended before it had begun (who listened there was killed)
-_UNSENT: Final = ("Error while dialing", "error reading server preface")
+# gRPC for Go (the last: of containerd 1.6): a connection of containerd's own failed, or ended before it had begun, for
+# who listened there was killed, or had not got so far
+_UNSENT: Final = ("Error while dialing", "error reading server preface", "timed out waiting for server handshake")
 _NO_SNAPSHOTTER: Final = "is the snapshotter running? systemctl status lazyfs-snapshotter"
 _SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do
     ("snapshotter not loaded", HostError, "'ctr plugins ls' shows them; 'lazyfs snapshotter install' adds ours"),
