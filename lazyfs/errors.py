@@ -180,6 +180,12 @@ class ConfigDiffersError(CheckError):
     exit_code = 55
 
 
+class ProfileDiffersError(CheckError):
+    """`lazyfs profile`: two lists agree less, or an image has less of a list, than was asked for."""
+
+    exit_code = 56
+
+
 class ProgramError(LazyfsError):
     """The program that `lazyfs profile run` ran has failed, or could not be started."""
 
@@ -190,12 +196,6 @@ class NotReadyError(ProgramError):
     """It did not come to the point that its stop rule names: it ended before, or its time was over."""
 
     exit_code = 61
-
-
-class ProfileDiffersError(CheckError):
-    """`lazyfs profile`: two lists agree less, or an image has less of a list, than was asked for."""
-
-    exit_code = 56
 
 
 class BugError(LazyfsError):

@@ -12,10 +12,10 @@ from lazyfs.cli.lazygroup import LazyGroup
 
 _PLACES = {
     "run": ("lazyfs.cli.profile_run:run_command", "Run an image, and list what its start reads."),
-    "show": ("lazyfs.cli.profileshow:show_command", "Totals, largest files and time line, as text or as a picture."),
-    "merge": ("lazyfs.cli.profilemerge:merge_command", "Several runs, or lists, become one list."),
-    "diff": ("lazyfs.cli.profilediff:diff_command", "What two lists have in common, and in which order."),
-    "check": ("lazyfs.cli.profilecheck:check_command", "What of a list an image still has."),
+    "show": ("lazyfs.cli.profile_show:show_command", "Totals, largest files and time line, as text or as a picture."),
+    "merge": ("lazyfs.cli.profile_merge:merge_command", "Several runs, or lists, become one list."),
+    "diff": ("lazyfs.cli.profile_diff:diff_command", "What two lists have in common, and in which order."),
+    "check": ("lazyfs.cli.profile_check:check_command", "What of a list an image still has."),
 }
 _EPILOG = """\b
 Examples:

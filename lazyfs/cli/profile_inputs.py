@@ -1,7 +1,7 @@
 """
 What the commands of `lazyfs profile` read: lists, recordings, and the lazy images whose files they are about.
 
-Layer: cli. Who calls: lazyfs.cli.profile{show,merge,diff,check}, which are imported only when they are used.
+Layer: cli. Who calls: lazyfs.cli.profile_{show,merge,diff,check}, which are imported only when they are used.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import click
 
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, print_json
-from lazyfs.cli.profileinputs import Images, Inputs, json_option
+from lazyfs.cli.profile_inputs import Images, Inputs, json_option
 from lazyfs.errors import ProfileDiffersError
 from lazyfs.profile.coverage import cover
 

@@ -11,7 +11,7 @@ from lazyfs import __version__
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, note
 from lazyfs.cli.outputfile import write_output
-from lazyfs.cli.profileinputs import Images, Inputs, image_option
+from lazyfs.cli.profile_inputs import Images, Inputs, image_option
 from lazyfs.errors import UsageError
 from lazyfs.image.prefetch import format_prefetch
 from lazyfs.profile.merge import merge

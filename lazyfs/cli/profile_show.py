@@ -9,7 +9,7 @@ import click
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, note, print_json
 from lazyfs.cli.outputfile import write_output
-from lazyfs.cli.profileinputs import Images, Inputs, image_option, json_option
+from lazyfs.cli.profile_inputs import Images, Inputs, image_option, json_option
 from lazyfs.errors import UsageError
 from lazyfs.profile.picture import page, svg
 from lazyfs.profile.summary import as_lines, summarize
