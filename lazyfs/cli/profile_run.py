@@ -7,10 +7,9 @@ or a file, everything else (what the program says, too) to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,11 @@ import click
 
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, note, print_json
+from lazyfs.cli.outputfile import write_output
 from lazyfs.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lazyfs.profile.parts import Profile
     from lazyfs.registry import RegistryOptions
@@ -106,6 +106,8 @@ def run_command(
         raise UsageError("--json and the list cannot both go to standard output", hint="add --output FILE")
     _check_output(output)
     from lazyfs.cli.mount import absolute_image  # noqa: PLC0415
+    from lazyfs.image.prefetch import format_prefetch  # noqa: PLC0415
+    from lazyfs.profile.parts import list_of  # noqa: PLC0415
     from lazyfs.registry.fields import default_auth_file, to_fields  # noqa: PLC0415
     from lazyfs.runner.output import printable  # noqa: PLC0415
     from lazyfs.runner.session import RunOrder, record_runs  # noqa: PLC0415
@@ -115,13 +117,13 @@ def run_command(
         absolute_image(image, str(Path.cwd())), command, runs=runs, keep_failed=keep_failed, driver=driver,
         cache_dir=None if cache_dir is None else os.path.realpath(cache_dir), platform=platform, registry=fields,
     ), words)
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))   # a closed terminal is no reason to leave things
     note(f"running {image} {order.rules.describe()}, at most {order.rules.timeout_s:g} s")
-    recorded = record_runs(
-        order, on_line=lambda line: None if quiet else note(f"| {printable(line)}"),
-        on_run=lambda number, run: note(_run_line(number, runs, run)))
+    with _hangup_terminates():
+        recorded = record_runs(
+            order, on_line=lambda line: None if quiet else note(f"| {printable(line)}"),
+            on_run=lambda number, run: note(_run_line(number, runs, run)))
     profile = _merged(recorded, min_share)
-    _write(profile, output)
+    write_output(output, format_prefetch(list_of(profile)))
     if as_json:
         print_json(_summary(recorded, profile, output))
     else:
@@ -201,27 +203,17 @@ def _summary(recorded: Recorded, profile: Profile, output: str) -> dict[str, Any
     }
 
 
+@contextlib.contextmanager
+def _hangup_terminates() -> Iterator[None]:
+    """A terminal that is closed ends us as SIGTERM does: in order, with nothing left behind."""
+    previous = signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def _check_output(output: str) -> None:
     """Before a run of minutes, not after it."""
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise TargetError(f"{output}: there is no such directory")
-
-
-def _write(profile: Profile, output: str) -> None:
-    from lazyfs.image.prefetch import format_prefetch  # noqa: PLC0415
-    from lazyfs.profile.parts import list_of  # noqa: PLC0415
-
-    text = format_prefetch(list_of(profile))
-    if output == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(output).absolute()
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -166,16 +166,20 @@ class Container:
 
     def stop(self, number: int, grace_s: float) -> None:
         """End the program: by signal `number`, and by SIGKILL after `grace_s`. Idempotent."""
-        if self._process is None or self._pidfd < 0:
+        process = self._process
+        if process is None or self._pidfd < 0:
             return
-        for signum, wait_s in ((number, grace_s), (signal.SIGKILL, _KILLED_S)):
-            if self._process.poll() is None and (signum == signal.SIGKILL or self._heeds(signum)):
-                run_runc(self._place, "kill", self.name, str(int(signum)))
-                self._pump(time.monotonic() + wait_s, self._on_line)
-        if self._process.poll() is None:   # it never came to life: runc hangs in starting it
-            self._process.kill()
+        if process.poll() is None and self._heeds(number):
+            run_runc(self._place, "kill", self.name, str(int(number)))
+            self._pump(time.monotonic() + grace_s, self._on_line)
+        if process.poll() is None:
+            if run_runc(self._place, "kill", self.name, str(int(signal.SIGKILL))):
+                process.kill()   # it is still making the container: what is there is known by the cgroup's name
+            self._pump(time.monotonic() + _KILLED_S, self._on_line)
+        if process.poll() is None:
+            process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_KILLED_S)
+                process.wait(_KILLED_S)
 
     def close(self) -> None:
         """Kill it if it lives, and take its state, cgroup and overlay away. Idempotent."""
@@ -194,14 +198,15 @@ class Container:
     def _heeds(self, number: int) -> bool:
         """
         Whether the program has a use for this signal: the kernel drops what the first process of a PID namespace
-        neither catches nor waits for (pid_namespaces(7)), and the grace would be spent for nothing.
+        neither catches nor waits for (pid_namespaces(7)), and the grace would be spent for nothing. Likewise if it is
+        not there yet.
         """
         with contextlib.suppress(OSError, ValueError):
             pid = int(self._pid_file.read_text(encoding="ascii"))
             text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
             sets = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigCgt:", "SigBlk:"))]
             return any(found >> (number - 1) & 1 for found in sets)
-        return True
+        return False
 
     # --- details -----------------------------------------------------------------------------------------------------
 

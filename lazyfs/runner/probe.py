@@ -17,6 +17,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from lazyfs.errors import BusyError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -29,6 +31,7 @@ _CONNECT_S = 2.0                 # on loopback: at once, or never
 _ANSWER_S = 60.0
 _JOIN_S = 2.0
 _STATUS_MAX = 400
+_HINT = "end that program, or use --net none"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,10 +77,10 @@ class Probe:
         self.close()
 
     def _run(self) -> None:
-        if self._own_network and not self._enter():
+        if not self._begin():
             return
         while not self._ended.is_set():
-            if self._rules.port is not None and _port_open(self._rules.port):
+            if self._rules.port is not None and is_open(self._rules.port):
                 self.met = f"port {self._rules.port} is open"
             elif self._rules.http is not None:
                 status = self._ask(self._rules.http)
@@ -88,11 +91,13 @@ class Probe:
                 return
             self._ended.wait(_POLL_S)
 
-    def _enter(self) -> bool:
-        """Into the container's network namespace, as soon as there is one."""
+    def _begin(self) -> bool:
+        """Wait for the container, and enter its network if it has its own; False: we are not needed any more."""
         while not self._ended.wait(_POLL_S):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(self._pid_file.read_text(encoding="ascii"))
+                if not self._own_network:
+                    return True
                 descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     if _libc.setns(descriptor, _CLONE_NEWNET) == 0:
@@ -123,8 +128,17 @@ class Probe:
             self._connection = None
 
 
-def _port_open(port: int) -> bool:
-    for host in ("127.0.0.1", "::1"):
+def is_open(port: int, hosts: tuple[str, ...] = ("127.0.0.1", "::1")) -> bool:
+    """Whether somebody listens there; asked in the network namespace of the calling thread."""
+    for host in hosts:
         with contextlib.suppress(OSError), socket.create_connection((host, port), _CONNECT_S):
             return True
     return False
+
+
+def refuse_open(rules: StopRules) -> None:
+    """Raises BusyError: in this network the rules are met before the program is there: somebody else listens."""
+    if rules.port is not None and is_open(rules.port):
+        raise BusyError(f"port {rules.port} is open already: somebody else listens there", hint=_HINT)
+    if rules.http is not None and is_open(rules.http.port, (rules.http.host,)):
+        raise BusyError(f"{rules.http.text}: somebody else listens there already", hint=_HINT)

@@ -31,6 +31,7 @@ from lazyfs.registry.reference import RegistryReference, parse_reference
 from lazyfs.registry.select import select_image
 from lazyfs.runner.container import Container, Ending, Outcome
 from lazyfs.runner.imageconfig import ProcessConfig, merge_environment, parse_process
+from lazyfs.runner.probe import refuse_open
 from lazyfs.runner.recording import MountedTables, recording_of
 from lazyfs.runner.rootfs import read_inside
 from lazyfs.runner.rules import StopRules
@@ -123,6 +124,8 @@ def record_runs(order: RunOrder, *, on_line: Callable[[bytes], None], on_run: Ca
     check_host()
     image = _find_image(order)
     words = image.process.arguments(order.command, order.entrypoint)
+    if order.network is Network.HOST:
+        refuse_open(order.rules)
     runs: list[Run] = []
     with open_workspace() as place:
         cache = str(place.cache) if order.cache_dir is None else order.cache_dir
