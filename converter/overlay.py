@@ -197,7 +197,8 @@ class _Merger:
             raise self._error(entry, "the layer's paths lead through too many symlinks and directories")
 
     def _error(self, entry: LayerEntry, problem: str) -> FormatError:
-        return FormatError(f"layer {self._layer}, entry {_show(entry.path)}: {problem}")
+        return FormatError(f"layer {self._layer}, entry {_show(entry.path)}: {problem}",
+                           hint="the layers do not fit together: build and push the image again")
 
 
 class _Walk:

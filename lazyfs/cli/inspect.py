@@ -14,6 +14,7 @@ import click
 
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import format_bytes, note, print_json
+from lazyfs.errors import NotFoundError
 
 if TYPE_CHECKING:
     from lazyfs.image.descriptor import Document
@@ -46,6 +47,8 @@ def inspect_command(image: str, *, as_json: bool, platform: str | None, registry
 
     with contextlib.closing(open_source(image, registry)) as source:
         described = [_describe(source, document) for document in _documents(source, platform)]
+        if not described:
+            raise NotFoundError(f"{source.name}: the index names no image", hint="check the tag")
     if as_json:
         print_json({"image": image, "images": described})
         return

@@ -154,7 +154,8 @@ def check_source(manifest: Manifest) -> None:
         if layer.media_type not in LAYER_TYPES:
             raise UnsupportedError(
                 f"layer {number} ({layer.digest.short}) has media type {layer.media_type!r}: expected a tar, "
-                "plain or compressed by gzip or zstd"
+                "plain or compressed by gzip or zstd",
+                hint="only container images can be converted; build this one with such layers",
             )
 
 

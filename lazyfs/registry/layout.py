@@ -144,7 +144,8 @@ def open_whole(extent: Extent, what: str, size: int) -> FileStream:
     """A stream over a blob. Raises IntegrityError if it has another size."""
     if size != extent.size:
         extent.stream(what).close()
-        raise IntegrityError(f"{what}: {extent.size} bytes, expected {size}")
+        raise IntegrityError(f"{what}: {extent.size} bytes, expected {size}",
+                             hint="the blob is damaged or was cut short: write the image there again")
     return extent.stream(what)
 
 

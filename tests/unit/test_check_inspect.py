@@ -15,7 +15,7 @@ from converter import differences as differences_module
 from converter.differences import Differences
 from lazyfs.cli.check import check_command
 from lazyfs.cli.inspect import inspect_command
-from lazyfs.errors import CheckError, FormatError, LazyfsError
+from lazyfs.errors import CheckError, FormatError, LazyfsError, NotFoundError
 from lazyfs.image.blob import FOOTER_BYTES
 from lazyfs.image.prefetch import parse_prefetch
 from tests.convertkit import Layout, run_convert
@@ -236,3 +236,9 @@ def test_inspect_of_an_index_shows_all_platforms(layout: Layout) -> None:
     "linux/s390x"], catch_exceptions=False)
     assert [image["platform"] for image in json.loads(one.stdout)["images"]] == ["linux/s390x"]
     assert run_check("--platform", "linux/s390x", reference, layout.reference("multi")) == (0, [])
+
+
+def test_inspect_of_an_empty_index_is_an_error(layout: Layout) -> None:
+    layout.index("empty", [])
+    with pytest.raises(NotFoundError, match="names no image"):
+        CliRunner().invoke(inspect_command, [layout.reference("empty")], catch_exceptions=False)

@@ -238,8 +238,9 @@ def test_all_platforms_keep_order_platforms_and_annotations(tmp_path: Path) -> N
 
 
 def assert_refused(layout: Layout, tmp_path: Path, kind: type[LazyfsError], text: str, **changes) -> None:
-    with pytest.raises(kind, match=text):
+    with pytest.raises(kind, match=text) as caught:
         convert(layout, tmp_path, **changes)
+    assert caught.value.hint, f"no next step: {caught.value}"
     assert_nothing_left(tmp_path / "out")
 
 
@@ -285,6 +286,7 @@ def test_a_damaged_layer_is_refused(tmp_path: Path, compression: str, damage: st
         convert(layout, tmp_path)
     assert caught.value.exit_code in (12, 20, 21)
     assert layer["digest"][7:19] in str(caught.value)
+    assert caught.value.hint
     assert_nothing_left(tmp_path / "out")
 
 
