@@ -73,6 +73,7 @@ def convert_layer(
             path.unlink(missing_ok=True)
             cause = stream.blame(error)     # a damaged blob is told from a badly made one
             if cause is error:
+                error.hint = error.hint or "the layer was made wrongly, not damaged on the way: build and push it again"
                 raise
             raise cause from error
         except OSError as error:
@@ -91,9 +92,10 @@ def _convert(
     device = DeviceWriter(writer, encoding.chunk_size, spool_dir)
     entries = _lay_out(reader, device)
     device_size = device.finish()
+    metadata = pack_entries(entries)    # while the last chunks are compressed
     diff_id = stream.finish()       # reads to the end, so that both digests are known and checked
     table = ChunkTable(encoding.chunk_size, device_size, writer.finish())
-    tail = pack_tail(table, pack_entries(entries), len(entries), writer.blob_size)
+    tail = pack_tail(table, metadata, len(entries), writer.blob_size)
     if len(tail) > TAIL_BYTES_MAX:
         raise UnsupportedError(f"{name}: {len(entries)} entries and {table.chunk_count} chunks are too many for a blob",
                                hint="a larger --chunk-size makes fewer chunks")
