@@ -83,6 +83,8 @@ def status_command(*, as_json: bool) -> None:
             status["mounts"] = client.request(LIST, 5.0)
     except (WorkerGoneError, LazyfsError) as error:
         status["health"] = {"ready": False, "reason": str(error)}
+    if status["health"]["ready"] and not status["ready"]:   # its start was waited for, by asking it
+        status.update(_ask_keeper(directory, "status"))
     ready = status["ready"] and status["health"]["ready"]
     if as_json:
         print(json.dumps(status, indent=2))
@@ -159,8 +161,8 @@ def _no_daemon(directory: WorkerDir) -> str:
 def _print_status(status: dict[str, Any]) -> None:
     health = status["health"]
     print(f"keeper {status['keeper']}, worker {status['worker']} ({status['turns']} since the start)")
-    if not health["ready"]:
-        print(f"not ready: {health.get('reason', 'ending')}")
+    if not (health["ready"] and status["ready"]):
+        print(f"not ready: {health.get('reason', 'the worker is starting or ending')}")
         return
     print(f"version {health['version']}, {health['mounts']} mounts, {health['detached']} detached")
     for mount in status.get("mounts", []):

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from lazyfs.cli.main import as_lazyfs_error
 from lazyfs.errors import HostError
 from snapshotter.install.version import find_version
-from tests.mountkit import LAZYFS
+from tests.daemonkit import end_daemon, start_daemon
+from tests.mountkit import LAZYFS, Machine, require_mounting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +66,28 @@ def test_a_keeper_that_ends_while_it_is_asked(tmp_path: Path) -> None:
         thread.start()
         assert "the daemon ended before it answered" in lazyfs(tmp_path, "daemon", "status", code=42)
         thread.join(10)
+
+
+@pytest.mark.mount
+def test_the_status_of_a_daemon_that_is_starting_is_of_one_moment(tmp_path: Path) -> None:
+    """It said "worker 0", then how many mounts this serves, and that all that is not ready, without a word why."""
+    require_mounting()
+    machine = Machine(tmp_path / "m")
+    daemon = start_daemon(machine)
+    words = [*LAZYFS, "daemon", "status"]
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            done = subprocess.run(words, env=machine.environment, capture_output=True, text=True, check=False,
+                                  timeout=60)
+            serves = "version" in done.stdout and "worker 0" not in done.stdout
+            assert serves or "not ready: " in done.stdout or "no daemon runs" in done.stderr, done.stdout
+            assert serves == (done.returncode == 0)
+            if serves:
+                break
+            assert time.monotonic() < deadline
+    finally:
+        end_daemon(daemon)
 
 
 def test_who_may_not_is_told_to_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
