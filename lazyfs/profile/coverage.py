@@ -110,16 +110,14 @@ def cover(prefetch: PrefetchList, files: ImageFiles) -> Coverage:
             cut.append((_plain(entry), found.stated - found.matched))
     profile = Profile(distinct(parts), prefetch.header)
     return Coverage(profile, len(prefetch.entries), tuple(missing), tuple(cut), stated, matched,
-                    count_chunks(chunks_in(profile, finder, files), files.tables))
+                    count_chunks(chunks_in(profile, files), files.tables))
 
 
-def chunks_in(profile: Profile, finder: FileFinder, files: ImageFiles) -> dict[tuple[int, int], None]:
-    """(device index, chunk index) that hold the parts of a profile whose patterns are paths of the image, in order."""
+def chunks_in(profile: Profile, files: ImageFiles) -> dict[tuple[int, int], None]:
+    """(device index, chunk index) that hold the parts of a profile of this image, in order."""
     chunks: dict[tuple[int, int], None] = {}
     for part in profile.parts:
-        for nid in finder.find(tuple(part.pattern.split(b"/"))):
-            extents = finder.extents(nid, part.start, part.end, files.tables)
-            chunks.update(dict.fromkeys(chunks_of(extents, files.tables)))
+        chunks.update(dict.fromkeys(chunks_of(files.extents(part), files.tables)))
     return chunks
 
 

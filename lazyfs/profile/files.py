@@ -56,6 +56,10 @@ class ImageFiles:
         """The first name of a regular file, from the root on, without a slash in front."""
         return self._paths[nid]
 
+    def extents(self, part: Part) -> list[tuple[int, int, int]]:
+        """Where the bytes of a part are, as ErofsImage.extents. Its pattern must be the first name of a file."""
+        return self.tree.extents(self._nids[part.pattern], part.start, part.end - part.start)
+
     def parts(self, recording: Recording) -> Iterator[Part]:
         """
         What a recording touched: ranges of files in the order of first access, each byte once.
@@ -94,6 +98,11 @@ class ImageFiles:
             if nid not in found and self.tree.stat(nid).type is FileType.REGULAR:
                 found[nid] = path.lstrip(b"/")
         return found
+
+    @cached_property
+    def _nids(self) -> dict[bytes, int]:
+        """By pattern."""
+        return {exact_pattern(path): nid for nid, path in self._paths.items()}
 
     @cached_property
     def _pieces(self) -> dict[str, tuple[list[_Piece], list[int]]]:

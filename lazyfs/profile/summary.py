@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from lazyfs.image.prefetch import FileFinder, PrefetchHeader, format_pattern, literal_path
+from lazyfs.image.prefetch import PrefetchHeader, format_pattern, literal_path
 from lazyfs.profile.coverage import Chunks, chunks_in, count_chunks
 
 if TYPE_CHECKING:
@@ -170,14 +170,12 @@ def _times(profile: Profile) -> tuple[Bin, ...]:
 
 
 def _layers(profile: Profile, files: ImageFiles) -> tuple[tuple[LayerUse, ...], Chunks]:
-    finder = FileFinder(files.tree)
     sizes = [0] * len(files.tables)
     for part in profile.parts:
-        for nid in finder.find(tuple(part.pattern.split(b"/"))):
-            for device, _, length in finder.extents(nid, part.start, part.end, files.tables):
-                if device >= 0:
-                    sizes[device] += length
-    chunks = chunks_in(profile, finder, files)
+        for device, _, length in files.extents(part):
+            if device >= 0:
+                sizes[device] += length
+    chunks = chunks_in(profile, files)
     own: list[list[tuple[int, int]]] = [[] for _ in files.tables]
     for device, chunk in chunks:
         own[device].append((device, chunk))
