@@ -64,7 +64,7 @@ def check_command(
 
     Reads every chunk of every blob of LAZY, decodes it and compares its digest, and compares the tree with what the
     blobs record. With SOURCE, reads its layers again and compares names, types, metadata, hard links, every byte of
-    every file, and the configuration. Prints the first 20 differences, one a line.
+    every file, and the configuration. Prints the first 20 differences, one a line. Of an index, one image is checked.
     """
     from lazyfs.registry import open_source  # noqa: PLC0415
     from lazyfs.registry.select import select_image  # noqa: PLC0415

@@ -7,6 +7,7 @@ Layer: cli. Reads the manifest and the bootstrap, never the blobs. Heavy imports
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ Examples:
 @click.command("inspect", epilog=_EXAMPLES)
 @click.argument("image", metavar="IMAGE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@platform_option
+@functools.partial(platform_option, default="all of them")
 @registry_options
 def inspect_command(image: str, *, as_json: bool, platform: str | None, registry: RegistryOptions) -> None:
     """

@@ -59,10 +59,10 @@ def registry_options(command: F) -> F:
     return with_registry  # type: ignore[return-value]
 
 
-def platform_option(command: F) -> F:
-    """Add `--platform`; the command gets it as keyword `platform: str | None`."""
+def platform_option(command: F, default: str = "this machine's") -> F:
+    """Add `--platform`; the command gets it as keyword `platform: str | None`; what None means to it is `default`."""
     option = click.option("--platform", metavar="OS/ARCH[/VARIANT]",
-                          help="Which image of an index, for example linux/arm64.  [default: this machine's]")
+                          help=f"Which image of an index, for example linux/arm64.  [default: {default}]")
     return option(command)
 
 
