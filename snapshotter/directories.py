@@ -35,7 +35,7 @@ _LOG = logging.getLogger("lazyfs.snapshotter")
 _MODE_FS = 0o755                 # of a root directory, as containerd's overlayfs makes it
 _MODE_WORK = 0o711
 _WAITING_MAX = 1024              # removals that wait for the thread; above it who removes does it, and waits
-_CLOSE_S = 10.0                  # for removals that wait, at the end
+_CLOSE_S = 5.0                   # for removals that wait, at the end
 _NOT_IN_OVERLAY = ':,\\"'        # overlayfs takes them for its own signs; containerd does not escape
 
 

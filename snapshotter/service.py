@@ -1,7 +1,8 @@
 """
 containerd's snapshots service over gRPC on a unix socket: words in, words out; the work is in snapshotter.core.
 
-Layer: snapshotter, the top. Who calls: the command line (`lazyfs snapshotter`), tests.
+Layer: snapshotter, the top. Who calls: the command line (`lazyfs snapshotter --behind`), tests. The socket is not the
+one that containerd knows: that is snapshotter.door's, which passes its connections on to here.
 
 State: a thread pool that answers, no more than `threads` at once; more requests wait in gRPC's queue, bounded too. A
 refusal is a gRPC status with one line of text; containerd makes its own errors of the codes. Metadata of a request is
@@ -13,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.empty_pb2 import Empty
 
-from lazyfs.errors import BusyError, DiskFullError, HostError, LazyfsError, UsageError
+from lazyfs.errors import DiskFullError, HostError, LazyfsError
 from snapshotter import failures
 from snapshotter.api import snapshots_pb2 as api
 from snapshotter.api.mount_pb2 import Mount as MountMessage
@@ -37,10 +36,8 @@ if TYPE_CHECKING:
     from snapshotter.model import Mount, SnapshotInfo
 
 _LOG = logging.getLogger("lazyfs.snapshotter")
-ADDRESS_BYTES_MAX = 107          # sun_path of unix(7), without its NUL
 STOP_GRACE_S = 10.0              # requests under way may end
 _REQUESTS_MAX = 4096             # waiting or being answered; above it RESOURCE_EXHAUSTED
-_PROBE_S = 1.0
 _LIST_PAGE_BYTES = 256 * 1024    # a message of List; gRPC's clients take 4 MiB, containerd 16
 _DETAIL_CHARS = 1024             # gRPC carries it in a header
 _KINDS = {Kind.VIEW: api.VIEW, Kind.ACTIVE: api.ACTIVE, Kind.COMMITTED: api.COMMITTED}
@@ -123,17 +120,8 @@ class Server:
     """The listening server. `start()` after all of `services` are in; `stop()` waits for what is under way."""
 
     def __init__(self, address: str, threads: int) -> None:
-        """
-        Prepare to listen on `address`, a path.
-
-        Raises:
-            UsageError: the path is too long for a unix socket.
-            BusyError: somebody answers there already.
-            HostError: it cannot be made there.
-
-        """
-        self._path = Path(address).absolute()
-        _make_room(self._path)
+        """Prepare to listen on `address`, a path in a directory of ours; what a killed one left there is replaced."""
+        self._path = Path(address)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         self._server = grpc.server(self._pool, maximum_concurrent_rpcs=_REQUESTS_MAX)
         self._inode = 0
@@ -188,7 +176,7 @@ def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Eve
         extra: adds other services to the same gRPC server.
 
     Raises:
-        UsageError, BusyError, HostError: as Server.
+        HostError: as Server.start().
 
     """
     server = Server(address, threads)
@@ -202,29 +190,6 @@ def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Eve
         ended.wait()
     finally:
         server.stop()
-
-
-def _make_room(path: Path) -> None:
-    """Make the socket's directory, and remove a socket that nobody listens on."""
-    if len(os.fsencode(path)) > ADDRESS_BYTES_MAX:
-        text = f"socket path of {len(os.fsencode(path))} bytes, a unix socket has {ADDRESS_BYTES_MAX}: {path}"
-        raise UsageError(text, hint="choose a shorter --address")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise UsageError(f"{path} exists and is no socket", hint="choose another --address")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_PROBE_S)
-            try:
-                probe.connect(os.fsencode(path))
-            except ConnectionRefusedError:
-                path.unlink()   # its owner was killed
-            else:
-                raise BusyError(f"somebody answers on {path} already", hint="stop it, or choose another --address")
-    except OSError as error:
-        raise HostError(f"cannot listen on {path}: {error.strerror or error}", hint="it needs root") from error
 
 
 @contextlib.contextmanager

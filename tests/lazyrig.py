@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,10 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from lazyfs.image.manifest import parse_manifest
 from lazyfs.registry import RegistryOptions, open_source
+from snapshotter.api import snapshots_pb2 as api
+from snapshotter.api.snapshots_pb2_grpc import SnapshotsStub
 from tests.containerdkit import Containerd, require_containerd, running_containerd
 from tests.convertkit import LAYER_TYPE, Layout, run_convert
 from tests.daemonkit import Daemon, end_daemon, running_daemon, start_daemon
@@ -90,11 +92,23 @@ class SnapshotterProcess:
     def kill(self) -> None:
         self.end(signal.SIGKILL)
 
+    def kill_server(self) -> None:
+        """Kill what answers behind the door; returns when it is gone."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        (server,) = children.read_text(encoding="ascii").split()
+        os.kill(int(server), signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while server in children.read_text(encoding="ascii").split():
+            assert time.monotonic() < deadline, "it does not die"
+            time.sleep(0.01)
+
     def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe:
+        """Really: the door takes connections before there is a server."""
+        with grpc.insecure_channel(f"unix:{self.address}") as channel:
             try:
-                probe.connect(str(self.address))
-            except OSError:
+                list(SnapshotsStub(channel).List(api.ListSnapshotsRequest(filters=["name==none"]), timeout=2))
+            except grpc.RpcError:
                 return False
             return True
 

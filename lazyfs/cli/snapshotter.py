@@ -1,13 +1,20 @@
-"""`lazyfs snapshotter`: containerd's remote snapshotter, in the foreground. The work is in package snapshotter."""
+"""
+`lazyfs snapshotter`: containerd's remote snapshotter, in the foreground. The work is in package snapshotter.
+
+Running means becoming: this process turns into the door (snapshotter.door), which must not carry what the command line
+imported. The door starts this command again, with `--behind`: that is the server.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -17,6 +24,8 @@ from lazyfs.errors import HostError
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from lazyfs.config.table import Snapshotter
 
 _EPILOG = """\b
 Examples:
@@ -37,9 +46,10 @@ _COMMANDS = {
 @click.option("--root", metavar="DIR", help="Snapshots and their records.")
 @click.option("--address", metavar="SOCKET", help="Where containerd asks.")
 @click.option("--containerd-address", metavar="SOCKET", help="Where containerd answers.")
+@click.option("--behind", type=int, hidden=True, metavar="NUMBER")
 @click.pass_context
-def snapshotter_command(context: click.Context, file: str | None, root: str | None, address: str | None,
-                        containerd_address: str | None) -> None:
+def snapshotter_command(context: click.Context, *, file: str | None, root: str | None, address: str | None,
+                        containerd_address: str | None, behind: int | None) -> None:
     """Serve containerd's snapshots: ordinary images as overlayfs does, lazy images without downloading them."""
     if context.invoked_subcommand is not None:
         return
@@ -47,17 +57,35 @@ def snapshotter_command(context: click.Context, file: str | None, root: str | No
         raise HostError("the snapshotter needs root: it keeps files of all owners", hint="run it with sudo")
     found = config.load(file)
     own = dataclasses.replace(found.snapshotter, root=str(Path(root or found.snapshotter.root).resolve()),
-                              address=address or found.snapshotter.address,
+                              address=str(Path(address or found.snapshotter.address).absolute()),
                               containerd_address=containerd_address or found.snapshotter.containerd_address)
-    _serve(dataclasses.replace(found, snapshotter=own))
+    if behind is None:
+        _become_door(own, file)
+    _serve(dataclasses.replace(found, snapshotter=own), behind)
 
 
-def _serve(settings: config.Config) -> None:
-    """Until SIGTERM or SIGINT. Raises LazyfsError."""
+def _become_door(own: Snapshotter, file: str | None) -> NoReturn:
+    """Raises HostError: the root cannot be made."""
+    root = Path(own.root)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"cannot use {root}: {error.strerror}"
+        raise HostError(text, hint="it must be a local disk, writable by root") from error
+    server = [sys.executable, "-m", "lazyfs", "snapshotter", "--root", own.root, "--address", own.address,
+              "--containerd-address", own.containerd_address, *(["--config", file] if file else [])]
+    door = {"address": own.address, "root": own.root, "words": server}
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "snapshotter.door", json.dumps(door)])   # noqa: S606
+
+
+def _serve(settings: config.Config, behind: int) -> None:
+    """Until SIGTERM or SIGINT; says "ready" on descriptor `behind`. Raises LazyfsError."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")   # we fork nothing that could use it
-    from lazyfs.node.notify import notify  # noqa: PLC0415 - gRPC is heavy: not for --help
-    from snapshotter.core import Snapshots  # noqa: PLC0415
+    os.set_inheritable(behind, False)
+    from snapshotter.core import Snapshots  # noqa: PLC0415 - gRPC is heavy: not for --help
     from snapshotter.credentials.make import credential_proxy  # noqa: PLC0415
+    from snapshotter.door import SERVER_SOCKET  # noqa: PLC0415
     from snapshotter.lazymake import make_lazy_images  # noqa: PLC0415
     from snapshotter.service import serve  # noqa: PLC0415
 
@@ -69,16 +97,18 @@ def _serve(settings: config.Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    def tell(state: str) -> None:
-        notify(state)
+
+    def ready() -> None:
+        os.write(behind, b"ready\n")
 
     own = settings.snapshotter
     lazy = make_lazy_images(settings)
     snapshots = Snapshots.open(Path(own.root), lazy)
+    directory = os.open(own.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)   # sockets' paths must be short
     try:
         lazy.reconcile(snapshots.bootstraps())
         with credential_proxy(settings) as proxy:
-            serve(snapshots, own.address, own.threads, ended, ready=lambda: tell("READY=1"), extra=proxy)
+            serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, ended, ready=ready, extra=proxy)
     finally:
-        tell("STOPPING=1")
         snapshots.close()
+        os.close(directory)

@@ -72,6 +72,8 @@ StartLimitIntervalSec=0
 
 [Service]
 ExecStart={program} snapshotter
+# The socket is kept here while no process of ours is alive: containerd is not refused, its requests wait.
+FileDescriptorStoreMax=4
 {common}
 [Install]
 WantedBy=multi-user.target

@@ -176,6 +176,7 @@ def test_a_container_reads_on_whatever_of_ours_is_killed(node: Node) -> None:
     worker = node.daemon.worker()
     os.kill(worker, signal.SIGKILL)
     worker = node.daemon.wait_ready(not_worker=worker)
+    node.snapshotter.kill_server()
     node.snapshotter.kill()
     node.snapshotter.start()
     node.containerd.kill()
@@ -189,6 +190,15 @@ def test_a_container_reads_on_whatever_of_ours_is_killed(node: Node) -> None:
     end_container(node)
     node.remove_all()
     node.assert_nothing_left()
+
+
+@BOTH
+def test_a_container_starts_while_the_server_is_being_replaced(node: Node) -> None:
+    image = node.push("app", FILES)
+    node.pull(image)
+    for name in NAMES[:3]:
+        node.snapshotter.kill_server()
+        assert node.sums(image, [name]) == {name: SUMS[name]}, "at the first try: it is not refused, it waits"
 
 
 @BOTH

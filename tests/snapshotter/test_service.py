@@ -19,9 +19,9 @@ import pytest
 
 from snapshotter.api import snapshots_pb2 as api
 from snapshotter.api.snapshots_pb2_grpc import SnapshotsStub
+from snapshotter.door import ADDRESS_BYTES_MAX
 from snapshotter.lazyhook import LABEL_BOOTSTRAP
 from snapshotter.model import LABEL_REF
-from snapshotter.service import ADDRESS_BYTES_MAX
 from tests.mountkit import LAZYFS
 from tests.snapkit import blob_labels
 
@@ -243,6 +243,7 @@ def test_systemd_is_told(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "notify"))
         listener.settimeout(WAIT_S)
         with running(tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as found:
+            assert listener.recv(100) == b"FDSTORE=1\nFDNAME=snapshotter\nFDPOLL=0"
             assert listener.recv(100) == b"READY=1"
             found.stop()
             assert listener.recv(100) == b"STOPPING=1"
