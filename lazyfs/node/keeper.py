@@ -60,6 +60,7 @@ class Keeper:
         self._turns = 0
         self._began = time.time()
         self._stopping = False
+        self._told_to_stop = False
         self._clients: dict[int, socket.socket] = {}
         self._waiting: list[socket.socket] = []     # clients of an upgrade under way
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -73,13 +74,16 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
         self._adopt()
-        while not (self._stopping and self._current is None):
+        while True:
+            if self._told_to_stop:
+                self._stop()
+            if self._stopping and self._current is None:
+                return 0
             self._turn()
-        return 0
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if number != signal.SIGCHLD:
-            self._stop()
+        """Between any two steps of a turn, which must not find its workers gone: the turn to come sees to it."""
+        self._told_to_stop |= number != signal.SIGCHLD
 
     def _turn(self) -> None:
         poll = select.poll()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -86,6 +87,26 @@ def test_the_status_of_a_daemon_that_is_starting_is_of_one_moment(tmp_path: Path
             if serves:
                 break
             assert time.monotonic() < deadline
+    finally:
+        end_daemon(daemon)
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("worker_too", [False, True])
+def test_a_signal_ends_the_daemon_in_order(tmp_path: Path, number: signal.Signals, worker_too: bool) -> None:
+    """systemctl stop, ^C, `systemctl kill`: the keeper took its worker's end in twice, and died of that."""
+    require_mounting()
+    machine = Machine(tmp_path / "m")
+    daemon = start_daemon(machine)
+    try:
+        worker = daemon.wait_ready()
+        if worker_too:
+            os.kill(worker, number)
+        daemon.process.send_signal(number)
+        assert daemon.process.wait(30) == 0, (machine.directory / "daemon.log").read_text()
+        assert "Traceback" not in (machine.directory / "daemon.log").read_text()
+        machine.assert_clean()
     finally:
         end_daemon(daemon)
 
