@@ -70,8 +70,11 @@ class Space:
         with self._lock:
             fits = not limits.quota_bytes or self._used_bytes + size <= limits.quota_bytes
             if fits and limits.has_floor:
-                disk = Disk.of(fd)    # 1 us; a chunk's write takes 100
-                fits = disk.free_bytes - size >= limits.floor.of(disk.size_bytes)
+                try:
+                    disk = Disk.of(fd)    # 1 us; a chunk's write takes 100
+                    fits = disk.free_bytes - size >= limits.floor.of(disk.size_bytes)
+                except OSError:           # a disk that does not say so does not take the chunk either
+                    fits = False
             if fits:
                 self._used_bytes += size
         if not fits:

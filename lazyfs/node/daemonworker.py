@@ -100,7 +100,8 @@ def _run(place: Place, mounter: socket.socket) -> int:
     logs.setup(place.config.log, program="worker")
     serving.limit_arenas()
     channel = socket.socket(fileno=place.channel)
-    channel.sendall(IMPORTED)
+    with contextlib.suppress(OSError):   # a keeper that is gone: the line that does not come says so
+        channel.sendall(IMPORTED)
     lines = channel.makefile("rb")
     turn = lines.readline()
     if turn not in {GO, GO_ON}:
@@ -132,7 +133,10 @@ async def _serve(
     directory = WorkerDir(Path(place.root))
     identity = ProcessIdentity.of(os.getpid())
     assert identity is not None
-    directory.write_worker(identity)
+    try:
+        directory.write_worker(identity)
+    except OSError as error:   # readers wait: to serve them is more than to be found
+        _log.error("%s cannot be written: %s", directory.identity, error)
     served = Served()
     session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
@@ -160,11 +164,11 @@ async def _serve(
             nursery.start_soon(trio.to_thread.run_sync, serving.import_for_mounts)
             await worker.finished.wait()
             nursery.cancel_scope.cancel()
-        if worker.idle:
+        if worker.dissolving:
             session.close()
             await trio.to_thread.run_sync(cache.checkpoint)
         else:
-            session.leave()   # no goodbye to the mounts: whoever comes next goes on with them
+            session.leave()   # no goodbye to the mounts, if any: whoever comes next goes on with the connection
         os._exit(0)   # the fetcher's end would wait for downloads under way
 
 

@@ -147,7 +147,7 @@ class Housekeeper:
         while True:
             try:
                 await self.evict(Request(room_bytes=room_bytes))
-            except LazyfsError as error:
+            except (LazyfsError, OSError) as error:   # a disk that does not even say how large it is
                 _log.warning("cache not tidied up: %s", error)
             await trio.sleep(_PAUSE_S)
             with trio.move_on_after(max(0.0, self._settings.interval_s - _PAUSE_S)):

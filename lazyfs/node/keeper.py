@@ -34,6 +34,7 @@ _FAILED_COUNT_MAX = 5            # workers in a row that died before they served
 _DELAY_S_MAX = 5.0               # between starts of workers that fail
 _DEATHS_PERIOD_S, _DEATHS_COUNT_MAX = 60.0, 30   # of workers that did serve: more often, and starts are delayed too
 _REQUEST_BYTES_MAX = 64 * 1024
+_CLIENT_COUNT_MAX = 16           # connected, and have not asked yet
 
 
 class Keeper:
@@ -63,6 +64,7 @@ class Keeper:
         self._told_to_stop = False
         self._clients: dict[int, socket.socket] = {}
         self._waiting: list[socket.socket] = []     # clients of an upgrade under way
+        self._before: dict[str, Any] = {}           # the settings before it, until it has worked
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._server = self._listen()
 
@@ -94,7 +96,7 @@ class Keeper:
         children = [child for child in (self._current, self._next) if child is not None]
         for child in children:
             poll.register(child.pidfd, select.POLLIN)
-            if child.channel is not None:
+            if child.channel is not None and not child.silent:
                 poll.register(child.channel, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(_POLL_S * 1000)}
         if self._wake_r in ready:
@@ -181,7 +183,7 @@ class Keeper:
         if child is self._next:
             self._next = None
             _say(f"worker {child.pid} could not start: {how}")
-            self._reply_upgrade({"error": f"the new worker could not start ({how}); the old one goes on"})
+            self._undo_upgrade(f"the new worker could not start ({how}); the old one goes on")
             self._failed += 1
             self._delay(now)
             return
@@ -190,7 +192,9 @@ class Keeper:
             return
         if not self._retire_by:
             _say(f"worker {child.pid} died: {how}")
-            self._failed += not child.ready
+            if not child.ready:
+                self._failed += 1
+                self._undo_upgrade(f"the new worker could not serve ({how}); one with the old settings follows")
             self._delay(now)
         self._retire_by = 0.0
         if self._failed >= _FAILED_COUNT_MAX and self._kept.begun:
@@ -214,6 +218,7 @@ class Keeper:
         notify.store("fuse", self._kept.fuse)
         notify.store("control", self._kept.listener)
         notify.notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=worker {self._worker_pid()} serves")
+        self._before = {}
         if self._waiting:
             self._reply_upgrade({"result": self._status()})
             self._become_new()
@@ -243,10 +248,9 @@ class Keeper:
         with contextlib.suppress(OSError):
             client, _ = self._server.accept()
             client.setblocking(False)
-            if len(self._clients) < 16:
-                self._clients[client.fileno()] = client
-            else:
-                client.close()
+            self._clients[client.fileno()] = client
+            if len(self._clients) > _CLIENT_COUNT_MAX:   # the one that has been silent longest
+                self._clients.pop(next(iter(self._clients))).close()
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -282,10 +286,18 @@ class Keeper:
                 _reply(client, {"error": f"cache_dir is {fixed['cache_dir']}, and cannot become {asked} in an upgrade: "
                                          "unmount all, then stop and start the daemon"})
                 return
+            self._before = dict(self._settings)
             self._settings.update({**settings, **fixed})
             self._hang_s = float(self._settings["hang_s"])
         self._waiting.append(client)
         self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+
+    def _undo_upgrade(self, reason: str) -> None:
+        """Workers that come later must start with settings that are known to work."""
+        if self._before:
+            self._settings, self._before = self._before, {}
+            self._hang_s = float(self._settings["hang_s"])
+        self._reply_upgrade({"error": reason})
 
     def _reply_upgrade(self, answer: dict[str, Any]) -> None:
         for client in self._waiting:

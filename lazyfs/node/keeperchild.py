@@ -20,7 +20,7 @@ _LINE_BYTES_MAX = 4096
 
 
 class Child:
-    """One worker. `channel` is None for one that another keeper had started."""
+    """One worker. `channel` is None for one that another keeper had started. `silent`: its end of it is closed."""
 
     def __init__(self, pid: int, channel: socket.socket | None) -> None:
         self.pid = pid
@@ -28,6 +28,7 @@ class Child:
         self.channel = channel
         self.imported = False
         self.ready = False
+        self.silent = False
         self.began = self.last_sign = time.monotonic()
         self._buffer = b""
 
@@ -59,6 +60,7 @@ class Child:
         except OSError:
             return []
         if not data:
+            self.silent = True   # it is ending: its pidfd says when; an end of file would be told again and again
             return []
         self.last_sign = time.monotonic()
         *lines, self._buffer = (self._buffer + data).split(b"\n")

@@ -82,6 +82,11 @@ class MountOrder:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
+    def from_record(cls, data: dict[str, Any]) -> Self:
+        """As from_json, of a record that another version of us may have written: what it says beyond us is left out."""
+        return cls.from_json({name: data[name] for name in cls.__slots__ if name in data})
+
+    @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Raises UsageError: not a mount order."""
         try:

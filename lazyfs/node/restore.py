@@ -68,7 +68,7 @@ def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool
         LazyfsError: the cache directory does not have it any more, or its files are damaged.
 
     """
-    order = MountOrder.from_json(record.order)
+    order = MountOrder.from_record(record.order)
     layer = (record.bootstrap, record.layer_size, record.raw_size)
     order = replace(order, layer=layer, checked=True, seed=None, document=None, driver=record.driver)
     opened = open_image(order, cache.path, offline=offline)

@@ -204,8 +204,23 @@ class WorkerDir:
             return identity if identity.alive else None
         return None
 
+    def keeper(self) -> ProcessIdentity | None:
+        """The daemon's keeper, if it lives: a worker that dies here is followed by another."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            data = json.loads(self.keeper_identity.read_bytes())
+            identity = ProcessIdentity(int(data["pid"]), int(data["start_ticks"]), str(data["boot_id"]))
+            return identity if identity.alive else None
+        return None
+
     def write_worker(self, identity: ProcessIdentity) -> None:
-        self.identity.write_text(json.dumps(asdict(identity)), encoding="ascii")
+        """Store atomically; on a full file system in place of the last one. Raises OSError: there was none."""
+        try:
+            _write_json(self.identity, asdict(identity))
+        except OSError:   # readers of mounts wait for us, and the old file's block is there to be used
+            descriptor = os.open(self.identity, os.O_WRONLY | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                json.dump(asdict(identity), file)
+                file.truncate()
 
     def remove(self) -> None:
         """
@@ -242,12 +257,13 @@ class WorkerDir:
         (self.mounts / f"{slot}.json").unlink(missing_ok=True)
 
     def records(self) -> list[MountRecord]:
-        """All readable records, whoever wrote them."""
+        """All readable records, whoever wrote them: another version of us may know more fields, or fewer."""
         found = []
         for path in sorted(self.mounts.glob("*.json")):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 data = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
-                found.append(MountRecord(**{known.name: data[known.name] for known in fields(MountRecord)}))
+                known = {one.name: data[one.name] for one in fields(MountRecord) if one.name in data}
+                found.append(MountRecord(**known))   # TypeError: one without a default is not there
         return found
 
 
@@ -263,10 +279,15 @@ def read_boot_id() -> str:
 
 def _write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def run_root() -> Path:

@@ -36,6 +36,7 @@ from lazyfs.node.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+_ACCEPT_PAUSE_S = 0.1            # after one that failed
 _END_S = 20.0                    # how long taking everything away may take
 _M_ARENA_MAX, _ARENA_COUNT = -8, 2
 _log = logging.getLogger("lazyfs.node")
@@ -167,9 +168,16 @@ async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:
 
 
 async def accept(listener: trio.SocketListener, worker: Worker, nursery: trio.Nursery) -> None:
+    """Serve whoever connects, for ever."""
     async with listener:
         while True:
-            nursery.start_soon(control.serve_connection, await listener.accept(), worker)
+            try:
+                connection = await listener.accept()
+            except OSError as error:   # no descriptor is left: no reason to end what is served
+                _log.error("a control connection was not accepted: %s", error)
+                await trio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            nursery.start_soon(control.serve_connection, connection, worker)
 
 
 async def _watch_signals(worker: Worker, task_status: trio.TaskStatus[None]) -> None:

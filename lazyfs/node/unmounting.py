@@ -16,6 +16,7 @@ from lazyfs.node.unmount import busy_error, clean_and_remove, unmount_directly
 
 _ANSWER_S = 15.0                 # above the worker's own bound for one umount2
 _ANSWER_FORCED_S = 5.0           # --force does not wait long for a worker that hangs
+_POLL_S = 0.02
 _END_S = 10.0                    # for the worker to end after its last mount
 
 
@@ -33,19 +34,43 @@ def unmount_target(target: str, *, lazy: bool, force: bool) -> None:
         what = "nothing is mounted there" if entry is None else f"a {entry.fs_type} mount, but not one of lazyfs"
         raise TargetError(f"{target}: {what}", hint="lazyfs mounts are listed in /run/lazyfs/*/mounts")
     directory, record = found
+    if directory.keeper() is not None:
+        _ask_daemon(directory, record, lazy=lazy, force=force)
+        return
     if not record.worker.alive:
         _clean(directory, target)
         return
     try:
-        _ask_worker(directory, record, lazy=lazy, force=force)
+        _ask_or_detach(directory, record, lazy=lazy, force=force)
     except WorkerGoneError:
         if not _wait_gone(target):   # it was ending, and takes everything with it
             _clean(directory, target)
+
+
+def _ask_daemon(directory: WorkerDir, record: MountRecord, *, lazy: bool, force: bool) -> None:
+    """A worker that dies meanwhile, or has just died, is followed by another, which is asked again."""
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            _ask_or_detach(directory, record, lazy=lazy, force=force)
+        except WorkerGoneError:
+            if directory.keeper() is None or time.monotonic() > deadline:
+                raise DeadlineError("the daemon's worker does not answer", hint="lazyfs daemon status") from None
+            time.sleep(_POLL_S)
+            if not any(one.slot == record.slot for one in directory.records()):
+                return   # the last one did it, and died before it could say so
+        else:
+            return
+
+
+def _ask_or_detach(directory: WorkerDir, record: MountRecord, *, lazy: bool, force: bool) -> None:
+    try:
+        _ask_worker(directory, record, lazy=lazy, force=force)
     except DeadlineError:
         if not (lazy or force):
             raise
-        if mountapi.mount_at(target) is not None:   # else it was only slow
-            unmount_directly(target, lazy=True)   # the worker hangs; it finds out when it is back
+        if mountapi.mount_at(record.target) is not None:   # else it was only slow
+            unmount_directly(record.target, lazy=True)   # the worker hangs; it finds out when it is back
 
 
 def _ask_worker(directory: WorkerDir, record: MountRecord, *, lazy: bool, force: bool) -> None:
@@ -68,7 +93,7 @@ def _wait_gone(target: str) -> bool:
     while time.monotonic() < deadline:
         if find_record(target) is None:
             return True
-        time.sleep(0.02)
+        time.sleep(_POLL_S)
     return False
 
 

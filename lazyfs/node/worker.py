@@ -72,6 +72,7 @@ class Worker:
             directory, cache, fetcher, served, mounter, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
         self.closing = False
+        self.dissolving = False           # nothing is served, and nobody is to come after us
         self.finished = trio.Event()
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Worker:
             raise BusyError(f"{target} is being mounted or unmounted by another command")
         mounted = self._mounts.get(target)
         if mounted is None:
-            raise TargetError(f"{target} is not mounted by this worker")
+            return await self._unmount_broken(target, lazy=lazy, force=force)
         self._busy_targets.add(target)
         try:
             with trio.CancelScope(shield=True):   # bounded by the mounter's timeout; half an unmount helps nobody
@@ -138,6 +139,26 @@ class Worker:
             self._busy_targets.discard(target)
             self.finish_if_idle()
         return {"target": target, "detached": mounted.detached, "ending": self.closing}
+
+    async def _unmount_broken(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]:
+        """As unmount(), of what cannot be served: whoever waits has had an error already."""
+        broken = next((one for one in self._broken.values() if one.record.target == target), None)
+        if broken is None:
+            raise TargetError(f"{target} is not mounted by this worker")
+        record = broken.record
+        self._busy_targets.add(target)
+        try:
+            with trio.CancelScope(shield=True):
+                if restore.state_of(record, self._directory) is restore.State.MOUNTED:
+                    await self._mounting.call("unmount", target, mountapi.MNT_DETACH if lazy or force else 0)
+            kept = lazy and not force and restore.state_of(record, self._directory) is restore.State.DETACHED
+            if not kept:   # else somebody may be inside, and is served again as soon as it can be
+                self._broken.pop(record.slot, None)
+                self._directory.remove_record(record.slot)
+        finally:
+            self._busy_targets.discard(target)
+            self.finish_if_idle()
+        return {"target": target, "detached": kept, "ending": self.closing}
 
     def list_mounts(self) -> list[dict[str, Any]]:
         return [mounted.describe() for mounted in (*self._mounts.values(), *self._detached)]
@@ -209,7 +230,13 @@ class Worker:
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def tend(self) -> None:
-        """Notice what happens without us: foreign unmounts, images that are complete, users that have gone."""
+        """Notice what happens without us, for ever; and what could not be served is tried again."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._retry_broken)   # by itself: it may wait for a registry
+            nursery.start_soon(self._tend_mounts)
+
+    async def _tend_mounts(self) -> None:
+        """Foreign unmounts, images that are complete, users that have gone."""
         elapsed_s = 0.0
         while True:
             await trio.sleep(_TEND_S)
@@ -227,7 +254,6 @@ class Worker:
                 self._directory.remove_record(mounted.slot)
                 mounted.release(self._served)
             self.finish_if_idle()
-            await self._retry_broken()
             if elapsed_s >= _CHECKPOINT_S:
                 elapsed_s = 0.0
                 await trio.to_thread.run_sync(self._cache.checkpoint)
@@ -248,6 +274,7 @@ class Worker:
     def finish_if_idle(self, *, even_lasting: bool = False) -> None:
         """An embedded worker ends with its last mount."""
         if self.idle and (even_lasting or not self._lasting):
+            self.dissolving = True
             self.shut_down()
 
     def _is_mounted(self, mounted: MountedImage, entries: list[MountEntry] | None = None) -> bool:
@@ -274,14 +301,24 @@ class Worker:
             self._broken.pop(record.slot, None)
             self._directory.remove_record(record.slot)
             return
+        mounted = None
         try:
             mounted = await trio.to_thread.run_sync(
                 restore.reopen, record, self._cache, self._fetcher, offline, abandon_on_cancel=True)
+            if not offline:   # which may have taken a while
+                entries = mountapi.mounts()
+                state = restore.state_of(record, self._directory, entries)
+            if state is restore.State.GONE or not (offline or record.slot in self._broken):
+                mounted.release(self._served)
+                return        # the next round takes its record away
             restore.serve(mounted, record, self._served)
         except Exception as error:  # noqa: BLE001 - one broken image must not keep the others from being served
-            if record.slot not in self._broken:
+            if offline or str(error) != self._broken[record.slot].reason:
                 _log.error("%s (%s) cannot be served: %s", record.target, record.image, error)
-            self._broken[record.slot] = restore.Broken(record, str(error))
+            if offline or record.slot in self._broken:   # else it was unmounted meanwhile
+                self._broken[record.slot] = restore.Broken(record, str(error))
+            if mounted is not None:
+                mounted.release(self._served)
             return
         self._broken.pop(record.slot, None)
         if state is restore.State.MOUNTED:
@@ -291,11 +328,21 @@ class Worker:
         else:
             mounted.detached = True
             self._detached.append(mounted)
-        self._directory.write_record(mounted.record(self._identity, self._cache.path))
+        self._note_again(mounted)
+
+    def _note_again(self, mounted: MountedImage) -> None:
+        """A run directory that is full ends nothing that is served: the record that is there says nearly the same."""
+        try:
+            self._directory.write_record(mounted.record(self._identity, self._cache.path))
+        except OSError as error:
+            _log.error("the record of %s stays as it is: %s", mounted.order.target, error)
 
     async def _retry_broken(self) -> None:
-        for broken in list(self._broken.values()):
-            await self._restore(broken.record, mountapi.mounts(), offline=False)
+        while True:
+            await trio.sleep(_TEND_S)
+            for broken in list(self._broken.values()):
+                if broken.record.slot in self._broken and broken.record.target not in self._busy_targets:
+                    await self._restore(broken.record, mountapi.mounts(), offline=False)
 
     # --- taking it away ----------------------------------------------------------------------------------------------
 
@@ -344,7 +391,7 @@ class Worker:
         if in_use and mounted.in_use(self._served):
             mounted.detached = True
             self._detached.append(mounted)
-            self._directory.write_record(mounted.record(self._identity, self._cache.path))
+            self._note_again(mounted)
         else:
             self._directory.remove_record(mounted.slot)
             mounted.release(self._served)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lazyfs.cache.inventory import FoundDevice, FoundImage, ImageRecord, Inventory, Use
@@ -158,3 +160,11 @@ def test_nothing_is_admitted_below_the_floor(tmp_path) -> None:
         space.limits = Limits(floor=Amount(bytes=free // 2))
         assert space.admit(file.fileno(), 1)
         assert not space.admit(file.fileno(), free)
+
+
+def test_a_disk_that_does_not_answer_takes_nothing() -> None:
+    space, reader = Space(), os.open(os.devnull, os.O_RDONLY)
+    os.close(reader)
+    space.limits = Limits(floor=Amount(percent=5))
+    assert not space.admit(reader, 1)
+    assert space.used_bytes == 0
