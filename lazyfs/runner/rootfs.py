@@ -45,10 +45,13 @@ def read_inside(root: Path, path: str, size_bytes_max: int) -> bytes | None:
         os.close(directory)
     if descriptor is None:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return None
-        data = file.read(size_bytes_max + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(size_bytes_max + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > size_bytes_max:
         raise FormatError(f"{path} in the image is larger than {size_bytes_max} bytes")
     return data

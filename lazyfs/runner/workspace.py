@@ -38,6 +38,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 _NAME = re.compile(r"lazyfs-profile-(\d{1,10})-(\d{1,20})-([0-9a-f]{8})")
 _RUNC_TIMEOUT_S = 20.0
 _WORKER_END_S = 10.0             # tend() of a worker sees within 2 s that nobody uses a mount any more
+_ENDING_S = 1.0                  # a worker that ends takes its name away first, then its directory: not to be hurried
 _KILL_WAIT_S = 5.0
 _POLL_S = 0.02
 
@@ -212,18 +213,22 @@ def _unmount_below(top: Path) -> list[str]:
 def _end_workers(top: Path) -> list[str]:
     """Wait for the workers of mounts below `top`: they end by themselves. What dead ones have left is cleaned."""
     deadline = time.monotonic() + _WORKER_END_S
-    below = f"{top}/"
-    while directories := [found for found in all_worker_dirs() if _serves(found, top, below)]:
+    dead_since: dict[Path, float] = {}
+    while directories := [found for found in all_worker_dirs() if _serves(found, top)]:
+        now = time.monotonic()
         for directory in directories:
-            if directory.worker() is None:
+            if directory.worker() is not None:
+                dead_since.pop(directory.root, None)
+            elif now - dead_since.setdefault(directory.root, now) > _ENDING_S:
                 with contextlib.suppress(LazyfsError):
                     clean_and_remove(directory)
-        if time.monotonic() > deadline:
+        if now > deadline:
             return [f"worker of {directory.root}" for directory in directories]
         time.sleep(_POLL_S)
     return []
 
 
-def _serves(directory: WorkerDir, top: Path, below: str) -> bool:
-    own = directory == WorkerDir.of_cache(str(top / "cache"))
-    return own or any(record.target.startswith(below) for record in directory.records())
+def _serves(directory: WorkerDir, top: Path) -> bool:
+    if directory == WorkerDir.of_cache(str(top / "cache")):
+        return True
+    return any(record.target.startswith(f"{top}/") for record in directory.records())
