@@ -129,10 +129,12 @@ def _ask_keeper(
     directory: WorkerDir, operation: str, timeout_s: float = _ANSWER_S, **arguments: Any
 ) -> dict[str, Any]:
     """Raises TargetError: none runs. BusyError: it refuses. HostError: we may not ask."""
+    from lazyfs.node.protocol import connect_to  # noqa: PLC0415 - nor does running one
+
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(timeout_s)
         try:
-            client.connect(str(directory.keeper_socket))
+            connect_to(client, directory.keeper_socket)
             client.sendall(json.dumps({"op": operation, **arguments}).encode())
             with client.makefile("rb") as stream:
                 line = stream.readline(1 << 20)

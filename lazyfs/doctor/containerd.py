@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.doctor.results import failed, ok, warning
 from lazyfs.errors import HostError, LazyfsError, SourceError
+from lazyfs.node.protocol import connect_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,8 +89,4 @@ def _connect(address: str) -> None:
     """Raises OSError: nobody listens there."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(_CONNECT_S)
-        directory = os.open(os.path.dirname(address) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
-        try:
-            client.connect(f"/proc/self/fd/{directory}/{os.path.basename(address)}")  # noqa: PTH119
-        finally:
-            os.close(directory)
+        connect_to(client, Path(address))

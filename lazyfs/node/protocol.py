@@ -33,6 +33,15 @@ class WorkerGoneError(Exception):
     """The worker ended, or is ending: look again, or start another one. Never leaves lazyfs.node."""
 
 
+def connect_to(client: socket.socket, path: Path) -> None:
+    """Connect to a unix socket whose path may be of any length: sockaddr_un holds 108 bytes. Raises OSError."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        client.connect(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
 class ControlClient:
     """One connection to a worker. Blocking, one request at a time."""
 
@@ -52,12 +61,7 @@ class ControlClient:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout_s)
         try:
-            # a path of any length: sockaddr_un holds 108 bytes
-            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                connection.connect(f"/proc/self/fd/{directory}/{path.name}")
-            finally:
-                os.close(directory)
+            connect_to(connection, path)
         except OSError as error:
             connection.close()
             raise WorkerGoneError(str(error)) from error

@@ -73,7 +73,7 @@ def test_a_keeper_that_ends_while_it_is_asked(tmp_path: Path) -> None:
 def test_the_status_of_a_daemon_that_is_starting_is_of_one_moment(tmp_path: Path) -> None:
     """It said "worker 0", then how many mounts this serves, and that all that is not ready, without a word why."""
     require_mounting()
-    machine = Machine(tmp_path / "m")
+    machine = Machine(tmp_path / ("m" * 100))   # sockets of a path that is too long for one
     daemon = start_daemon(machine)
     words = [*LAZYFS, "daemon", "status"]
     try:
