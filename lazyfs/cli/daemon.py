@@ -81,7 +81,9 @@ def status_command(*, as_json: bool) -> None:
         with ControlClient.connect(directory.socket) as client:
             status["health"] = client.request(HEALTH, 5.0)
             status["mounts"] = client.request(LIST, 5.0)
-    except (WorkerGoneError, LazyfsError) as error:
+    except WorkerGoneError as error:
+        status["health"] = {"ready": False, "reason": f"nobody answers at {directory.socket} ({error})"}
+    except LazyfsError as error:
         status["health"] = {"ready": False, "reason": str(error)}
     if status["health"]["ready"] and not status["ready"]:   # its start was waited for, by asking it
         status.update(_ask_keeper(directory, "status"))

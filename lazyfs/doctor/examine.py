@@ -21,7 +21,7 @@ CHECK_S = 30.0                   # the longest, credentials, has deadlines of it
 
 _CHECKS: tuple[Callable[[Subject], Iterable[Result]], ...] = (
     kernel.check_kernel, kernel.check_fuse, kernel.check_file_systems, kernel.check_namespaces,
-    node.check_daemon, node.check_sockets, node.check_cache, node.check_snapshotter_root,
+    node.check_daemon, node.check_log, node.check_sockets, node.check_cache, node.check_snapshotter_root,
     containerd.check_snapshotter, containerd.check_containerd, containerd.check_configuration,
     registry.check_registry, registry.check_image,
 )

@@ -56,6 +56,18 @@ def check_daemon(subject: Subject) -> Iterator[Result]:
                       "restart it with nothing mounted, or configure what it uses")
 
 
+def check_log(subject: Subject) -> Iterator[Result]:
+    path = subject.config.log.file
+    if not path:
+        return
+    directory = Path(path).parent
+    if Path(path).is_dir() or not directory.is_dir():
+        yield failed("log", f"{path} cannot be written: {directory} is no directory" if not directory.is_dir() else
+                     f"{path} is a directory", "set log.file; until then it all goes to standard error")
+    else:
+        yield ok("log", f"goes to {path}")
+
+
 def check_sockets(subject: Subject) -> Iterator[Result]:
     run_dir = Path(subject.config.daemon.run_dir)
     paths = [run_dir / "daemon" / "control.sock", run_dir / "daemon" / "keeper.sock",

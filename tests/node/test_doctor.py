@@ -135,6 +135,19 @@ def test_a_check_that_hangs_or_breaks_is_one_line(tmp_path: Path) -> None:
     assert found[2].name == "overlayfs"
 
 
+def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Everything goes to standard error then, and nobody said so."""
+    looked = subject(tmp_path)
+
+    def found(file: str) -> dict[str, str]:
+        log = replace(looked.config.log, file=file)
+        return statuses(node.check_log(replace(looked, config=replace(looked.config, log=log))))
+
+    assert found("") == {}
+    assert found(str(tmp_path / "gone" / "log")) == found(str(tmp_path)) == {"log": "failed"}
+    assert found(str(tmp_path / "log")) == {"log": "ok"}
+
+
 def test_the_floor_of_the_disk(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     for floor, wanted in ((0, "ok"), (int(free * 0.75), "warning"), (free * 2, "failed")):
