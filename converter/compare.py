@@ -128,15 +128,16 @@ def _read_layer(
         original.open_blob(layer.digest, layer.size) as raw,
         LayerStream(raw, layer.media_type, size=layer.size, digest=layer.digest, name=name) as stream,
     ):
-        reader = TarReader(stream, name=name)
-        for member in reader:
-            entry = member.entry
-            if entry.kind is EntryKind.NODE and entry.type is FileType.REGULAR:
-                # There is no device here: the map carries the number of the file's sums through the merge.
-                entry = replace(entry, data=DataMap(12, ((len(found.sums), 1, 0),)))
-                found.sums.append(source_sums(member.segments, reader.read_data))
-                on_bytes(sum(length for _, length in member.segments))
-            found.entries.append(entry)
+        with stream.blaming():
+            reader = TarReader(stream, name=name)
+            for member in reader:
+                entry = member.entry
+                if entry.kind is EntryKind.NODE and entry.type is FileType.REGULAR:
+                    # There is no device here: the map carries the number of the file's sums through the merge.
+                    entry = replace(entry, data=DataMap(12, ((len(found.sums), 1, 0),)))
+                    found.sums.append(source_sums(member.segments, reader.read_data))
+                    on_bytes(sum(length for _, length in member.segments))
+                found.entries.append(entry)
         stream.finish()
     return found
 

@@ -9,15 +9,14 @@ Layer: converter. Who calls: converter.compare.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from converter.ranges import read_range
 from lazyfs import limits
 from lazyfs.errors import IntegrityError
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import chunk_digest
-from lazyfs.registry.retry import with_retries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,13 +125,14 @@ class ChunkReader:
             return
         blob, offset, size = int(rows[index]["blob_index"]), int(rows[index]["blob_offset"]), 0
         end = index
+        last = min(last, index + _CACHE_BYTES // table.chunk_size - 1)    # more would push the first ones out
         while end <= last and size < _RUN_BYTES:
             row = rows[end]
             if (int(row["blob_index"]), int(row["blob_offset"])) != (blob, offset + size) or row["codec"] == Codec.ZERO:
                 break
             size += int(row["stored_size"])
             end += 1
-        stored = memoryview(self._read_range(blob, offset, size))
+        stored = memoryview(read_range(self._source, self._blobs[blob].digest, offset, size))
         for number in range(index, end):
             row = rows[number]
             start = int(row["blob_offset"]) - offset
@@ -146,22 +146,6 @@ class ChunkReader:
         self._cache[device, index] = data
         while len(self._cache) > _CACHE_BYTES // self._tables[device].chunk_size:
             self._cache.popitem(last=False)
-
-    def _read_range(self, blob: int, offset: int, size: int) -> bytes:
-        digest = self._blobs[blob].digest
-        deadline = time.monotonic() + limits.REQUEST_DEADLINE_S
-
-        def attempt() -> bytes:
-            parts = []
-            with self._source.read_range(digest, offset, size, deadline) as stream:
-                while part := stream.read(limits.MIB):
-                    parts.append(part)
-            data = b"".join(parts)
-            if len(data) != size:
-                raise IntegrityError(f"blob {digest.short} gave {len(data)} bytes at {offset}, expected {size}")
-            return data
-
-        return with_retries(attempt, deadline)
 
 
 def first_difference(ours: Sums, theirs: Sums) -> int | None:

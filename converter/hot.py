@@ -10,11 +10,11 @@ Who calls: converter.image. Layer: converter. Format: docs/format.md, image.blob
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from converter.pool import BlobFile
+from converter.ranges import read_range
 from lazyfs import limits
 from lazyfs.errors import IntegrityError
 from lazyfs.image.blob import pack_hot_tail
@@ -68,12 +68,7 @@ class StoredBlobs:
     def __call__(self, digest: Digest, offset: int, size: int) -> bytes:
         if digest in self._files:
             return os.pread(self._files[digest], size, offset)
-        deadline = time.monotonic() + limits.REQUEST_DEADLINE_S
-        parts = []
-        with self._reader.read_range(digest, offset, size, deadline) as stream:
-            while part := stream.read(limits.MIB):
-                parts.append(part)
-        return b"".join(parts)
+        return read_range(self._reader, digest, offset, size)
 
 
 def write_hot_blob(

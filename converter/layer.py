@@ -17,7 +17,7 @@ from converter.layerstream import LayerStream
 from converter.pool import BlobWriter, CompressionPool
 from converter.reuse import LayerContent
 from converter.tar.reader import TarReader
-from lazyfs.errors import FormatError, UnsupportedError
+from lazyfs.errors import UnsupportedError
 from lazyfs.image.blob import TAIL_BYTES_MAX, pack_tail
 from lazyfs.image.digest import Digest
 from lazyfs.image.entries import pack_entries
@@ -63,19 +63,12 @@ def convert_layer(
     raw = _Watched(source.open_blob(layer.digest, layer.size), watch)
     with LayerStream(raw, layer.media_type, size=layer.size, digest=layer.digest, name=name) as stream:
         try:
-            with path.open("x+b") as file:
+            with path.open("x+b") as file, stream.blaming():
                 writer = BlobWriter(pool, file, encoding)
                 try:
                     return _convert(stream, layer, writer, encoding, spool_dir=path.parent)
                 finally:
                     writer.abandon()
-        except FormatError as error:
-            path.unlink(missing_ok=True)
-            cause = stream.blame(error)     # a damaged blob is told from a badly made one
-            if cause is error:
-                error.hint = error.hint or "the layer was made wrongly, not damaged on the way: build and push it again"
-                raise
-            raise cause from error
         except OSError as error:
             path.unlink(missing_ok=True)
             raise explain_os(error, str(path.parent)) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty, Full, Queue
 from typing import TYPE_CHECKING, Self
 
@@ -270,6 +270,18 @@ class LayerStream:
             except LazyfsError as other:
                 return error if isinstance(other, (FormatError, BugError)) else other
             return self._broken_promise() or error
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """What is done with the stream's bytes: a FormatError leaves it as blame() says."""
+        try:
+            yield
+        except FormatError as error:
+            cause = self.blame(error)     # a damaged blob is told from a badly made one
+            if cause is error:
+                error.hint = error.hint or "the layer was made wrongly, not damaged on the way: build and push it again"
+                raise
+            raise cause from error
 
     def close(self) -> None:
         """Stop reading. Idempotent."""

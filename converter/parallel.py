@@ -1,8 +1,8 @@
 """
 A few long tasks side by side in threads of our own, first error wins.
 
-Unlike an executor's, these threads are daemons and joined only for a moment after an error: a ^C must not wait for a
-registry that has stopped answering. Who calls: converter.build. Layer: converter.
+Unlike an executor's, these threads are daemons and joined only for a moment after an error: neither a ^C nor an error
+must wait for a registry that has stopped answering. Who calls: converter.build. Layer: converter.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Parallel(Generic[T]):
         self._waiting: list[tuple[int, Callable[[], T]]] = []
         self._results: dict[int, T] = {}
         self._error: BaseException | None = None
+        self._ended = threading.Semaphore(0)      # released by each thread at its end
 
     def check(self) -> None:
         """Raises StoppedError when the calling task should end."""
@@ -74,8 +75,9 @@ class Parallel(Generic[T]):
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            for _ in threads:
+                self._ended.acquire()
+                self._raise_error()
         except BaseException:
             self._stop.set()
             deadline = time.monotonic() + STOP_WAIT_S
@@ -83,11 +85,21 @@ class Parallel(Generic[T]):
                 if thread.ident is not None:
                     thread.join(max(0.0, deadline - time.monotonic()))
             raise
-        if self._error is not None:
-            raise self._error
+        for thread in threads:
+            thread.join()      # it has done its last task
         return [self._results[index] for index in range(len(tasks))]
 
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
     def _work(self) -> None:
+        try:
+            self._work_off()
+        finally:
+            self._ended.release()
+
+    def _work_off(self) -> None:
         while not self._stop.is_set():
             with self._lock:
                 if not self._waiting:

@@ -11,11 +11,10 @@ Who calls: converter.build. Layer: converter.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lazyfs import limits
+from converter.ranges import read_range
 from lazyfs.errors import IntegrityError, LazyfsError
 from lazyfs.image.blob import parse_tail
 from lazyfs.image.digest import Digest
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from lazyfs.registry.place import ImageDestination, ImageSource
 
 DOCUMENT_COUNT_MAX = 64      # manifests looked at, members of indexes included
-TAIL_RATE_MIN = limits.MIB   # bytes a second below which reading a tail is given up
+CANDIDATE_COUNT_MAX = 8      # blobs of one layer and options; more than one is odd, and each costs requests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,15 +94,12 @@ def read_tail(reader: ImageSource, blob: LayerBlob) -> bytes:
         SourceError: it could not be read.
 
     """
-    deadline = time.monotonic() + limits.REQUEST_DEADLINE_S + blob.tail_size / TAIL_RATE_MIN
-    parts = []
-    with reader.read_range(blob.digest, blob.size - blob.tail_size, blob.tail_size, deadline) as stream:
-        while part := stream.read(limits.MIB):
-            parts.append(part)
-    tail = b"".join(parts)
-    if Digest.of(tail) != blob.tail_digest:
-        raise IntegrityError(f"the tail of blob {blob.digest.short} is not {blob.tail_digest.short}")
-    return tail
+
+    def check(tail: bytes) -> None:
+        if Digest.of(tail) != blob.tail_digest:
+            raise IntegrityError(f"the tail of blob {blob.digest.short} is not {blob.tail_digest.short}")
+
+    return read_range(reader, blob.digest, blob.size - blob.tail_size, blob.tail_size, check=check)
 
 
 def _known_blobs(destination: ImageDestination, reader: ImageSource, options: str) -> dict[Digest, list[LayerBlob]]:
@@ -116,7 +112,7 @@ def _known_blobs(destination: ImageDestination, reader: ImageSource, options: st
             blobs = ()
         for blob in blobs:
             others = known.setdefault(blob.source_digest, [])
-            if blob.options == options and blob not in others:
+            if blob.options == options and len(others) < CANDIDATE_COUNT_MAX and blob not in others:
                 others.append(blob)
         if count == DOCUMENT_COUNT_MAX:
             break

@@ -3,7 +3,7 @@ Reads every blob of a lazy image from end to end and checks every stored chunk i
 
 A chunk is known from the blob's own table (in its tail), from the image's tables (in the bootstrap), or both; each
 distinct one is decoded and its digest compared; and the whole blob's digest, too. One thread reads in order, others
-decode. Memory: a few batches of BATCH_BYTES, whatever the image.
+decode. Memory: a few batches of BATCH_BYTES, and some 300 bytes for each chunk of a blob.
 
 Layer: converter. Who calls: converter.compare.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ from lazyfs.errors import FormatError, IntegrityError, NotFoundError
 from lazyfs.image.blob import FOOTER_BYTES, parse_footer, parse_tail
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import Digest, chunk_digest
-from lazyfs.registry.retry import with_retries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -100,8 +98,7 @@ def _read_tail(
     source: ImageSource, layer: LayerBlob, differences: Differences
 ) -> tuple[ChunkTable, list[LayerEntry]] | None:
     try:
-        deadline = time.monotonic() + limits.REQUEST_DEADLINE_S
-        return parse_tail(with_retries(lambda: read_tail(source, layer), deadline), layer.size)
+        return parse_tail(read_tail(source, layer), layer.size)
     except (FormatError, IntegrityError, NotFoundError) as error:
         differences.add("chunk", f"blob {layer.digest.short}: its tail cannot be used: {error}")
         return None

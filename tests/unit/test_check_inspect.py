@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -12,13 +13,14 @@ import pytest
 from click.testing import CliRunner
 
 from converter import differences as differences_module
+from converter import filesums
 from converter.differences import Differences
 from lazyfs.cli.check import check_command
 from lazyfs.cli.inspect import inspect_command
-from lazyfs.errors import CheckError, FormatError, LazyfsError, NotFoundError
+from lazyfs.errors import CheckError, FormatError, IntegrityError, LazyfsError, NotFoundError
 from lazyfs.image.blob import FOOTER_BYTES
 from lazyfs.image.prefetch import parse_prefetch
-from tests.convertkit import Layout, run_convert
+from tests.convertkit import OPTIONS, Layout, run_convert
 from tests.tarbuilder import TarBuilder
 
 BIG = os.urandom(200_000) + b"compressible " * 10_000
@@ -71,6 +73,13 @@ def described(reference: str) -> dict:
     return image
 
 
+def manifest_of(layout: Layout, tag: str) -> dict:
+    entries = json.loads((layout.path / "index.json").read_bytes())["manifests"]
+    (digest,) = [entry["digest"] for entry in entries
+                 if entry["annotations"]["org.opencontainers.image.ref.name"] == tag]
+    return json.loads((layout.blobs / digest.removeprefix("sha256:")).read_bytes())
+
+
 def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x20
@@ -89,6 +98,24 @@ def test_a_sparse_file_of_a_tebibyte_is_compared(layout: Layout) -> None:
     layout.add_image("s", [tar])
     reference = converted(layout, "s")
     assert run_check(reference, layout.reference("s")) == (0, [])
+
+
+def test_a_file_of_more_chunks_than_are_kept_is_compared(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So well compressed that one request brings more chunks than the cache holds."""
+    monkeypatch.setattr(filesums, "_CACHE_BYTES", 3 * OPTIONS.encoding.chunk_size)
+    layout.add_image("c", [TarBuilder().file("f", b"compressible " * 50_000).build()])
+    reference = converted(layout, "c")
+    assert run_check(reference, layout.reference("c")) == (0, [])
+
+
+def test_a_damaged_source_layer_is_told_from_a_badly_made_one(layout: Layout) -> None:
+    """Another archive in a layer's place, whose headers are wrong as well: its digest is what is wrong."""
+    reference = converted(layout)
+    manifest = manifest_of(layout, "a")
+    broken = gzip.compress(b"no header at all" * 32 + bytes(1024))
+    layout.corrupt(manifest["layers"][0]["digest"], broken.ljust(manifest["layers"][0]["size"], b"\0"))
+    result = CliRunner().invoke(check_command, [reference, layout.reference("a"), "--quiet"])
+    assert isinstance(result.exception, IntegrityError)
 
 
 @pytest.mark.parametrize("where", ["first byte", "middle", "footer", "hot"])
