@@ -71,7 +71,8 @@ def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tupl
     if found is None:
         return create_generation(directory, identity, boot_id), b""
     generation, durable = found
-    _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT})
+    with contextlib.suppress(OSError):   # what lies about besides does not matter
+        _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT})
     return generation, durable
 
 

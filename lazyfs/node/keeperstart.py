@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from lazyfs.node import notify
 from lazyfs.node.keeperchild import fetch_descriptor
 
+_FILES = ("control.sock", "keeper.sock", "keeper.json", "worker.json", "numbers.json", "worker.log",
+          "credentials-handed-over")   # node.rundir says what they are; the lock goes last
 _BACKLOG = 64                    # requests that wait for the next worker
 EXIT_HOST, EXIT_BUSY = 40, 42    # as in lazyfs.errors, which would have to be imported
 
@@ -60,9 +62,11 @@ class Kept:
 
     def remove(self) -> None:
         """Nothing is served any more: take our files away. Refuses, as rmdir(2) does, where something is left."""
-        for name in ("control.sock", "keeper.sock", "keeper.json", "worker.json", "numbers.json", "worker.log"):
+        halves = [f"{folder}/{name}" for folder in (self.root, f"{self.root}/mounts") for name in _names(folder)
+                  if name.endswith(".tmp")]   # of a worker that was killed while it wrote
+        for path in (*(f"{self.root}/{name}" for name in _FILES), *halves):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self.root}/{name}")  # noqa: PTH108 - light
+                os.unlink(path)  # noqa: PTH108 - light
         with contextlib.suppress(OSError):
             for name in ("fuse", "ctl", "mounts"):
                 os.rmdir(f"{self.root}/{name}")  # noqa: PTH106 - light
@@ -134,6 +138,12 @@ def _lock(root: str) -> int:
         who = keeper.get("pid", "unknown")
         _refuse(f"{root} is in use by process {who}", "there is one daemon a node: lazyfs daemon status", EXIT_BUSY)
     return descriptor
+
+
+def _names(directory: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(directory)  # noqa: PTH208 - light
+    return []
 
 
 def _read(path: str) -> dict[str, Any] | None:

@@ -231,6 +231,8 @@ class WorkerDir:
         if list(self.mounts.glob("*.json")):
             return
         with contextlib.suppress(OSError):
+            for path in (*self.root.glob("*.tmp"), *self.mounts.glob("*.tmp")):   # of a worker killed while it wrote
+                path.unlink(missing_ok=True)
             for path in (self.fuse, self.control_mount, self.mounts):
                 os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
             for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,

@@ -165,6 +165,16 @@ def test_an_upgrade_of_an_idle_daemon_keeps_its_connection(machine: Machine, dae
     machine.assert_clean()
 
 
+def test_a_stopped_daemon_leaves_nothing_that_crashes_and_others_have_put_there(
+    machine: Machine, daemon: Daemon
+) -> None:
+    directory = daemon.directory
+    for path in (directory.handed, directory.root / "numbers.tmp", directory.mounts / "7.tmp"):
+        path.touch(0o600)
+    daemon.stop()
+    machine.assert_clean()
+
+
 def test_silent_clients_do_not_keep_others_from_the_keeper(daemon: Daemon) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(20):
