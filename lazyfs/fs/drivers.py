@@ -27,7 +27,7 @@ BDI_DIR = Path("/sys/class/bdi")
 READ_AHEAD_STARTING_KIB = 128
 READ_AHEAD_LOCAL_KIB = 4096
 READ_AHEAD_BUFFERED_KIB = 1024
-READ_AHEAD_RECORDING_KIB = 16    # what the kernel reads ahead would be taken for what the program asked for
+READ_AHEAD_RECORDING_KIB = 4     # one page: nothing is taken for asked for that was read ahead (docs/profile-run.md)
 READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
 # FUSE's default lets 12 read-ahead requests wait at a time; a dozen that wait for the network would then hold up
 # reads of cached data. pyfuse3 cannot set it at INIT; fusectl can, later.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ import pytest
 from lazyfs.cli.profile_run import run_command
 from lazyfs.errors import LazyfsError
 from lazyfs.fs import mountapi
+from lazyfs.fs.drivers import BDI_DIR
 from lazyfs.image.prefetch import parse_prefetch
 from tests.mountkit import Machine
-from tests.runnerkit import FILE_BYTES, Profiler, profiled_image, require_runc
+from tests.runnerkit import FILE_BYTES, Profiler, profiled_image, require_runc, wait_said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +69,22 @@ def test_several_runs_see_the_same_though_all_is_cached(profiler: Profiler) -> N
     assert [entry.line for entry in again.entries] == [entry.line for entry in parse_prefetch(first.list_text).entries]
     assert [run["exitCode"] for run in report["runs"]] == [0, 0]
     assert report["list"] == str(target)
+
+
+@pytest.mark.parametrize("driver", ["erofs", "fuse"])
+def test_the_kernel_reads_nothing_ahead_while_it_is_recorded(profiler: Profiler, driver: str) -> None:
+    words = ("--driver", driver, "--until-log", "never", "--", "sh", "-c", "echo up; " + WAIT)
+    with profiler.start(*words) as process:
+        wait_said(process, "| up")
+        (path,) = profiler.machine.run_dir.glob("*/mounts/*.json")
+        record = json.loads(path.read_bytes())
+        mounted = mountapi.mount_at(record["target"])
+        assert mounted is not None
+        names = record["bdi_names"] or [mounted.device]
+        found = {(BDI_DIR / name / "read_ahead_kb").read_text().strip() for name in names}
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert found == {"4"}, "one page: what is recorded was asked for"
 
 
 def test_until_a_port_is_open(profiler: Profiler) -> None:
