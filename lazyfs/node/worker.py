@@ -99,8 +99,8 @@ class Worker:
             self._let_go(known, in_use=True)   # somebody else has unmounted it, and tend() has not looked yet
         self._busy_targets.add(order.target)
         try:
-            await trio.to_thread.run_sync(check_target, order.target)
-            # abandoned on cancel: it only reads, and may wait for a registry that is down
+            # both abandoned on cancel: they only read, and may wait for a file server, or a registry, that is down
+            await trio.to_thread.run_sync(check_target, order.target, abandon_on_cancel=True)
             opened = await self.housekeeper.with_room(open_image, order, self._cache.path, abandon_on_cancel=True)
             mounted = MountedImage(order, self._served.new_slot(), opened, driver)
             try:

@@ -321,6 +321,17 @@ def test_a_worker_that_ends_before_it_is_asked_is_heard(tmp_path: Path) -> None:
 # --- files in the cache directory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at", [None, 0, opening._COMPARE_BYTES, 2 * opening._COMPARE_BYTES + 4])
+def test_a_file_holds_what_was_written_to_it_or_it_does_not(tmp_path: Path, at: int | None) -> None:
+    data = bytearray(range(256)) * (2 * opening._COMPARE_BYTES // 256) + b"tail!"
+    (tmp_path / "file").write_bytes(data)
+    if at is not None:
+        data[at] ^= 1
+    mapped = opening._map_holding(tmp_path / "file", bytes(data))
+    assert (mapped is not None) == (at is None)
+    assert opening._map_holding(tmp_path / "file", bytes(data[:-1])) is None
+
+
 def test_two_mounts_of_one_image_may_write_its_files_at_the_same_time(tmp_path: Path) -> None:
     path, problems = tmp_path / "cache" / "images" / f"{'a' * 64}.erofs", []
     path.parent.mkdir(parents=True)
