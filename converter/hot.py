@@ -57,9 +57,10 @@ class StoredBlobs:
         self._files: dict[Digest, int] = {}
 
     def keep(self, digest: Digest, path: Path) -> None:
-        """Hold on to a blob's file before it is handed to the destination."""
-        if digest not in self._files:
-            self._files[digest] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Hold on to a blob's file before it is handed to the destination. From any thread."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._files.setdefault(digest, descriptor) != descriptor:    # two layers may give one blob at a time
+            os.close(descriptor)
 
     def close(self) -> None:
         while self._files:

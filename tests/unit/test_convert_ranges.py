@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from converter.hot import StoredBlobs
 from converter.journal import Journal
 from converter.ranges import read_range
 from converter.reuse import CANDIDATE_COUNT_MAX, Reuse
@@ -98,6 +101,29 @@ def test_few_of_many_blobs_that_claim_a_layer_are_asked_for(tmp_path: Path, monk
     assert reuse.find(source.layers[0]) is None
     assert len(asked) == CANDIDATE_COUNT_MAX
     destination.close()
+
+
+def test_one_blob_of_two_layers_at_a_time_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blob").write_bytes(DATA)
+    stored = StoredBlobs(Answers())  # type: ignore[arg-type]
+    both, real_open, opened = threading.Barrier(2), os.open, []
+
+    def open_together(path: Path, flags: int) -> int:
+        both.wait(30)
+        opened.append(real_open(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr("converter.hot.os.open", open_together)
+    threads = [threading.Thread(target=stored.keep, args=(DIGEST, tmp_path / "blob")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert stored(DIGEST, 7, 9) == DATA[7:16]
+    stored.close()
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def _document(layout: Layout) -> tuple[bytes, str]:
