@@ -17,7 +17,7 @@ from lazyfs.errors import UsageError
 from lazyfs.image.model import FileType
 from lazyfs.image.prefetch import PrefetchHeader, exact_pattern
 from lazyfs.profile.parts import Part, Profile
-from lazyfs.profile.spans import Spans
+from lazyfs.profile.spans import first_come
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,10 +72,13 @@ class ImageFiles:
             if digest not in self._pieces:
                 raise UsageError(f"the recording is of another image: this one has no layer device {digest[:19]}",
                                  hint="name the image that was recorded, by its digest")
-        seen: dict[str, Spans] = {}
+        touched: dict[str, list[tuple[int, int]]] = {}
+        for touch in recording.touches:
+            touched.setdefault(recording.devices[touch.device][0], []).append((touch.start, touch.end))
+        fresh = {digest: iter(first_come(ranges)) for digest, ranges in touched.items()}
         for touch in recording.touches:
             digest = recording.devices[touch.device][0]
-            for start, end in seen.setdefault(digest, Spans()).add(touch.start, touch.end):
+            for start, end in next(fresh[digest]):
                 for path, low, high in self._files_in(digest, start, end):
                     yield Part(exact_pattern(path), low, high, first_ms=touch.ms)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from lazyfs import limits
 from lazyfs.image.prefetch import PrefetchEntry, PrefetchHeader, PrefetchList, make_entry
-from lazyfs.profile.spans import Spans
+from lazyfs.profile.spans import first_come
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,12 +53,12 @@ class Profile:
 
 def distinct(parts: Iterable[Part]) -> tuple[Part, ...]:
     """The parts without those bytes that an earlier one has."""
-    seen: dict[bytes, Spans] = {}
-    found = []
-    for part in parts:
-        fresh = seen.setdefault(part.pattern, Spans()).add(part.start, part.end)
-        found += [part._replace(start=start, end=end) for start, end in fresh]
-    return tuple(found)
+    named = list(parts)
+    by_pattern: dict[bytes, list[tuple[int, int]]] = {}
+    for part in named:
+        by_pattern.setdefault(part.pattern, []).append((part.start, part.end))
+    owned = {pattern: iter(first_come(ranges)) for pattern, ranges in by_pattern.items()}
+    return tuple(part._replace(start=start, end=end) for part in named for start, end in next(owned[part.pattern]))
 
 
 def profile_of(prefetch: PrefetchList) -> Profile:

@@ -1,36 +1,34 @@
 """
-Sets of bytes, as disjoint ranges: which bytes of something were seen already.
+Which bytes are whose, where ranges overlap: the first that names a byte has it.
 
-Layer: lazyfs.profile, pure. Who calls: files, parts, coverage. Invariant: ranges are sorted and do not touch.
+Layer: lazyfs.profile, pure. Who calls: files, parts. Ranges come from hostile lists and recordings, by the million:
+n log n, whatever their order.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from heapq import heappop, heappush
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-class Spans:
-    """Ranges [start, end). `add` costs a binary search, and a shift of what lies behind."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-
-    def add(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Put [start, end) in; returns the ranges of it that were not in yet, ascending."""
-        if start >= end:
-            return []
-        first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
-        fresh, position = [], start
-        for index in range(first, last):          # those that overlap or touch it
-            if self._starts[index] > position:
-                fresh.append((position, self._starts[index]))
-            position = max(position, self._ends[index])
-        if position < end:
-            fresh.append((position, end))
-        if fresh:
-            joined = first < last
-            low = min(start, self._starts[first]) if joined else start
-            high = max(end, self._ends[last - 1]) if joined else end
-            self._starts[first:last], self._ends[first:last] = [low], [high]
-        return fresh
+def first_come(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Of each range [start, end), those parts that no range before it in the sequence has: ascending, not touching."""
+    owned: list[list[tuple[int, int]]] = [[] for _ in ranges]
+    waiting = sorted(range(len(ranges)), key=lambda index: ranges[index][0], reverse=True)
+    here: list[int] = []                 # a heap: ranges that have begun; the first in the sequence is on top
+    for start, end in pairwise(sorted({border for one in ranges for border in one})):
+        while waiting and ranges[waiting[-1]][0] == start:
+            heappush(here, waiting.pop())
+        while here and ranges[here[0]][1] <= start:
+            heappop(here)
+        if here:
+            parts = owned[here[0]]
+            if parts and parts[-1][1] == start:
+                parts[-1] = parts[-1][0], end
+            else:
+                parts.append((start, end))
+    return owned

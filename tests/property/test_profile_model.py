@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from lazyfs.profile.files import profile_of_recording
 from lazyfs.profile.merge import merge
 from lazyfs.profile.parts import Part, Profile, distinct, list_of, profile_of
 from lazyfs.profile.recording import Recording, Touch, from_json, to_json
+from lazyfs.profile.spans import first_come
 from tests.erofskit import DEVICE_SIZES, random_tree
 from tests.profilekit import CHUNK, digest, files_of
 
@@ -106,6 +108,20 @@ def pages(tree: ErofsImage, wanted: list[tuple[int, int, int]]) -> set[tuple[int
     found = [extent for nid, start, end in wanted for extent in tree.extents(nid, start, end - start)]
     return {(device, page) for device, place, length in found if device >= 0
             for page in range(place // 4096, -(-(place + length) // 4096))}
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)).map(lambda one: (one[0], sum(one))), max_size=12))
+def test_each_byte_is_of_the_first_range_that_has_it(ranges: list[tuple[int, int]]) -> None:
+    owner: dict[int, int] = {}
+    for index, (start, end) in enumerate(ranges):
+        for byte in range(start, end):
+            owner.setdefault(byte, index)
+    owned = first_come(ranges)
+    found = {byte: index for index, parts in enumerate(owned) for start, end in parts for byte in range(start, end)}
+    assert found == owner
+    for parts in owned:
+        assert all(start < end for start, end in parts)
+        assert all(before[1] < after[0] for before, after in pairwise(parts))
 
 
 def run_of(ranges: list[tuple[bytes, int, int, int | None]], runs: int = 1) -> Profile:

@@ -11,7 +11,7 @@ from lazyfs.profile.diff import compare
 from lazyfs.profile.files import profile_of_recording
 from lazyfs.profile.merge import merge
 from lazyfs.profile.parts import OPEN_END, Part, Profile, list_of, profile_of
-from lazyfs.profile.spans import Spans
+from lazyfs.profile.spans import first_come
 from tests.profilekit import CHUNK, STORED_BYTES, digest, files_of, image_files, recording
 
 LOWER = [("bin/sh", 0, 100), ("lib/a.so", 4096, 3 * CHUNK), ("etc/x*", 4096 + 3 * CHUNK, 10), ("gone", 901120, 5000)]
@@ -84,14 +84,15 @@ def test_what_a_list_names_twice_counts_once() -> None:
     assert profile.parts == (Part(b"a", 0, 10), Part(b"a", 10, 15, 0.5), Part(b"a", 15, OPEN_END))
 
 
-def test_spans_tell_what_is_new() -> None:
-    spans = Spans()
-    assert spans.add(10, 20) == [(10, 20)]
-    assert spans.add(30, 40) == [(30, 40)]
-    assert spans.add(5, 50) == [(5, 10), (20, 30), (40, 50)]
-    assert spans.add(5, 50) == []
-    assert spans.add(50, 50) == []
-    assert spans.add(0, 60) == [(0, 5), (50, 60)]
+def test_the_first_that_names_a_byte_has_it() -> None:
+    assert first_come([(10, 20), (30, 40), (5, 50), (5, 50), (50, 50), (0, 60), (0, 10), (20, 30)]) == [
+        [(10, 20)], [(30, 40)], [(5, 10), (20, 30), (40, 50)], [], [], [(0, 5), (50, 60)], [], []]
+    assert first_come([]) == []
+
+
+def test_many_ranges_backwards_end() -> None:
+    text = ",".join(f"{start}-{start + 9}" for start in range(2_000_000, 0, -20))
+    assert len(listed(f"a {text}").parts) == 100_000
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
