@@ -298,11 +298,11 @@ class Containerd:
             raise translate(error, self.address) from None
         return api_mounts(found.mounts)
 
-    def snapshot(self, snapshotter: str, key: str) -> SnapshotInfo | None:
+    def snapshot(self, snapshotter: str, key: str, timeout_s: float = CALL_S) -> SnapshotInfo | None:
         try:
             info = self._ask("snapshots.v1.Snapshots/Stat",
                              snapshots_pb2.StatSnapshotRequest(snapshotter=snapshotter, key=key),
-                             snapshots_pb2.StatSnapshotResponse.FromString).info
+                             snapshots_pb2.StatSnapshotResponse.FromString, timeout_s).info
         except NotFoundError:
             return None
         return snapshot_info(info)

@@ -35,6 +35,7 @@ _HINT: Final = "is containerd running? Its socket is named with --containerd-add
 # gRPC for Go (the last: of containerd 1.6): a connection of containerd's own failed, or ended before it had begun, for
 # who listened there was killed, or had not got so far
 _UNSENT: Final = ("Error while dialing", "error reading server preface", "timed out waiting for server handshake")
+_MUTE: Final = "failed to connect to all addresses"          # our own gRPC's words
 _NO_SNAPSHOTTER: Final = "is the snapshotter running? systemctl status lazyfs-snapshotter"
 _SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do
     ("snapshotter not loaded", HostError, "'ctr plugins ls' shows them; 'lazyfs snapshotter install' adds ours"),
@@ -72,6 +73,8 @@ def translate(error: grpc.RpcError, address: str) -> LazyfsError:
     text = f"containerd: {details}"
     if code is status.UNAVAILABLE and not _answers(address):
         return HostError(f"containerd does not answer at {address}", hint=_HINT)
+    if code is status.UNAVAILABLE and _MUTE in details:
+        return HostError(f"somebody listens at {address}, but does not answer", hint="look at containerd's log")
     if code is status.DEADLINE_EXCEEDED:
         return DeadlineError(f"containerd at {address} did not answer in time", hint="look at containerd's log")
     if code is status.NOT_FOUND:

@@ -16,7 +16,7 @@ import pytest
 
 from lazyfs import config
 from lazyfs.config import Amount
-from lazyfs.doctor import Result, Status, Subject, examine, kernel, node, registry
+from lazyfs.doctor import Result, Status, Subject, containerd, examine, kernel, node, registry
 from lazyfs.fs import mountapi
 from lazyfs.registry import RegistryOptions
 from tests.containerdkit import VERSIONS
@@ -114,6 +114,16 @@ def test_a_process_that_does_not_answer_does_not_hang_it(tmp_path: Path) -> None
         found = list(examine(subject(tmp_path), (node.check_daemon,)))
     assert found[0].status is Status.FAILED
     assert "did not answer within 5 s" in found[0].text
+
+
+def test_a_snapshotter_that_does_not_answer_is_no_good(tmp_path: Path) -> None:
+    """containerd was asked for a snapshot that is none, and said so without asking its snapshotter."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.sock"))
+        server.listen()
+        (found,) = examine(subject(tmp_path), (containerd.check_snapshotter,))
+    assert found.status is Status.FAILED
+    assert "takes connections, but does not answer" in found.text
 
 
 def test_a_check_that_hangs_or_breaks_is_one_line(tmp_path: Path) -> None:

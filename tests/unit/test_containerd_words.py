@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+from typing import TYPE_CHECKING
+
 import grpc
 import pytest
 
 from lazyfs.errors import HostError
 from snapshotter.containerdwords import translate, was_unsent
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Refusal(grpc.RpcError):
@@ -37,6 +43,20 @@ def test_a_connection_that_never_was_has_sent_nothing(details: str) -> None:
 
 def test_a_call_that_was_cut_may_have_been_done() -> None:
     assert not was_unsent(Refusal(grpc.StatusCode.UNAVAILABLE, "error reading from server: EOF"))
+
+
+def test_a_containerd_that_is_mute_is_not_said_to_be_away(tmp_path: Path) -> None:
+    """It was stopped: the message was gRPC's own, without a next step."""
+    address = str(tmp_path / "c.sock")
+    refusal = Refusal(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: UNKNOWN: unix:/c: "
+                                                   "connection attempt timed out before receiving SETTINGS frame")
+    assert "containerd does not answer at" in str(translate(refusal, address))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        error = translate(refusal, address)
+    assert "listens" in str(error)
+    assert error.hint
 
 
 def test_a_snapshotter_that_is_away_is_said_so() -> None:
