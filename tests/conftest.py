@@ -11,6 +11,10 @@ from tests import leaks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.diskkit import Mounts
+    from tests.mountkit import Machine
 
 _MARK = leaks.mark_environment()
 _WORK_DIRS = ("/tmp/tutorial",)    # where the documents' commands work
@@ -41,3 +45,23 @@ def _nothing_left_behind(request: pytest.FixtureRequest, tmp_path_factory: pytes
     if left:
         leaks.clear(left)
         pytest.fail(f"{request.node.name} left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A run directory and a cache directory of their own; skips where nothing can be mounted."""
+    from tests.mountkit import Machine, require_mounting  # noqa: PLC0415 - most tests mount nothing
+
+    require_mounting()
+    made = Machine(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    """Small disks, unmounted at the end."""
+    from tests.diskkit import mounted_disks  # noqa: PLC0415
+
+    with mounted_disks(tmp_path) as mount:
+        yield mount

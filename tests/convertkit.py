@@ -5,12 +5,14 @@ Source images for conversion tests, as OCI image-layout directories, and a conve
     layout.add_image("app", [TarBuilder().file("a", b"x").build()])       # tag, layer archives, lowest first
     report = run_convert(layout.reference("app"), f"oci:{tmp_path}/out:app")
     Lazy(f"oci:{tmp_path}/out:app").read(b"a")                            # what a reader would get
+    with registry_with(tmp_path, {"app": [tar_of({"a": b"x"})]}) as registry:    # docker://{registry.host}/app:lazy
 
 Everything can be made wrong: `diff_ids`, `config`, `corrupt()`; `index()` makes an index of several images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -31,9 +33,11 @@ from lazyfs.image.erofs import ErofsImage
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.select import select_image
+from tests.registrykit import Registry, running_registry
+from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
@@ -122,6 +126,25 @@ def run_convert(
             target.close()
     finally:
         opened.close()
+
+
+@contextlib.contextmanager
+def registry_with(directory: Path, images: Mapping[str, Sequence[bytes]]) -> Iterator[Registry]:
+    """A registry that holds, converted, each of `images` (layer archives, lowest first) as NAME:lazy."""
+    with running_registry(directory / "registry") as running:
+        source = Layout(directory / "source")
+        for name, tars in images.items():
+            source.add_image(name, tars)
+            run_convert(source.reference(name), f"docker://{running.host}/{name}:lazy")
+        yield running
+
+
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    """A layer of these files."""
+    tar = TarBuilder()
+    for name, data in files.items():
+        tar.file(name, data)
+    return tar.build()
 
 
 class Lazy:

@@ -25,11 +25,9 @@ from lazyfs.image.codec import Codec
 from lazyfs.image.digest import Digest
 from tests.diskkit import (
     CuttingOs,
-    Mounts,
     PowerCutError,
     cut_power,
     ext4,
-    mounted_disks,
     needs_mounts,
     run,
     umount,
@@ -38,19 +36,12 @@ from tests.diskkit import (
 from tests.fetchkit import MemorySource, make_sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 CHUNK = 64 * 1024
 DIGEST = Digest.of(b"disk")
 BOOT, LATER_BOOT = b"a" * 16, b"b" * 16
 
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    with mounted_disks(tmp_path) as mount:
-        yield mount
 
 
 def chunk(index: int) -> bytes:

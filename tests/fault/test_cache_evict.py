@@ -27,11 +27,9 @@ from lazyfs.image.digest import Digest
 from lazyfs.node.housekeeping import Request, evict_unserved
 from tests.diskkit import (
     CuttingOs,
-    Mounts,
     PowerCutError,
     cut_power,
     ext4,
-    mounted_disks,
     needs_mounts,
     run,
     umount,
@@ -39,19 +37,12 @@ from tests.diskkit import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 CHUNK, COUNT = 64 * 1024, 4
 BOOT, LATER_BOOT = b"a" * 16, b"b" * 16
 DIGESTS = [Digest.of(f"device {number}".encode()) for number in range(3)]
 IMAGE = Digest.of(b"bootstrap")
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    with mounted_disks(tmp_path) as mount:
-        yield mount
 
 
 def chunk(digest: Digest, index: int) -> bytes:

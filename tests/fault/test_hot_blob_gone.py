@@ -17,13 +17,13 @@ from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.registry import RegistryOptions, open_source
 from lazyfs.registry.streams import read_exactly
 from tests.convertkit import OPTIONS, Layout, Lazy, run_convert
-from tests.mountkit import Machine, require_mounting
 from tests.registrykit import running_registry
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.mountkit import Machine
 
 CHUNK = OPTIONS.encoding.chunk_size
 HOT = b"data/late 1000000-\ndata/early\nbin/new\ndata/early-again 0-10\n"
@@ -95,16 +95,6 @@ def test_a_layers_blob_that_is_gone_too_is_an_error(tmp_path: Path) -> None:
         source = HotCopies(inner, lazy.bootstrap.blobs, devices)
         with pytest.raises(NotFoundError):
             source.read_range(hot.digest, 0, 10, time.monotonic() + 10)
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    machine = Machine(tmp_path)
-    try:
-        yield machine
-    finally:
-        machine.close()
 
 
 @pytest.mark.parametrize("when", ["before the mount", "after it"])

@@ -19,12 +19,9 @@ import pytest
 from lazyfs.cache.store import CacheDir
 from lazyfs.fs import mountapi
 from lazyfs.image.prefetch import parse_prefetch
-from lazyfs.registry import RegistryOptions
-from tests.convertkit import Layout, run_convert
+from tests.convertkit import Layout, registry_with, run_convert, tar_of
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mountkit import Machine, require_mounting
-from tests.registrykit import running_registry
-from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,36 +37,16 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`oci:<this>:lazy` and `:plain`."""
     require_mounting()
     directory = tmp_path_factory.mktemp("images")
-    tar = TarBuilder()
-    for name, data in FILES.items():
-        tar.file(name, data)
     source = Layout(directory / "in")
-    source.add_image("app", [tar.build()])
+    source.add_image("app", [tar_of(FILES)])
     run_convert(source.reference("app"), f"oci:{directory}/out:lazy")
     return f"{directory}/out"
 
 
 @pytest.fixture(scope="module")
 def registry(layout: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_registry(tmp_path_factory.mktemp("registry")) as running:
-        source = Layout(tmp_path_factory.mktemp("source") / "in")
-        tar = TarBuilder()
-        for name, data in FILES.items():
-            tar.file(name, data)
-        source.add_image("app", [tar.build()])
-        options = RegistryOptions(insecure=True)
-        run_convert(source.reference("app"), f"docker://{running.host}/app:lazy", registry=options)
+    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
         yield running.host
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def read(path: Path) -> bytes | int:

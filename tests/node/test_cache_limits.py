@@ -16,13 +16,10 @@ import pytest
 from lazyfs.errors import FormatError
 from lazyfs.image.digest import Digest
 from lazyfs.node import protocol
-from lazyfs.registry import RegistryOptions
-from tests.convertkit import Layout, run_convert
+from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
 from tests.diskkit import ext4, mounted_disks, needs_mounts
 from tests.mountkit import Machine, require_mounting
-from tests.registrykit import running_registry
-from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,27 +38,11 @@ def content(image: str, number: int) -> bytes:
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`one`, `two` and `three`: a layer that all have, and one of their own; 8.4 MB each."""
     require_mounting()
-    with running_registry(tmp_path_factory.mktemp("registry")) as running:
-        source = Layout(tmp_path_factory.mktemp("source") / "in")
-        base = TarBuilder()
-        for number in range(FILE_COUNT):
-            base.file(f"base{number}", content("base", number))
-        for image in IMAGES:
-            tar = TarBuilder()
-            for number in range(FILE_COUNT):
-                tar.file(f"own{number}", content(image, number))
-            source.add_image(image, [base.build(), tar.build()])
-            run_convert(source.reference(image), f"docker://{running.host}/{image}:lazy",
-                        registry=RegistryOptions(insecure=True))
+    base = tar_of({f"base{number}": content("base", number) for number in range(FILE_COUNT)})
+    images = {image: [base, tar_of({f"own{number}": content(image, number) for number in range(FILE_COUNT)})]
+              for image in IMAGES}
+    with registry_with(tmp_path_factory.mktemp("registry"), images) as running:
         yield running.host
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -23,11 +23,10 @@ from lazyfs.image.digest import Digest
 from lazyfs.image.oci import parse_manifest
 from lazyfs.node import protocol
 from lazyfs.registry import RegistryOptions, open_source
-from tests.convertkit import Layout, run_convert
+from tests.convertkit import Layout, registry_with, run_convert, tar_of
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mountkit import LAZYFS, Machine, require_mounting
-from tests.registrykit import running_registry
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
@@ -43,23 +42,8 @@ DRIVERS = pytest.mark.parametrize("driver", ["erofs", "fuse"])
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     require_mounting()
-    with running_registry(tmp_path_factory.mktemp("registry")) as running:
-        source = Layout(tmp_path_factory.mktemp("source") / "in")
-        tar = TarBuilder()
-        for name, data in FILES.items():
-            tar.file(name, data)
-        source.add_image("app", [tar.build()])
-        options = RegistryOptions(insecure=True)
-        run_convert(source.reference("app"), f"docker://{running.host}/app:lazy", registry=options)
+    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
         yield running.host
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
-from tests.mountkit import Machine, require_mounting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.mountkit import Machine
 
 pytestmark = pytest.mark.mount
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
 
 
 def configure(machine: Machine, text: str) -> str:

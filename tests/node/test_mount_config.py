@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.convertkit import Layout, run_convert
-from tests.mountkit import LAZYFS, Machine, require_mounting
+from tests.mountkit import LAZYFS, Machine
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.mount
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
 
 
 def lazyfs(machine: Machine, file: Path, *words: str | Path, code: int = 0) -> str:

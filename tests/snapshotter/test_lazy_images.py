@@ -24,12 +24,13 @@ from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind, LazyLay
 from snapshotter.model import Usage
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
 from tests.lazykit import push_lazy, unpack_bootstrap
-from tests.mountkit import Machine, require_mounting
 from tests.registrykit import require_registry, running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.mountkit import Machine
 
 FILES = {f"f{number}": random.Random(number).randbytes(200_000 + number) for number in range(6)}
 DRIVERS = pytest.mark.parametrize("driver", ["erofs", "fuse"])
@@ -42,14 +43,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_registry(directory) as running:
         push_lazy(directory, running.host, "app", FILES)
         yield running.host
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
