@@ -143,6 +143,7 @@ def _find(entry: PrefetchEntry, finder: FileFinder, files: ImageFiles) -> _Found
     found = _Found([])
     for nid in finder.find(entry.components):
         found.file_count += 1
+        finder.spend(len(ranges))
         pattern, size = exact_pattern(files.path(nid)), files.tree.stat(nid).size
         for start, end in ranges:
             low, high = min(start, size), size if end is None else min(end, size)

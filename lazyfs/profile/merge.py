@@ -12,13 +12,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from lazyfs.errors import UsageError
+from lazyfs.errors import FormatError, UsageError
 from lazyfs.image.prefetch import RUNS_MAX, PrefetchHeader
 from lazyfs.profile.parts import Part, Profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_USE_COUNT_MAX: Final = 10_000_000         # two gigabytes; three recordings of tensorflow make 40,000
 _ROUND_RUNS_MAX: Final = 50      # up to so many runs, two digits tell how many of them a share is
 
 
@@ -40,6 +41,7 @@ def merge(profiles: Sequence[Profile], min_share: float = 0.0) -> Profile:
 
     Raises:
         UsageError: they stand for more runs than a list may.
+        FormatError: they would take too much memory.
 
     """
     runs = sum(profile.header.runs for profile in profiles)
@@ -64,12 +66,17 @@ def _uses(profiles: Sequence[Profile]) -> dict[bytes, dict[tuple[int, int], list
             borders.setdefault(part.pattern, set()).update((part.start, part.end))
     cuts = {pattern: sorted(found) for pattern, found in borders.items()}
     uses: dict[bytes, dict[tuple[int, int], list[_Use]]] = {}
+    count = 0
     for profile in profiles:
         for rank, part in enumerate(profile.parts):
             use = _Use(rank, max(1, round(part.share * profile.header.runs)), part.first_ms)
             at, ranges = cuts[part.pattern], uses.setdefault(part.pattern, {})
             index = bisect_left(at, part.start)
             while at[index] < part.end:
+                count += 1
+                if count > _USE_COUNT_MAX:
+                    raise FormatError("merging these lists would take too much memory: their ranges cut each other in "
+                                      f"more than {_USE_COUNT_MAX} pieces", hint="merge fewer lists at a time")
                 ranges.setdefault((at[index], at[index + 1]), []).append(use)
                 index += 1
     return uses

@@ -207,6 +207,8 @@ def test_huge_files_named_again_and_again_end(monkeypatch: pytest.MonkeyPatch) -
     assert len(chunks("lib/a.so\n" * 100)) == 4
     with pytest.raises(FormatError, match="too many files and chunks"):
         chunks("lib/a.so 0-,0-,0-\n" * 100)
+    with pytest.raises(FormatError, match="too many files and chunks"):
+        chunks("** " + ",".join(["9999999-"] * 400))      # behind every file's end
 
 
 def test_many_wild_globs_end() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from lazyfs.errors import FormatError, UsageError
 from lazyfs.image.prefetch import PrefetchHeader, find, format_prefetch, parse_prefetch
+from lazyfs.profile import merge as merge_module
 from lazyfs.profile.coverage import Chunks, cover
 from lazyfs.profile.diff import compare
 from lazyfs.profile.files import profile_of_recording
@@ -178,3 +179,14 @@ def test_covering_a_hostile_list_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "_STEPS_MAX", 1000)
     with pytest.raises(FormatError, match="too many"):
         cover(parse_prefetch("lib/a.so\n" * 1000), image_files(LOWER))
+    beyond = ",".join(["1000000-1000001"] * 400)
+    with pytest.raises(FormatError, match="too many"):
+        cover(parse_prefetch(f"** {beyond}"), image_files(LOWER))
+
+
+def test_merging_lists_that_cut_each_other_to_pieces_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_module, "_USE_COUNT_MAX", 100)
+    pieces = listed(*(f"a {start}-{start}" for start in range(0, 60, 2)))
+    assert len(merge([pieces, pieces]).parts) == 30
+    with pytest.raises(FormatError, match="too much memory"):
+        merge([pieces, listed("a"), listed("a")])

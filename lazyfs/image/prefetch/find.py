@@ -106,8 +106,8 @@ class FileFinder:
         """Where bytes [start, end) of a file are, as ErofsImage.extents; end None: to the file's end."""
         size = (limits.FILE_BYTES_MAX if end is None else end) - start
         found = self._image.extents(nid, start, size)
-        self._count(sum(1 + (length // tables[device].chunk_size if device >= 0 else 0)
-                        for device, _, length in found))
+        self.spend(1 + sum(1 + (length // tables[device].chunk_size if device >= 0 else 0)
+                           for device, _, length in found))
         return found
 
     def _match(
@@ -131,13 +131,13 @@ class FileFinder:
         self, directory: int, component: bytes, matches: _Matcher | None, *, recursive: bool
     ) -> list[tuple[bytes, int, FileType]]:
         if matches is None and not recursive:
-            self._count(1)
+            self.spend(1)
             child = self._image.lookup(directory, component)
             return [] if child is None else [(component, child, self._image.stat(child).type)]
         if directory not in self._entries:
             self._entries[directory] = self._image.entries(directory)
         entries = self._entries[directory]
-        self._count(len(entries) + 1)
+        self.spend(len(entries) + 1)
         return entries if matches is None else [entry for entry in entries if matches(entry[0])]
 
     def _follow(self, directory: int, name: bytes) -> tuple[int, FileType]:
@@ -146,7 +146,7 @@ class FileFinder:
         nid, kind = directory, FileType.DIRECTORY
         while todo:
             name = todo.pop()
-            self._count(1)
+            self.spend(1)
             if name in (b"", b"."):
                 continue
             if kind is not FileType.DIRECTORY:
@@ -169,7 +169,8 @@ class FileFinder:
             todo += reversed(target.split(b"/"))
         return nid, kind
 
-    def _count(self, steps: int) -> None:
+    def spend(self, steps: int) -> None:
+        """Count steps; also those of whoever does something for each file found. Raises FormatError: too many."""
         self._steps += steps
         if self._steps > _STEPS_MAX:
             raise FormatError("prefetch list: its lines look at too many files and chunks",
