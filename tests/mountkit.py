@@ -42,20 +42,24 @@ def require_mounting() -> None:
 
 @dataclass
 class MemoryDevice:
-    """Bytes in memory. `fail(offset, size)` may raise or sleep."""
+    """Bytes in memory. `fail(offset, size)` may raise or sleep; `at_hand`: no waiting needed."""
 
     data: bytes
     read_timeout_s: float = 5.0
     reads: list[tuple[int, int]] = field(default_factory=list)
     fail: Callable[[int, int], object] | None = None
     waiting: set[Any] = field(default_factory=set)
+    at_hand: bool = False
 
     @property
     def size(self) -> int:
         return len(self.data)
 
     def read_now(self, offset: int, size: int) -> bytes | None:
-        return None
+        if not self.at_hand:
+            return None
+        result = self.fail(offset, size) if self.fail is not None else None
+        return result if isinstance(result, bytes) else self.data[offset : offset + size]
 
     async def read(self, offset: int, size: int, deadline: float) -> bytes:
         self.reads.append((offset, size))

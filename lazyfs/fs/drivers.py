@@ -16,7 +16,7 @@ import enum
 import os
 from pathlib import Path
 
-from lazyfs.errors import HostError, LazyfsError
+from lazyfs.errors import HostError
 from lazyfs.fs import mountapi
 
 EROFS_KERNEL_MIN = (6, 12)       # file-backed mounts
@@ -29,10 +29,6 @@ READ_AHEAD_LOCAL_KIB = 4096
 READ_AHEAD_BUFFERED_KIB = 1024
 READ_AHEAD_RECORDING_KIB = 4     # one page: nothing is taken for asked for that was read ahead (docs/profile-run.md)
 READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
-# FUSE's default lets 12 read-ahead requests wait at a time; a dozen that wait for the network would then hold up
-# reads of cached data. pyfuse3 cannot set it at INIT; fusectl can, later.
-MAX_BACKGROUND = 256
-SESSION_TASKS_MAX = 512          # handlers at a time: above MAX_BACKGROUND + the foreground ones of many processes
 
 
 class Driver(enum.StrEnum):
@@ -100,33 +96,6 @@ def set_read_ahead(bdi_names: list[str], size_kib: int) -> None:
     for name in bdi_names:
         with contextlib.suppress(OSError):
             (BDI_DIR / name / "read_ahead_kb").write_text(str(size_kib), encoding="ascii")
-
-
-def set_max_background(device: str, private_dir: str) -> bool:
-    """
-    Raise a FUSE connection's limit of waiting background requests to MAX_BACKGROUND.
-
-    Args:
-        device: major:minor of the FUSE mount; the connection's name is the minor number.
-        private_dir: an empty directory to mount fusectl on for a moment (/sys/fs/fuse/connections may lack it).
-
-    Returns:
-        Whether it worked; the mount is right without it, only slower while the network is.
-
-    """
-    try:
-        mountapi.mount("fusectl", private_dir, "fusectl", 0)
-    except LazyfsError:
-        return False
-    try:
-        connection = Path(private_dir) / device.partition(":")[2]
-        (connection / "max_background").write_text(str(MAX_BACKGROUND), encoding="ascii")
-        (connection / "congestion_threshold").write_text(str(MAX_BACKGROUND * 3 // 4), encoding="ascii")
-    except OSError:
-        return False
-    finally:
-        mountapi.unmount(private_dir, mountapi.MNT_DETACH)
-    return True
 
 
 def _bdi_names() -> list[str]:

@@ -1,30 +1,22 @@
 """
-The guard around every FUSE handler: whatever happens, one request ends with an errno, and the mount goes on.
+What a request that cannot be answered with data ends with: an errno, and a line in the log where that helps somebody.
 
-pyfuse3 3.5 catches FUSEError only; any other exception ends its session, and with it every mount (faults.md section
-2). Layer: fs. Who calls: fs.operations decorates each of its handlers. Cancellation (trio.Cancelled) passes: it comes
-only when the session is being shut down.
+Whatever happens in a handler, its request ends and the mount goes on (faults.md section 2: one exception must not take
+every mount with it). Layer: fs. Who calls: fs.server for every exception of a handler; fs.operations raises ErrnoError.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import logging
+import os
 import time
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import pyfuse3
 import trio
 
 from lazyfs.errors import BugError, LazyfsError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
-P = ParamSpec("P")
-T = TypeVar("T")
 _log = logging.getLogger("lazyfs.fs")
 _incident = itertools.count(1)
 # An outage fails thousands of reads with few texts: each text is logged once in a while, with how often it came.
@@ -33,23 +25,18 @@ _TEXT_COUNT_MAX = 256
 _said: dict[str, list[float]] = {}   # text -> [when it was logged, how often since]
 
 
-def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make an async handler raise nothing but FUSEError (and cancellation)."""
+class ErrnoError(Exception):
+    """An errno that is the answer to a request: nothing went wrong."""
 
-    @functools.wraps(handler)
-    async def guard(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await handler(*args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as error:  # noqa: BLE001 - this is the place where everything ends
-            raise pyfuse3.FUSEError(errno_of(error, handler.__name__)) from None
-
-    return guard
+    def __init__(self, errno: int) -> None:
+        super().__init__(os.strerror(errno))
+        self.errno = errno
 
 
 def errno_of(error: Exception, what: str) -> int:
     """The errno to answer with. Expected errors are logged in one line, others with a traceback and a number."""
+    if isinstance(error, ErrnoError):
+        return error.errno
     if isinstance(error, trio.TooSlowError):
         _log_rarely(f"{what}: deadline passed")
         return errno.ETIMEDOUT

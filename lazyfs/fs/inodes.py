@@ -21,6 +21,7 @@ ROOT_INODE = 1                   # FUSE_ROOT_ID
 DEVICES_INODE = 2                # dev/
 TREES_INODE = 3                  # tree/
 FIRST_DEVICE_INODE = 16
+FIRST_TREE_INODE = 1 << NID_BITS
 
 
 def device_inode(index: int) -> int:

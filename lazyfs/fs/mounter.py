@@ -30,7 +30,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "mount_erofs": drivers.mount_erofs,
     "mount_tree": drivers.mount_tree,
     "unmount": mountapi.unmount,
-    "set_max_background": drivers.set_max_background,
 }
 
 

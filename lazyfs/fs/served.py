@@ -71,7 +71,9 @@ class Served:
         self.devices: dict[int, DeviceReader] = {}
         self.images: dict[int, ServedImage] = {}
         self.image_slots: dict[bytes, int] = {}
-        self._open_counts: Counter[int] = Counter()
+        self._open_counts: Counter[int] = Counter()   # by inode
+        self._use_counts: Counter[int] = Counter()    # by slot
+        self._kept: set[int] = set()                  # slots whose files are read, never given
         self._next_device = 0
         self._next_slot = 1
 
@@ -106,15 +108,29 @@ class Served:
         self._next_device = max(self._next_device, next_device)
         self._next_slot = max(self._next_slot, next_slot)
 
-    def add_image(self, slot: int, tree: ErofsImage, devices: tuple[DeviceReader, ...]) -> ServedImage:
-        """Serve a tree as directory tree/<slot>."""
+    def add_image(
+        self, slot: int, tree: ErofsImage, devices: tuple[DeviceReader, ...], *, giving: bool = True
+    ) -> ServedImage:
+        """Serve a tree as directory tree/<slot>. `giving`: small files may be given to the kernel before it reads."""
         image = ServedImage(slot, str(slot).encode(), tree, devices)
         self.images[slot] = image
         self.image_slots[image.name] = slot
+        if not giving:
+            self._kept.add(slot)
         return image
 
     def remove_image(self, slot: int) -> None:
         del self.image_slots[self.images.pop(slot).name]
+        self._kept.discard(slot)
+
+    def restore_image(self, slot: int, tree: ErofsImage, devices: tuple[DeviceReader, ...]) -> None:
+        """
+        Serve a tree that a former worker served.
+
+        Who has its files open is known to nobody now: one is counted who never closes, so that it is served to the end.
+        """
+        self.add_image(slot, tree, devices, giving=False)
+        self._use_counts[slot] += 1
 
     def count_open(self, inode: int, change: int) -> None:
         """
@@ -122,16 +138,19 @@ class Served:
 
         A hint about who still uses a mount that was detached lazily; nothing that is served depends on it.
         """
-        slot, number = inodes.split(inode)
-        key = slot or -1 - number
-        self._open_counts[key] += change
-        if self._open_counts[key] <= 0:
-            del self._open_counts[key]
+        for counts, key in ((self._open_counts, inode), (self._use_counts, inodes.split(inode)[0])):
+            counts[key] += change
+            if counts[key] <= 0:
+                del counts[key]
+
+    def may_give(self, inode: int) -> bool:
+        """Whether a file's content may be given to the kernel: nobody has it open, so nothing of it is being read."""
+        return inode not in self._open_counts and inodes.split(inode)[0] not in self._kept
 
     def device_in_use(self, index: int) -> bool:
         """Whether the kernel has dev/<index> open: an EROFS mount does as long as it lives, attached or not."""
-        return -1 - inodes.device_inode(index) in self._open_counts
+        return inodes.device_inode(index) in self._open_counts
 
     def image_in_use(self, slot: int) -> bool:
         """Whether a file or directory of tree/<slot> is open."""
-        return slot in self._open_counts
+        return slot in self._use_counts

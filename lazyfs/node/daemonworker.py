@@ -150,7 +150,7 @@ async def _serve(
             for target in await trio.to_thread.run_sync(clean_stale, directory):
                 _log.error("%s was lost with the process that held it: restart what uses it", target)
             session.open()
-        async with serving.running(session, directory, mounter) as nursery:
+        async with serving.running(session) as nursery:
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
             nursery.start_soon(worker.housekeeper.run, place.config.cache)

@@ -1,7 +1,7 @@
 """
 The worker's process, started before it is known whether it is needed.
 
-Importing trio, pyfuse3, numpy and urllib3 takes longer than all else that `lazyfs mount` does, so a process begins with
+Importing trio, numpy and urllib3 takes longer than all else that `lazyfs mount` does, so a process begins with
 that while the command line is still being read. It does nothing else until it is told its place; if that never comes,
 it ends. Light to import: nothing but the standard library's smallest modules.
 

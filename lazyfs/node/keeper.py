@@ -2,7 +2,7 @@
 The keeper: holds the FUSE connection and the control socket, and sees to it that a worker serves them.
 
 It imports nothing heavy, does no work, and so has no reason to die. A worker that dies is followed by another one,
-which takes the connection over (fs.takeover); requests of running containers wait meanwhile, and fail never. If the
+which takes the connection over (fs.session); requests of running containers wait meanwhile, and fail never. If the
 keeper itself dies, the worker goes on; the next keeper gets the descriptors from systemd's store, or out of the worker.
 
 Layer: node. `python -m lazyfs.node.keeper SETTINGS`; cli.daemon starts it. SETTINGS: JSON, see `Keeper`. State: all in

@@ -118,7 +118,9 @@ class Mounting:
             mounted.bdi_names, drivers.READ_AHEAD_RECORDING_KIB if mounted.order.record else size_kib)
 
     async def _mount_tree(self, mounted: MountedImage) -> None:
-        image = self._served.add_image(mounted.slot, mounted.opened.tree, tuple(mounted.devices))
+        # what is recorded is what was read, not what was opened
+        image = self._served.add_image(
+            mounted.slot, mounted.opened.tree, tuple(mounted.devices), giving=not mounted.order.record)
         self._note(mounted)
         source = self._directory.fuse / "tree" / os.fsdecode(image.name)
         await self.call("mount_tree", str(source), mounted.order.target)

@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.fs import inodes, mountapi
+from lazyfs.fs import mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node.mounted import MountedImage, open_devices
 from lazyfs.node.opening import open_image
@@ -88,9 +88,7 @@ def serve(mounted: MountedImage, record: MountRecord, served: Served) -> None:
     """Serve it under the numbers that the kernel knows."""
     mounted.device_indexes = list(record.device_indexes)
     if mounted.driver is Driver.FUSE:
-        served.add_image(mounted.slot, mounted.opened.tree, tuple(mounted.devices))
-        # Who has its files open is known to nobody now: count one who never closes, so that it is served to the end.
-        served.count_open(inodes.tree_inode(mounted.slot, mounted.opened.tree.root_nid), 1)
+        served.restore_image(mounted.slot, mounted.opened.tree, tuple(mounted.devices))
         return
     for index, device in zip(record.device_indexes, mounted.devices, strict=True):
         if index >= 0:

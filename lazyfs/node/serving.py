@@ -1,7 +1,7 @@
 """
 The worker process from its first line to its last: cache, FUSE session, control socket, signals, the end.
 
-Layer: node. Who calls: node.early, in the process it forked. Heavy imports (trio, pyfuse3, numpy, urllib3) begin here.
+Layer: node. Who calls: node.early, in the process it forked. Heavy imports (trio, numpy, urllib3) begin here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
     directory.write_worker(identity)
     served = Served()
     with CacheDir.open(Path(cache_dir)) as cache:
-        async with Fetcher() as fetcher, _mounted(directory, served, mounter) as nursery:
+        async with Fetcher() as fetcher, _mounted(directory, served) as nursery:
             worker = Worker(directory, cache, fetcher, served, mounter)
             listener = control.listen(directory.socket)
             try:
@@ -114,24 +114,23 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
 
 
 @contextlib.asynccontextmanager
-async def _mounted(directory: WorkerDir, served: Served, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
+async def _mounted(directory: WorkerDir, served: Served) -> AsyncIterator[trio.Nursery]:
     """A FUSE session of our own, mounted as long as the block runs."""
     session = FuseSession(LazyOperations(served), directory.fuse)
     session.open()
     try:
-        async with running(session, directory, mounter) as nursery:
+        async with running(session) as nursery:
             yield nursery
     finally:
         session.close()
 
 
 @contextlib.asynccontextmanager
-async def running(session: FuseSession, directory: WorkerDir, mounter: MounterClient) -> AsyncIterator[trio.Nursery]:
+async def running(session: FuseSession) -> AsyncIterator[trio.Nursery]:
     """Serve an open session as long as the block runs; its end from outside cancels the block."""
     async with trio.open_nursery() as nursery:
         await nursery.start(_run_session, session)
-        with contextlib.suppress(LazyfsError):   # an optimisation
-            await trio.to_thread.run_sync(_tune, session, directory, mounter)
+        drivers.set_read_ahead([session.device()], drivers.READ_AHEAD_FUSE_KIB)
         yield nursery
         nursery.cancel_scope.cancel()
 
@@ -152,12 +151,6 @@ async def _run_session(session: FuseSession, task_status: trio.TaskStatus[None])
     await session.serve(task_status)
     raise HostError(f"the FUSE mount {session.mount_point} was taken away",
                     hint="mount the images again; do not unmount what is below /run/lazyfs")
-
-
-def _tune(session: FuseSession, directory: WorkerDir, mounter: MounterClient) -> None:
-    device = session.device()
-    drivers.set_read_ahead([device], drivers.READ_AHEAD_FUSE_KIB)
-    mounter.call("set_max_background", device, str(directory.control_mount), timeout_s=5)
 
 
 async def _serve_first(connection: trio.SocketStream, worker: Worker) -> None:

@@ -103,6 +103,10 @@ class ErofsImage:
         self._check_nid(nid)
         return self._stat(nid)
 
+    def size(self, nid: int) -> int:
+        """In bytes."""
+        return self._raw(nid).size
+
     def lookup(self, nid: int, name: bytes) -> int | None:
         """The inode of `name` in directory `nid`, or None. Not for . and .. ."""
         row = self._directory(nid)
