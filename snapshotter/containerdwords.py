@@ -76,7 +76,8 @@ def translate(error: grpc.RpcError, address: str) -> LazyfsError:
     if code is status.UNAVAILABLE and _MUTE in details:
         return HostError(f"somebody listens at {address}, but does not answer", hint="look at containerd's log")
     if code is status.DEADLINE_EXCEEDED:
-        return DeadlineError(f"containerd at {address} did not answer in time", hint="look at containerd's log")
+        return DeadlineError(f"containerd at {address} did not answer in time",
+                             hint="look at containerd's log, and whether its snapshotter answers: lazyfs doctor")
     if code is status.NOT_FOUND:
         return NotFoundError(text)
     for words, kind, hint in _SAID:
