@@ -161,6 +161,7 @@ async def _serve(
                 nursery.start_soon(health.serve, place.config.daemon.health_address, worker.health)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)
+            nursery.start_soon(worker.resume_prefetch)
             nursery.start_soon(trio.to_thread.run_sync, serving.import_for_mounts)
             await worker.finished.wait()
             nursery.cancel_scope.cancel()

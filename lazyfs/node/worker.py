@@ -23,7 +23,7 @@ from lazyfs.fs import drivers, mountapi
 from lazyfs.node import restore
 from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
-from lazyfs.node.mounted import MountedImage
+from lazyfs.node.mounted import MountedImage, hot_plan
 from lazyfs.node.mounting import Mounting
 from lazyfs.node.opening import open_image
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
@@ -294,6 +294,15 @@ class Worker:
         for record in self._directory.records():
             self._served.begin_numbers(max([-1, *record.device_indexes]) + 1, record.slot + 1)
             await self._restore(record, entries, offline=True)
+
+    async def resume_prefetch(self) -> None:
+        """Go on with what the worker before this one had not yet fetched ahead. When readers are served again."""
+        for mounted in list(self._mounts.values()):
+            await trio.lowlevel.checkpoint()
+            if mounted.order.prefetch and mounted.prefetch is None and mounted.devices:
+                plan = hot_plan(mounted.opened, mounted.devices)
+                if any(not device.cached.present(index, index) for device, index in plan):
+                    mounted.prefetch = self._fetcher.prefetch(plan)
 
     async def _restore(self, record: MountRecord, entries: list[MountEntry], *, offline: bool) -> None:
         state = restore.state_of(record, self._directory, entries)

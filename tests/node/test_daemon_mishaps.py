@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazyfs.fs import mountapi
+from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
+from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.node import protocol
-from lazyfs.registry import RegistryOptions
+from lazyfs.registry import RegistryOptions, open_source
+from lazyfs.registry.select import select_image
 from tests.convertkit import Layout, run_convert
 from tests.daemonkit import WAIT_S, Daemon, running_daemon
+from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mountkit import Machine, require_mounting
 from tests.registrykit import running_registry
 from tests.tarbuilder import TarBuilder
@@ -173,6 +177,34 @@ def test_a_stopped_daemon_leaves_nothing_that_crashes_and_others_have_put_there(
         path.touch(0o600)
     daemon.stop()
     machine.assert_clean()
+
+
+def test_the_next_worker_goes_on_fetching_ahead(
+    machine: Machine, daemon: Daemon, image: str, tmp_path: Path
+) -> None:
+    host, options = image.partition("/")[0], RegistryOptions(insecure=True)
+    source = Layout(tmp_path / "ahead")
+    source.add_image("app", [TarBuilder().file("first", DATA).file("second", DATA[1:]).build()])
+    run_convert(source.reference("app"), f"docker://{host}/ahead:lazy", registry=options,
+                prefetch=parse_prefetch(b"first\n"))
+    with FaultProxy(host) as proxy, contextlib.closing(open_source(f"{proxy.host}/ahead:lazy", options)) as place:
+        document = select_image(place, None)
+        lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
+        assert lazy.hot is not None
+        stall = proxy.add(Fault(Kind.STALL, path=rf"/blobs/{lazy.hot.digest}", at=0))
+        target = mount(machine, f"{proxy.host}/ahead:lazy")
+        deadline = time.monotonic() + WAIT_S
+        while not stall.applied:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        kill_worker(daemon)
+        proxy.clear()
+        while machine.statistics()["mounts"][0]["prefetched_chunks"] == 0:
+            assert time.monotonic() < deadline + WAIT_S
+            time.sleep(0.05)
+        assert (target / "first").read_bytes() == DATA
+        assert machine.statistics()["fetch"]["misses"] == 0
+        machine.umount(target)
 
 
 def test_silent_clients_do_not_keep_others_from_the_keeper(daemon: Daemon) -> None:
