@@ -191,14 +191,13 @@ def test_the_next_worker_goes_on_fetching_ahead(
         document = select_image(place, None)
         lazy = parse_lazy_manifest(parse_manifest(document.data, document.media_type))
         assert lazy.hot is not None
-        stall = proxy.add(Fault(Kind.STALL, path=rf"/blobs/{lazy.hot.digest}", at=0))
+        stall = proxy.add(Fault(Kind.STALL, path=rf"/blobs/{lazy.hot.digest}", times=1))
         target = mount(machine, f"{proxy.host}/ahead:lazy")
         deadline = time.monotonic() + WAIT_S
         while not stall.applied:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         kill_worker(daemon)
-        proxy.clear()
         while machine.statistics()["mounts"][0]["prefetched_chunks"] == 0:
             assert time.monotonic() < deadline + WAIT_S
             time.sleep(0.05)
