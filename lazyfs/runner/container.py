@@ -137,7 +137,7 @@ class Container:
         Wait until a rule is met, the program ends, or its time is over.
 
         Raises:
-            ProgramError: the container could not be started.
+            ProgramError: the container could not be started. HostError: nobody can look into its network.
 
         """
         matched: list[bytes] = []
@@ -158,6 +158,8 @@ class Container:
                 return Outcome(Ending.READY, "its output matched", elapsed_s)
             if probe is not None and probe.met:
                 return Outcome(Ending.READY, probe.met, elapsed_s)
+            if probe is not None and probe.problem:
+                raise HostError(probe.problem, hint="use --until-log or --for, or --net host")
         if ended:
             return Outcome(Ending.EXITED, "it ended", elapsed_s, self._exit_code())
         if rules.for_s is not None and rules.for_s <= rules.timeout_s:

@@ -36,7 +36,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Probe:
-    """`with Probe(rules, pid_file, own_network): ...`; `reader` becomes readable when a rule is met."""
+    """
+    `with Probe(rules, pid_file, own_network): ...`
+
+    Attributes:
+        reader: a descriptor that becomes readable when a rule is met, or cannot be.
+        met: which one, in words. `problem`: why none ever will be.
+
+    """
 
     def __init__(self, rules: StopRules, pid_file: Path, *, own_network: bool) -> None:
         """
@@ -53,7 +60,7 @@ class Probe:
         self._own_network = own_network
         self._ended = threading.Event()
         self._connection: socket.socket | None = None
-        self.met = ""
+        self.met = self.problem = ""
         self.reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="lazyfs-probe", daemon=True)
         self._thread.start()
@@ -102,8 +109,11 @@ class Probe:
                 try:
                     if _libc.setns(descriptor, _CLONE_NEWNET) == 0:
                         return True
+                    self.problem = f"cannot enter the container's network: {os.strerror(ctypes.get_errno())}"
                 finally:
                     os.close(descriptor)
+                os.write(self._writer, b"!")
+                return False
         return False
 
     def _ask(self, target: HttpTarget) -> int | None:

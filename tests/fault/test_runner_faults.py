@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
@@ -15,7 +17,9 @@ from lazyfs.errors import FormatError
 from lazyfs.fs import mountapi
 from lazyfs.node.rundir import ProcessIdentity
 from lazyfs.runner import workspace
+from lazyfs.runner.probe import Probe
 from lazyfs.runner.rootfs import read_inside
+from lazyfs.runner.rules import StopRules, parse_http
 from tests.mountkit import Machine
 from tests.runnerkit import Profiler, profiled_image, require_runc, wait_said
 from tests.tarbuilder import TarBuilder
@@ -206,3 +210,44 @@ def test_only_our_own_directories_are_swept(tmp_path: Path, monkeypatch: pytest.
     assert workspace.sweep() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, foreign.name, link.name])
     assert stat.S_ISLNK(link.lstat().st_mode)
+
+
+def test_a_server_that_never_answers_does_not_hold_the_probe(tmp_path: Path) -> None:
+    (tmp_path / "pid").write_text(str(os.getpid()))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(WAIT_S)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        probe = Probe(StopRules(http=parse_http(url)), tmp_path / "pid", own_network=False)
+        asked, _ = server.accept()
+        with asked:
+            asked.settimeout(WAIT_S)
+            assert asked.recv(1000).startswith(b"GET / HTTP/1.1\r\n")
+            probe.close()
+            assert asked.recv(1000) == b"", "it has hung up"
+    assert not probe._thread.is_alive()
+    assert not probe.met
+
+
+def test_a_server_that_talks_nonsense_is_asked_again(tmp_path: Path) -> None:
+    (tmp_path / "pid").write_text(str(os.getpid()))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(WAIT_S)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x?y"
+        with Probe(StopRules(http=parse_http(url)), tmp_path / "pid", own_network=False) as probe:
+            for answer in (b"", b"\0\xff nonsense\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n", b"HTTP/1.1 302 Yes\r\n\r\n"):
+                asked, _ = server.accept()
+                with asked:
+                    asked.settimeout(WAIT_S)
+                    assert b"/x?y" in asked.recv(1000)
+                    asked.sendall(answer)
+            assert select.select([probe.reader], [], [], WAIT_S)[0]
+            assert probe.met == f"{url} answers 302"
+
+
+def test_a_network_that_cannot_be_entered_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pid").write_text(str(os.getpid()))
+    monkeypatch.setattr("lazyfs.runner.probe._CLONE_NEWNET", 0x20000000)   # another kind of namespace: EINVAL
+    with Probe(StopRules(port=1), tmp_path / "pid", own_network=True) as probe:
+        assert select.select([probe.reader], [], [], WAIT_S)[0]
+        assert "cannot enter the container's network" in probe.problem
+        assert not probe.met
