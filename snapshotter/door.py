@@ -54,11 +54,11 @@ class Door:
         self._root = os.open(settings["root"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll = select.epoll()
-        self._relay = Relay(self._epoll)
+        self._relay = Relay(self._epoll, self._wait_with)
         self._listener, self._inode = open_door(self._address)
         self._stored = False
         self._accepting = False
-        self._waiting: list[socket.socket] = []   # clients, greeted, for whom there is no server yet
+        self._waiting: list[tuple[socket.socket, bytes]] = []   # clients, greeted, for whom there is no server yet
         self._pid = 0
         self._pidfd = self._said = -1
         self._ready = self._answered = False
@@ -77,7 +77,7 @@ class Door:
         while not (self._stopping and not self._pid):
             self._turn()
         self._relay.close()
-        for client in self._waiting:
+        for client, _ in self._waiting:
             client.close()
         self._close()
         return self._code
@@ -134,11 +134,17 @@ class Door:
         with contextlib.suppress(OSError):   # it has gone already
             client, _ = self._listener.accept()
             client.setblocking(False)
-            if not self._ready or not self._pass_on(client, greeted=False):
-                self._waiting.append(client)
+            if not self._ready or not self._pass_on(client, b"", greeted=False):
+                self._wait_with(client, b"", greeted=False)
+
+    def _wait_with(self, client: socket.socket, early: bytes, greeted: bool) -> None:
+        """For the next server. `early`: what the client has said already, to a server that did not answer."""
+        self._waiting.append((client, early))
+        if not greeted:
+            with contextlib.suppress(OSError):   # found out when there is a server
                 client.send(GREETING)
 
-    def _pass_on(self, client: socket.socket, *, greeted: bool) -> bool:
+    def _pass_on(self, client: socket.socket, early: bytes, *, greeted: bool) -> bool:
         """Whether the server took it; if not, it is just dying, and the client is for the next one."""
         server = socket.socket(socket.AF_UNIX)
         try:
@@ -148,7 +154,7 @@ class Door:
             server.close()
             self._ready = False
             return False
-        self._relay.add(client, server, greeted=greeted)
+        self._relay.add(client, server, greeted=greeted, early=early)
         return True
 
     # --- the server --------------------------------------------------------------------------------------------------
@@ -169,7 +175,7 @@ class Door:
             self._epoll.unregister(self._said)   # closed: its end is next
             return
         self._ready, self._failed = True, 0
-        while self._waiting and self._pass_on(self._waiting[0], greeted=True):
+        while self._waiting and self._pass_on(*self._waiting[0], greeted=True):
             del self._waiting[0]
         if not self._answered:
             self._answered = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import select
 import socket
@@ -27,7 +28,8 @@ class Running:
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
-        self.relay = Relay(self.epoll)
+        self.given_back: queue.SimpleQueue[tuple[socket.socket, bytes, bool]] = queue.SimpleQueue()
+        self.relay = Relay(self.epoll, lambda *found: self.given_back.put(found))
         self.ended, self.wakes = socket.socketpair()
         self.epoll.register(self.ended, select.EPOLLIN)
         self.spins = 0
@@ -100,6 +102,34 @@ def test_who_closes_with_bytes_on_the_way_makes_nobody_spin() -> None:
     assert running.spins - spins < 2000
     client.close()
     running.finish()
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_a_client_that_was_not_answered_is_given_back_with_what_it_said(*, greeted: bool) -> None:
+    running = Running()
+    client, server = running.pair(greeted=greeted)
+    running.thread.start()
+    said = PREFACE + frame(4, b"") + ACK + frame(1, b"request")
+    client.sendall(said)
+    heard = said.replace(ACK, b"") if greeted else said
+    assert receive(server, len(heard)) == heard
+    server.close()
+    again, early, was_greeted = running.given_back.get(timeout=WAIT_S)
+    assert (early, was_greeted) == (said, greeted)
+    assert running.relay.count == 0
+    one, other = socket.socketpair()
+    other.settimeout(WAIT_S)
+    running.relay.add(again, one, greeted=greeted, early=early)
+    client.sendall(frame(0, b"more"))
+    wanted = heard + frame(0, b"more")
+    assert receive(other, len(wanted)) == wanted
+    other.sendall(b"answer")
+    assert receive(client, 6) == b"answer"
+    other.close()
+    assert client.recv(1) == b"", "an answered client is told"
+    client.close()
+    running.finish()
+    assert running.given_back.empty()
 
 
 def test_a_greeted_client_is_heard_once_in_what_it_acknowledges() -> None:
