@@ -162,7 +162,14 @@ class Door:
     def _start(self) -> None:
         self._said, theirs = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:     # no memory, too many processes: later
+            _say(f"no server can be started now: {error.strerror}")
+            self._start_at = time.monotonic() + _DELAY_S_MAX
+            os.close(self._said)
+            os.close(theirs)
+            return
         if self._pid == 0:
             _become_server([*self._words, "--behind", str(theirs)], theirs, parent)
         os.close(theirs)
