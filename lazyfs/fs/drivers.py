@@ -92,10 +92,16 @@ def mount_tree(source: str, target: str) -> list[str]:
 
 
 def set_read_ahead(bdi_names: list[str], size_kib: int) -> None:
-    """Set read-ahead; a name that is gone is skipped. A hint, so failure is silent."""
+    """
+    Set read-ahead; a name that is gone is skipped. A hint, so failure is silent.
+
+    A mount that is recorded keeps its own: a name may be that of somebody else's mount (mount_erofs).
+    """
     for name in bdi_names:
         with contextlib.suppress(OSError):
-            (BDI_DIR / name / "read_ahead_kb").write_text(str(size_kib), encoding="ascii")
+            file = BDI_DIR / name / "read_ahead_kb"
+            if file.read_text(encoding="ascii").strip() != str(READ_AHEAD_RECORDING_KIB):
+                file.write_text(str(size_kib), encoding="ascii")
 
 
 def _bdi_names() -> list[str]:

@@ -110,9 +110,13 @@ class Mounting:
         # twice. On the cache's files the second copy is worth it: the whole tree cold in 0.6 of O_DIRECT's time.
         mounted.local = all(index < 0 for index in mounted.device_indexes)
         self._note(mounted)
-        mounted.bdi_names = await self.call(
-            "mount_erofs", str(mounted.opened.erofs_path), mounted.order.target, paths, not mounted.local
-        )
+        target = mounted.order.target
+        for last in (False, False, False, True):
+            mounted.bdi_names = await self.call(
+                "mount_erofs", str(mounted.opened.erofs_path), target, paths, not mounted.local)
+            if last or not mounted.order.record or len(mounted.bdi_names) == 1:
+                break
+            await self.call("unmount", target, 0)   # whose is whose? others' mounts must not get our read-ahead
         size_kib = drivers.READ_AHEAD_BUFFERED_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
         drivers.set_read_ahead(
             mounted.bdi_names, drivers.READ_AHEAD_RECORDING_KIB if mounted.order.record else size_kib)

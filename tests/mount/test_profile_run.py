@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 from contextlib import closing
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,8 @@ from lazyfs.errors import LazyfsError
 from lazyfs.fs import mountapi
 from lazyfs.fs.drivers import BDI_DIR
 from lazyfs.image.prefetch import parse_prefetch
+from lazyfs.profile.diff import compare
+from lazyfs.profile.parts import profile_of
 from tests.mountkit import Machine
 from tests.runnerkit import FILE_BYTES, Profiler, profiled_image, require_runc, wait_said
 
@@ -49,8 +52,10 @@ def test_the_list_is_what_the_program_read_in_order(profiler: Profiler, driver: 
     assert paths.index("data/f3") < paths.index("data/f1")
     assert "data/f5" not in paths, "nobody asked for it"
     found = parse_prefetch(done.list_text)
-    (whole,) = [entry for entry in found.entries if entry.pattern == b"data/f3"]
-    assert whole.ranges == ((0, FILE_BYTES),)
+    ranges = sorted(part for entry in found.entries if entry.pattern == b"data/f3" for part in entry.ranges)
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == FILE_BYTES
+    assert all(before[1] == after[0] for before, after in pairwise(ranges)), "all of it, in any order"
     assert found.header.image.startswith(profiler.image.rpartition(":")[0] + "@sha256:")
     assert found.header.tool.startswith("lazyfs ")
 
@@ -66,7 +71,9 @@ def test_several_runs_see_the_same_though_all_is_cached(profiler: Profiler) -> N
     again = parse_prefetch(target.read_text())
     assert again.header.runs == 2
     assert {entry.share for entry in again.entries} == {1.0}
-    assert [entry.line for entry in again.entries] == [entry.line for entry in parse_prefetch(first.list_text).entries]
+    difference = compare(profile_of(parse_prefetch(first.list_text)), profile_of(again))
+    assert difference.agreement == 1.0
+    assert (difference.order or 0) > 0.9, "what is read at the same time may come in any order"
     assert [run["exitCode"] for run in report["runs"]] == [0, 0]
     assert report["list"] == str(target)
 
