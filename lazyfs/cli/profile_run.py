@@ -122,6 +122,8 @@ def run_command(
         recorded = record_runs(
             order, on_line=lambda line: None if quiet else note(f"| {printable(line)}"),
             on_run=lambda number, run: note(_run_line(number, runs, run)))
+    if recorded.left:
+        note(f"warning: left behind, for the next lazyfs profile run to take away: {'; '.join(recorded.left)[:500]}")
     profile = _merged(recorded, min_share)
     write_output(output, format_prefetch(list_of(profile)))
     if as_json:

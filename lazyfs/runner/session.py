@@ -90,11 +90,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """All runs, and the image's files to name what they read."""
+    """All runs, and the image's files to name what they read. `left`: what could not be taken away, in words."""
 
     image: str
     runs: tuple[Run, ...]
     files: ImageFiles
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def record_runs(order: RunOrder, *, on_line: Callable[[bytes], None], on_run: Ca
             runs.append(session.run(number))
             on_run(number, runs[-1])
     assert session.files is not None
-    return Recorded(image.name, tuple(runs), session.files)
+    return Recorded(image.name, tuple(runs), session.files, tuple(place.left))
 
 
 def check_host() -> None:

@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import stat
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,6 @@ from tests.runnerkit import Profiler, profiled_image, require_runc, wait_said
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.mount
@@ -251,3 +251,18 @@ def test_a_network_that_cannot_be_entered_is_a_problem(tmp_path: Path, monkeypat
         assert select.select([probe.reader], [], [], WAIT_S)[0]
         assert "cannot enter the container's network" in probe.problem
         assert not probe.met
+
+
+def test_what_cannot_be_taken_away_is_told_and_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "BASE", tmp_path)
+    with workspace.open_workspace() as place:
+        stuck = place.top / "stuck"
+        stuck.touch()
+        if subprocess.run(["chattr", "+i", stuck], check=False, capture_output=True).returncode:
+            pytest.skip("this file system has no immutable files")
+    try:
+        assert place.left == [f"files in {place.top}"]
+    finally:
+        subprocess.run(["chattr", "-i", stuck], check=True)
+    assert place.clear() == []
+    assert not place.top.exists()
