@@ -29,7 +29,6 @@ from snapshotter.api.snapshots_pb2_grpc import SnapshotsServicer, add_SnapshotsS
 from snapshotter.model import Kind
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator
 
     from snapshotter.core import Snapshots
@@ -162,16 +161,16 @@ class Server:
                 self._path.unlink()
 
 
-def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Event, *,
+def serve(snapshots: Snapshots, address: str, threads: int, until_end: Callable[[], object], *,
           ready: Callable[[], None], extra: Callable[[Any], None] | None = None) -> None:
     """
-    Answer until `ended` is set.
+    Answer until `until_end` returns.
 
     Args:
         snapshots: what the calls work on; not closed here.
         address: path of the socket.
         threads: requests that are worked on at once.
-        ended: set by a signal handler.
+        until_end: waits for a signal. Not on a lock: one that another thread takes does not wake us there.
         ready: called once, when the socket answers.
         extra: adds other services to the same gRPC server.
 
@@ -187,7 +186,7 @@ def serve(snapshots: Snapshots, address: str, threads: int, ended: threading.Eve
     try:
         server.later(snapshots.cleanup)   # what a kill has left; nobody waits for it
         ready()
-        ended.wait()
+        until_end()
     finally:
         server.stop()
 

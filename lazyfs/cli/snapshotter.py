@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -90,13 +89,11 @@ def _serve(settings: config.Config, behind: int) -> None:
     from snapshotter.service import serve  # noqa: PLC0415
 
     logs.setup(settings.log, program="snapshotter")
-    ended = threading.Event()
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        ended.set()
-
+    told, tells = os.pipe2(os.O_CLOEXEC)   # written by the C handler, in whichever thread it runs
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+        signal.signal(number, _note)
 
     def ready() -> None:
         os.write(behind, b"ready\n")
@@ -108,7 +105,12 @@ def _serve(settings: config.Config, behind: int) -> None:
     try:
         lazy.reconcile(snapshots.bootstraps())
         with credential_proxy(settings) as proxy:
-            serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, ended, ready=ready, extra=proxy)
+            serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, lambda: os.read(told, 1),
+                  ready=ready, extra=proxy)
     finally:
         snapshots.close()
         os.close(directory)
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    """That there is a handler has the signal written to the wake-up descriptor."""

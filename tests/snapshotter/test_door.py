@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -106,6 +107,15 @@ def status_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return "State:\tZ"
+
+
+def test_a_signal_that_another_thread_takes_ends_the_server(tmp_path: Path) -> None:
+    with running(tmp_path) as found:
+        server = server_of(found.process.pid)
+        threads = [int(path.name) for path in Path(f"/proc/{server}/task").iterdir()]
+        other = max(thread for thread in threads if thread != server)
+        assert ctypes.CDLL(None).tgkill(server, other, signal.SIGTERM) == 0
+        wait_until(lambda: server_of(found.process.pid) != server, "it goes on as if nothing had been said")
 
 
 def test_requests_under_way_are_answered_before_the_end(tmp_path: Path) -> None:
