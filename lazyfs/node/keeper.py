@@ -329,18 +329,27 @@ class Keeper:
         if self._current is not None:
             self._current.say(b"leave\n")
             self._wait_left(self._current)
+        else:   # it ended a moment before
+            self._let_go()
 
     def _wait_left(self, child: Child) -> None:
         poll = select.poll()
         poll.register(child.pidfd, select.POLLIN)
         if poll.poll(_LEAVE_S * 1000):
             child.collect()
-            notify.forget("fuse")
-            notify.forget("control")
-            self._kept.remove()
+            self._let_go()
         else:
             _say(f"worker {child.pid} still serves mounts, and goes on; the next start takes it over")
         self._current = None
+
+    def _let_go(self) -> None:
+        """No worker is left: nor is anything else, but for mounts of one that stepped aside (SIGTERM to all of us)."""
+        if self._kept.has_mounts:
+            _say("its mounts are left: they are served again if the next start gets the connection (systemd)")
+            return
+        notify.forget("fuse")
+        notify.forget("control")
+        self._kept.remove()
 
 
 def _reply(client: socket.socket, answer: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ Light to import. Layer: node. Who calls: node.keeper. State: the descriptors, an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from lazyfs.node.keeperchild import fetch_descriptor
 
 _FILES = ("control.sock", "keeper.sock", "keeper.json", "worker.json", "numbers.json", "worker.log",
           "credentials-handed-over")   # node.rundir says what they are; the lock goes last
+_MNT_DETACH = 2                  # umount2(2)
 _BACKLOG = 64                    # requests that wait for the next worker
 EXIT_HOST, EXIT_BUSY = 40, 42    # as in lazyfs.errors, which would have to be imported
 
@@ -60,8 +62,18 @@ class Kept:
             json.dump(identity, file)
         os.replace(temporary, f"{self.root}/keeper.json")  # noqa: PTH105 - light
 
+    @property
+    def has_mounts(self) -> bool:
+        """Whether mounts are on record: somebody may read from them."""
+        return any(name.endswith(".json") for name in _names(f"{self.root}/mounts"))
+
     def remove(self) -> None:
-        """Nothing is served any more: take our files away. Refuses, as rmdir(2) does, where something is left."""
+        """
+        Nothing is served any more: take our files away. Refuses, as rmdir(2) does, where something is left.
+
+        A worker that was told to step aside, not to leave (SIGTERM to all of us), has left the FUSE mount there.
+        """
+        ctypes.CDLL(None).umount2(os.fsencode(f"{self.root}/fuse"), _MNT_DETACH)
         halves = [f"{folder}/{name}" for folder in (self.root, f"{self.root}/mounts") for name in _names(folder)
                   if name.endswith(".tmp")]   # of a worker that was killed while it wrote
         for path in (*(f"{self.root}/{name}" for name in _FILES), *halves):

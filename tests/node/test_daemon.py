@@ -239,7 +239,10 @@ def test_keeper_and_worker_killed_is_said_and_cleaned_up(machine: Machine, regis
     machine.assert_clean()
 
 
-def test_systemds_descriptor_store_keeps_the_mounts_over_both_deaths(machine: Machine, registry: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])   # SIGTERM to all of us: systemctl kill
+def test_systemds_descriptor_store_keeps_the_mounts_over_both_deaths(
+    machine: Machine, registry: str, number: signal.Signals
+) -> None:
     """The protocol of sd_notify(3) and sd_listen_fds(3), played by this test."""
     path = machine.directory / "notify"
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -260,9 +263,13 @@ def test_systemds_descriptor_store_keeps_the_mounts_over_both_deaths(machine: Ma
             assert any(f"MAINPID={first.process.pid}" in text for text in words)
             target = mount(machine, registry)
             reader = Reader(target)
-            first.process.kill()
-            first.process.wait()
-            os.kill(first.worker(), signal.SIGKILL)
+            for process in (first.process.pid, first.worker()):
+                os.kill(process, number)
+            first.process.wait(WAIT_S)
+            receiver.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while data := receiver.recv(4096):
+                    assert b"FDSTOREREMOVE" not in data
             second = start_stored(machine, stored)
             try:
                 second.wait_ready()
