@@ -1,7 +1,7 @@
 """
 One image from its converted layers: tree, tables, hot blob, bootstrap, config, manifest.
 
-Who calls: converter.build. Layer: converter.
+Who calls: converter.build, converter.optimize. Layer: converter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.hot import StoredBlobs, write_hot_blob
+from converter.hot import write_hot_blob
 from converter.overlay import merge
 from converter.report import HotReport, ImageReport, LayerReport
 from lazyfs.errors import IntegrityError
@@ -35,6 +35,7 @@ from lazyfs.registry.select import Platform
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from converter.hot import BlobReader, StoredBlobs
     from converter.reuse import LayerContent
     from lazyfs.image.descriptor import Descriptor
     from lazyfs.image.manifest import Manifest
@@ -103,12 +104,46 @@ def put_image(
 
     """
     root = merge([layer.entries for layer in layers], names=[layer.blob.source_digest.short for layer in layers])
+    erofs = write_image(root, [layer.table.device_size for layer in layers])
+    origin = Origin(image.manifest, image.document.digest, image.config)
+    document, hot, bootstrap = put_tree(origin, layers, erofs, destination, stored=stored, wanted=wanted)
+    report = ImageReport(
+        image.platform, image.document.digest, document.digest, tuple(reports), hot, bootstrap.size
+    )
+    return document, report
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a lazy image keeps of its source image: manifest, that manifest's digest, config."""
+
+    manifest: Manifest
+    digest: Digest
+    config: bytes
+
+
+def put_tree(
+    origin: Origin, layers: Sequence[LayerContent], erofs: bytes | memoryview, destination: ImageDestination, *,
+    stored: BlobReader, wanted: PrefetchList | None,
+) -> tuple[Document, HotReport | None, LazyBootstrap]:
+    """
+    Put hot blob, bootstrap and config of an image whose merged tree is there already; the layers' entries are not used.
+
+    Args:
+        origin: of the source image.
+        layers: its converted layers, lowest first.
+        erofs: the tree of all of them.
+        destination: where to.
+        stored: reads the blobs' bytes, for the hot blob.
+        wanted: the prefetch list.
+
+    Returns: the lazy manifest, not yet at the destination; the hot blob; the bootstrap layer.
+
+    """
     blobs, tables = _number_blobs(layers)
-    device_sizes = [table.device_size for table in tables]
-    erofs = write_image(root, device_sizes)
     hot = None
     if wanted is not None:
-        plan = resolve(wanted, ErofsImage.parse(erofs, device_sizes), tables)
+        plan = resolve(wanted, ErofsImage.parse(erofs, [table.device_size for table in tables]), tables)
         blobs, tables, hot = _put_hot_blob(plan, layers, blobs, tables, destination, stored=stored)
     devices = tuple(Device(table.device_digest(), table) for table in tables)
     tar = pack_bootstrap(Bootstrap(blobs, devices, erofs))
@@ -116,16 +151,12 @@ def put_image(
     bootstrap = LazyBootstrap(Digest.of(packed), len(packed), len(tar))
     hot_blob = HotBlob(hot.digest, hot.size) if hot is not None and hot.digest is not None else None
     manifest, config = build_lazy_manifest(
-        image.manifest, image.document.digest, image.config,
+        origin.manifest, origin.digest, origin.config,
         LazyParts(tuple(layer.blob for layer in layers), hot_blob, bootstrap), bootstrap_diff_id=Digest.of(tar),
     )
     destination.put_bytes(packed, bootstrap.digest)
     destination.put_bytes(config, Digest.of(config))
-    document = Document(manifest, OCI_MANIFEST, Digest.of(manifest))
-    report = ImageReport(
-        image.platform, image.document.digest, document.digest, tuple(reports), hot, bootstrap.size
-    )
-    return document, report
+    return Document(manifest, OCI_MANIFEST, Digest.of(manifest)), hot, bootstrap
 
 
 def _number_blobs(layers: Sequence[LayerContent]) -> tuple[tuple[BlobRef, ...], list[ChunkTable]]:
@@ -145,7 +176,7 @@ def _number_blobs(layers: Sequence[LayerContent]) -> tuple[tuple[BlobRef, ...], 
 
 def _put_hot_blob(
     plan: PrefetchPlan, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...], tables: list[ChunkTable],
-    destination: ImageDestination, *, stored: StoredBlobs,
+    destination: ImageDestination, *, stored: BlobReader,
 ) -> tuple[tuple[BlobRef, ...], list[ChunkTable], HotReport]:
     unmatched = tuple(plan.unmatched)
     path = destination.staging_dir / "hot.blob"

@@ -33,6 +33,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 # name -> (module:attribute, one line for the overview; told here so that --help imports none of them)
 COMMANDS = {
     "convert": ("lazyfs.cli.convert:convert_command", "Make a lazy image out of an OCI or Docker image."),
+    "optimize": ("lazyfs.cli.optimize:optimize_command", "Give a lazy image another hot part; its layers stay."),
     "mount": ("lazyfs.cli.mount:mount_command", "Mount a lazy image on a directory."),
     "umount": ("lazyfs.cli.mount:umount_command", "Unmount a lazy image."),
     "daemon": ("lazyfs.cli.daemon:daemon_command", "Serve all lazy images of this node; survive crashes and upgrades."),

@@ -95,6 +95,27 @@ def build_config(source: bytes, layer_count: int, diff_ids: Sequence[Digest], ad
     return encode_json({**fields, "rootfs": new_rootfs, "history": history})
 
 
+def without_added(config: bytes, diff_ids: Sequence[Digest], added_count: int) -> bytes:
+    """
+    A lazy image's config as a source of build_config(), which makes the same config of it again.
+
+    Args:
+        config: the lazy image's config.
+        diff_ids: of the source's layers.
+        added_count: how many layers the source does not have, all of them last.
+
+    Raises:
+        FormatError: the config does not have those layers.
+
+    """
+    parse_config(config, len(diff_ids) + added_count)
+    fields = decode_json(config, dict[str, msgspec.Raw], "image config", limits.CONFIG_BYTES_MAX)
+    rootfs = decode_json(bytes(fields["rootfs"]), dict[str, msgspec.Raw], "image config", limits.CONFIG_BYTES_MAX)
+    history = _history(fields.get("history"), len(diff_ids) + added_count)
+    kept: dict[str, object] = {**rootfs, "diff_ids": [digest.text for digest in diff_ids]}
+    return encode_json({**fields, "rootfs": kept, "history": history[: len(history) - added_count]})
+
+
 def comparable(config: bytes) -> Mapping[str, object]:
     """All of a config that conversion must not change, for `lazyfs check`."""
     fields = decode_json(config, dict[str, object], "image config", limits.CONFIG_BYTES_MAX)

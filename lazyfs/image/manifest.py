@@ -67,6 +67,7 @@ __all__ = [
     "BLOB_TYPE", "BOOTSTRAP_TYPE", "LAZY_VERSION", "NOT_LAZY_HINT", "OCI_CONFIG", "OCI_INDEX", "OCI_MANIFEST",
     "Index", "LayerBlob", "LazyBootstrap", "LazyManifest", "Manifest", "build_index", "build_lazy_manifest",
     "check_source", "is_index", "is_lazy", "options_key", "parse_index", "parse_lazy_manifest", "parse_manifest",
+    "source_annotations",
 ]
 
 
@@ -232,6 +233,12 @@ def parse_lazy_manifest(manifest: Manifest, name: str = "") -> LazyManifest:
         Digest(_annotation(manifest.annotations, SOURCE_KEY)), manifest.annotations.get(TOOL_KEY, ""),
         manifest.annotations,
     )
+
+
+def source_annotations(manifest: Manifest) -> dict[str, str]:
+    """The annotations that a lazy image's manifest has of its source's: all but those that make it lazy."""
+    own = (VERSION_KEY, SOURCE_KEY, TOOL_KEY)
+    return {key: value for key, value in manifest.annotations.items() if key not in own}
 
 
 def build_index(source: Index, members: Mapping[Digest, Document]) -> bytes:

@@ -7,7 +7,7 @@ Images in registries, image-layout directories and archives.
 Contracts: place.py. Cheap to import: transports are loaded when they are used.
 """
 
-from lazyfs.registry.opening import check_apart, open_destination, open_source
+from lazyfs.registry.opening import check_apart, open_destination, open_source, own_name
 from lazyfs.registry.options import RegistryOptions, Secret
 from lazyfs.registry.reference import FileReference, Reference, RegistryReference, parse_reference
 
@@ -20,5 +20,6 @@ __all__ = [
     "check_apart",
     "open_destination",
     "open_source",
+    "own_name",
     "parse_reference",
 ]

@@ -7,6 +7,7 @@ annotation org.opencontainers.image.ref.name of an entry of index.json.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ INDEX_FILE = "index.json"
 LAYOUT_BYTES = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_BYTES_MAX = MANIFEST_BYTES_MAX
 _SHOWN_TAGS = 10
+_REFERRERS_TAG = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 class IndexEntry(msgspec.Struct):
@@ -53,6 +55,11 @@ class _Index(msgspec.Struct):
 
 class _Layout(msgspec.Struct):
     imageLayoutVersion: str  # noqa: N815 - the document's key
+
+
+def is_referrers_tag(tag: str) -> bool:
+    """Whether a tag names no image but what refers to one (distribution-spec v1.1 "Referrers Tag Schema")."""
+    return _REFERRERS_TAG.fullmatch(tag) is not None
 
 
 def blob_member(digest: Digest) -> str:
@@ -107,7 +114,7 @@ class LayoutSource:
 
     def _choose(self, entries: list[IndexEntry]) -> IndexEntry:
         wanted = self._reference.tag
-        chosen = [entry for entry in entries if entry.tag == wanted] if wanted else entries
+        chosen = [entry for entry in entries if (entry.tag == wanted if wanted else not is_referrers_tag(entry.tag))]
         if len({entry.digest for entry in chosen}) == 1:
             return chosen[0]
         tags = ", ".join(sorted({entry.tag for entry in entries if entry.tag})[:_SHOWN_TAGS]) or "none"

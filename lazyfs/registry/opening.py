@@ -8,6 +8,7 @@ oci: directory needs no HTTP library.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import UsageError
@@ -66,6 +67,35 @@ def check_apart(source_text: str, destination_text: str) -> None:
     if is_same:
         raise UsageError(f"{destination.text} is the source itself: it would be replaced",
                          hint="name the lazy image another way, for example with -lazy at the tag's end")
+
+
+def own_name(text: str) -> str:
+    """
+    The destination by which an image is replaced under the name that it was read by.
+
+    Raises:
+        UsageError: it has none, or other images would be lost.
+
+    """
+    reference = parse_reference(text)
+    if reference.digest is not None:
+        raise UsageError(f"{reference.text} is named by its digest: what replaces it has another one",
+                         hint="say where the new image shall go: DST")
+    if isinstance(reference, RegistryReference) or reference.transport is FileTransport.DOCKER_ARCHIVE:
+        return text
+    from lazyfs.registry.files import DirectoryFiles, TarFiles  # noqa: PLC0415
+    from lazyfs.registry.layout import is_referrers_tag, read_index  # noqa: PLC0415
+
+    is_archive = reference.transport is FileTransport.OCI_ARCHIVE
+    files = TarFiles(reference.path) if is_archive else DirectoryFiles(reference.path)
+    try:
+        tags = [entry.tag for entry in read_index(files) if is_archive or not is_referrers_tag(entry.tag)]
+    finally:
+        files.close()
+    if is_archive and len(tags) > 1:
+        raise UsageError(f"{reference.text}: the archive holds other images as well, which would be lost",
+                         hint="say where the new image shall go: DST")
+    return replace(reference, tag=reference.tag or (tags[0] if len(tags) == 1 else "")).text
 
 
 def open_destination(text: str, options: RegistryOptions) -> ImageDestination:

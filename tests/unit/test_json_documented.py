@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from lazyfs.cli.check import check_command
 from lazyfs.cli.convert import convert_command
 from lazyfs.cli.inspect import inspect_command
+from lazyfs.cli.optimize import optimize_command
 from tests.convertkit import Layout
 from tests.tarbuilder import TarBuilder
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import click
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs/reference.md"
-COMMANDS = {"convert": convert_command, "inspect": inspect_command, "check": check_command}
+COMMANDS = {"convert": convert_command, "inspect": inspect_command, "check": check_command,
+            "optimize": optimize_command}
 BY_NAME = {"counts", "codecs", "inspect.images.entries"}     # their members are kinds, codecs, types
 
 
@@ -50,7 +52,7 @@ def test_members(tmp_path: Path, name: str) -> None:
     layout = Layout(tmp_path / "in")
     layout.add_image("app", [TarBuilder().file("a", random.Random(1).randbytes(300_000)).build()])
     layout.add_image("other", [TarBuilder().file("b", b"2").build()])
-    (tmp_path / "list").write_text("a\nnothing\n")
+    (tmp_path / "list").write_text("a 0-999999\nnothing\n")
     source, lazy = layout.reference("app"), f"oci:{tmp_path}/out:lazy"
     found: dict[str, set[str]] = defaultdict(set)
 
@@ -64,5 +66,6 @@ def test_members(tmp_path: Path, name: str) -> None:
     run("convert", source, lazy, "--prefetch", str(tmp_path / "list"))
     run("inspect", lazy)
     run("inspect", source)
+    run("optimize", lazy, "--prefetch", str(tmp_path / "list"))
     run("check", lazy, layout.reference("other"))
     assert dict(found) == {place: members for place, members in documented().items() if place.split(".")[0] == name}

@@ -50,7 +50,7 @@ def images() -> Iterator[Path]:
 
 def test_the_document_works_as_it_is_written(images: Path) -> None:
     blocks = re.findall(r"^```console\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                    "XDG_CACHE_HOME": str(images / "cache")}
     done = subprocess.run(["bash", "-ec", "\n".join(blocks)], env=environment, capture_output=True, text=True,
