@@ -16,6 +16,8 @@ _PLACES = {
     "merge": ("lazyfs.cli.profile_merge:merge_command", "Several runs, or lists, become one list."),
     "diff": ("lazyfs.cli.profile_diff:diff_command", "What two lists have in common, and in which order."),
     "check": ("lazyfs.cli.profile_check:check_command", "What of a list an image still has."),
+    "push": ("lazyfs.cli.profile_push:push_command", "Put a list beside its image, in the registry."),
+    "pull": ("lazyfs.cli.profile_push:pull_command", "Get the list that is beside an image."),
 }
 _EPILOG = """\b
 Examples:
@@ -25,6 +27,7 @@ Examples:
   lazyfs profile merge run1.json run2.json run3.json -o start.txt
   lazyfs profile diff old.txt new.txt
   lazyfs profile check start.txt registry.example/app:2-lazy --min-coverage 0.9
+  lazyfs profile push start.txt registry.example/app:lazy
 
 'lazyfs profile COMMAND --help' shows a command's options.
 """

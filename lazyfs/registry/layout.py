@@ -7,13 +7,13 @@ annotation org.opencontainers.image.ref.name of an entry of index.json.
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from lazyfs.errors import DeadlineError, FormatError, IntegrityError, NotFoundError, UnsupportedError, UsageError
+from lazyfs.image.artifact import is_referrers_tag
 from lazyfs.image.digest import Digest
 from lazyfs.limits import BOOTSTRAP_BYTES_MAX, KIB, MANIFEST_BYTES_MAX
 from lazyfs.registry.documents import check_blob, make_document
@@ -33,7 +33,6 @@ INDEX_FILE = "index.json"
 LAYOUT_BYTES = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_BYTES_MAX = MANIFEST_BYTES_MAX
 _SHOWN_TAGS = 10
-_REFERRERS_TAG = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 class IndexEntry(msgspec.Struct):
@@ -55,11 +54,6 @@ class _Index(msgspec.Struct):
 
 class _Layout(msgspec.Struct):
     imageLayoutVersion: str  # noqa: N815 - the document's key
-
-
-def is_referrers_tag(tag: str) -> bool:
-    """Whether a tag names no image but what refers to one (distribution-spec v1.1 "Referrers Tag Schema")."""
-    return _REFERRERS_TAG.fullmatch(tag) is not None
 
 
 def blob_member(digest: Digest) -> str:
@@ -126,6 +120,20 @@ class LayoutSource:
 
     def document(self, digest: Digest) -> Document:
         return self._document(digest, "")
+
+    def referrers(self, subject: Digest, artifact_type: str, deadline: float) -> None:
+        """Of referrers.ReferrersPlace: files have no API."""
+
+    def named(self, name: str | Digest, deadline: float) -> Document:
+        """Of referrers.ReferrersPlace."""
+        if time.monotonic() >= deadline:
+            raise DeadlineError(f"{self.name}: no time left")
+        if isinstance(name, Digest):
+            return self.document(name)
+        for entry in read_index(self._files):
+            if entry.tag == name:
+                return self.entry_document(entry)
+        raise NotFoundError(f"{self.name}: no image tagged {name!r}")
 
     def _document(self, digest: Digest, media_type: str) -> Document:
         data = read_small(self._files, blob_member(digest), MANIFEST_BYTES_MAX)

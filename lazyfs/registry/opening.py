@@ -83,8 +83,9 @@ def own_name(text: str) -> str:
                          hint="say where the new image shall go: DST")
     if isinstance(reference, RegistryReference) or reference.transport is FileTransport.DOCKER_ARCHIVE:
         return text
+    from lazyfs.image.artifact import is_referrers_tag  # noqa: PLC0415
     from lazyfs.registry.files import DirectoryFiles, TarFiles  # noqa: PLC0415
-    from lazyfs.registry.layout import is_referrers_tag, read_index  # noqa: PLC0415
+    from lazyfs.registry.layout import read_index  # noqa: PLC0415
 
     is_archive = reference.transport is FileTransport.OCI_ARCHIVE
     files = TarFiles(reference.path) if is_archive else DirectoryFiles(reference.path)

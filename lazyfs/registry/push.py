@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import LazyfsError, NotFoundError, TargetError
+from lazyfs.image.artifact import is_referrers_tag
 from lazyfs.registry.reference import RegistryReference, parse_reference
 from lazyfs.registry.remote import RegistrySource
 from lazyfs.registry.retry import with_retries
@@ -82,7 +83,7 @@ class RegistryDestination:
             tags = self._client.tags(10 * DOCUMENT_COUNT_MAX, self._deadline())
         except LazyfsError:
             return
-        others = sorted({tag for tag in tags if tag != self._reference.tag}, reverse=True)
+        others = sorted({tag for tag in tags if tag != self._reference.tag and not is_referrers_tag(tag)}, reverse=True)
         yield from others[: DOCUMENT_COUNT_MAX - 1]
 
     def reader(self) -> ImageSource:

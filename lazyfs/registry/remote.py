@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lazyfs.errors import FormatError, IntegrityError
 from lazyfs.limits import BOOTSTRAP_BYTES_MAX
 from lazyfs.registry.documents import check_blob
+from lazyfs.registry.referrersapi import list_referrers
 from lazyfs.registry.retry import with_retries
 from lazyfs.registry.streams import BlobStream, FileStream, RangeStream, distrust, read_exactly
 
@@ -50,6 +51,17 @@ class RegistrySource:
     def document(self, digest: Digest) -> Document:
         deadline = self._deadline()
         return with_retries(lambda: self._client.manifest(str(digest), digest, deadline), deadline,
+                            self._client.options.retry_count)
+
+    def referrers(self, subject: Digest, artifact_type: str, deadline: float) -> list[bytes] | None:
+        """Of referrers.ReferrersPlace."""
+        return with_retries(lambda: list_referrers(self._client, subject, artifact_type, deadline), deadline,
+                            self._client.options.retry_count)
+
+    def named(self, name: str | Digest, deadline: float) -> Document:
+        """Of referrers.ReferrersPlace."""
+        expected = None if isinstance(name, str) else name
+        return with_retries(lambda: self._client.manifest(str(name), expected, deadline), deadline,
                             self._client.options.retry_count)
 
     def open_blob(self, digest: Digest, size: int) -> BlobStream:

@@ -50,7 +50,7 @@ def images() -> Iterator[Path]:
 
 def test_the_document_works_as_it_is_written(images: Path) -> None:
     blocks = re.findall(r"^```console\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                    "XDG_CACHE_HOME": str(images / "cache")}
     done = subprocess.run(["bash", "-ec", "\n".join(blocks)], env=environment, capture_output=True, text=True,
@@ -71,7 +71,8 @@ def test_tables_name_what_is_printed(tmp_path: Path) -> None:
     path.write_text("usr/bin/app 0-9 ms=1\n")
     make_images(tmp_path / "images")
     run_convert(f"oci:{tmp_path}/images:app", image)
-    words = {"show": [str(path)], "diff": [str(path), str(path)], "check": [str(path), image]}
+    words = {"show": [str(path)], "diff": [str(path), str(path)], "check": [str(path), image],
+             "push": [str(path), image]}
     for command, arguments in words.items():
         done = CliRunner().invoke(profile_command, [command, *arguments, "--json"], catch_exceptions=False)
         (row,) = re.findall(rf"^\| `{command}` \| (.*) \|$", DOCUMENT, re.MULTILINE)
