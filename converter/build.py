@@ -97,7 +97,10 @@ class _Conversion:
                 self.destination.put_document(member)
             data = build_index(index, {image.document.digest: member for image, member, _ in made})
             document = Document(data, OCI_INDEX, Digest.of(data))
-        self.destination.commit(document)
+        if self.options.named:
+            self.destination.commit(document)
+        else:
+            self.destination.put_document(document)
         return document.digest
 
     # --- which images ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ source image is given to what writes them for a conversion: so the result is, by
 with that list would have made. Order: everything is put, then the reference names it, in one step. Blobs that are not
 at the destination's place yet are mounted or linked from the source's where that is possible, else copied.
 
-Who calls: lazyfs.cli.optimize, lazyfs.cli.convert_profile. Layer: converter.
+Who calls: lazyfs.cli.optimize, lazyfs.cli.convert_profiled. Layer: converter.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class ConvertOptions:
     """
     How to convert. `prefetch`: what the hot blob is to hold. `platform`: OS/ARCH[/VARIANT], None: this machine's.
 
-    `jobs`: threads that compress, and layers that are read at a time; no influence on the result.
+    `jobs`: threads that compress, and layers that are read at a time; no influence on the result. `named`: False: the
+    result is put by its digest only, and the destination's reference stays as it is.
     """
 
     encoding: Encoding
@@ -30,6 +31,7 @@ class ConvertOptions:
     platform: str | None = None
     all_platforms: bool = False
     reuse: bool = True
+    named: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazyfs import limits
+from lazyfs.cli.convert_words import profile_options, wants_profile
 from lazyfs.cli.options import platform_option, registry_options
 from lazyfs.cli.output import Progress, format_bytes, make_progress, note, print_json
 from lazyfs.errors import UsageError
@@ -32,6 +33,7 @@ Examples:
   lazyfs convert docker-archive:image.tar oci:/srv/images:web
   lazyfs convert --codec zstd --prefetch start.txt oci:in:ml oci:out:ml
   lazyfs convert --all-platforms registry.example/app:1 registry.example/app:1-lazy
+  lazyfs convert --profile-run --until-port 80 registry.example/web:1 registry.example/web:1-lazy
 """
 
 
@@ -57,6 +59,7 @@ class ChunkSize(click.ParamType[int]):
 @click.command("convert", epilog=_EXAMPLES)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
+@click.argument("command", nargs=-1, metavar="[-- COMMAND...]")
 @click.option("--codec", type=click.Choice(["lz4", "zstd", "none"]), default="zstd", show_default=True,
               help="How chunks are compressed: zstd is smallest; lz4, with zstd where it saves much, reads fastest.")
 @click.option("--level", type=int, metavar="N", help="Of the codec: lz4 1-12, zstd 1-19.  [default: by codec]")
@@ -70,10 +73,12 @@ class ChunkSize(click.ParamType[int]):
 @click.option("--no-reuse", is_flag=True, help="Convert every layer anew, even if DST's place has it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors (and JSON).")
+@profile_options
 @platform_option
 @registry_options
 def convert_command(
-    source: str, destination: str, *, as_json: bool, quiet: bool, registry: RegistryOptions, **words: Any
+    source: str, destination: str, command: tuple[str, ...], *, as_json: bool, quiet: bool, registry: RegistryOptions,
+    **words: Any,
 ) -> None:
     """
     Make a lazy image out of the OCI or Docker image SRC, at DST.
@@ -81,22 +86,29 @@ def convert_command(
     SRC: docker://HOST/REPO:TAG (also by @digest, also without docker://), oci:DIR:TAG, oci-archive:FILE,
     docker-archive:FILE. DST: the same, but for docker-archive. Layers that an earlier conversion put at the same
     place are reused. DST names the new image only once everything is there.
+
+    With --profile-run the image is then run, as by 'lazyfs profile run', and what its start read becomes its hot part.
     """
     gc.set_threshold(100_000, 50, 50)   # millions of entries, hardly a cycle: looking for them took a tenth of the time
     options = _options(words)
+    if wants_profile(words, command):
+        from lazyfs.cli.convert_profiled import convert_profiled  # noqa: PLC0415
+
+        convert_profiled(source, destination, command, options, registry, words=words, quiet=quiet, as_json=as_json)
+        return
     started_s = time.monotonic()
     with make_progress(quiet=quiet) as progress:
-        report = _convert(source, destination, options, registry, _ProgressEvents(progress))
+        report = run_convert(source, destination, options, registry, ProgressEvents(progress))
     seconds = time.monotonic() - started_s
     if as_json:
-        print_json(_as_json(report, seconds))
+        print_json(convert_json(report, seconds))
     elif not quiet:
-        _summary(report, destination, seconds)
+        print_summary(report, destination, seconds)
 
 
-def _convert(
+def run_convert(
     source_text: str, destination_text: str, options: ConvertOptions, registry: RegistryOptions,
-    events: _ProgressEvents,
+    events: ProgressEvents,
 ) -> ConvertReport:
     from converter.build import convert  # noqa: PLC0415
     from lazyfs.registry import check_apart, open_destination, open_source  # noqa: PLC0415
@@ -141,7 +153,7 @@ def _processors() -> int:
     return min(len(os.sched_getaffinity(0)), _JOBS_MAX)
 
 
-class _ProgressEvents:
+class ProgressEvents:
     """Turns what the converter tells into progress."""
 
     def __init__(self, progress: Progress) -> None:
@@ -164,7 +176,7 @@ class _ProgressEvents:
         self._progress.note(f"note: {text}")
 
 
-def _summary(report: ConvertReport, destination: str, seconds: float) -> None:
+def print_summary(report: ConvertReport, destination: str, seconds: float) -> None:
     for image in report.images:
         reused = sum(layer.reused for layer in image.layers)
         parts = [f"{len(image.layers)} layers" + (f" ({reused} reused)" if reused else "")]
@@ -177,7 +189,7 @@ def _summary(report: ConvertReport, destination: str, seconds: float) -> None:
     print(f"{destination}: {report.digest} in {seconds:.1f} s")
 
 
-def _as_json(report: ConvertReport, seconds: float) -> dict[str, Any]:
+def convert_json(report: ConvertReport, seconds: float) -> dict[str, Any]:
     return {
         "sourceDigest": report.source_digest.text,
         "digest": report.digest.text,

@@ -1,7 +1,7 @@
 """
 Files that commands write because the user named them: there whole, or not at all.
 
-Layer: cli. Who calls: lazyfs.cli.profile_show, profile_merge, profile_run.
+Layer: cli. Who calls: lazyfs.cli.profile_show, profile_merge, profile_run, profile_push, convert_profiled.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ Examples:
   lazyfs profile run oci:/srv/images:tool-lazy -- python3 -c 'import numpy'
 
 \b
-Then: lazyfs convert --prefetch app.prefetch SRC DST
+Then: lazyfs optimize registry.example/app:lazy --prefetch app.prefetch
 
 \b
 Exit codes:
@@ -104,32 +104,43 @@ def run_command(
     """
     if as_json and output == "-":
         raise UsageError("--json and the list cannot both go to standard output", hint="add --output FILE")
-    _check_output(output)
-    from lazyfs.cli.mount import absolute_image  # noqa: PLC0415
+    check_output(output)
     from lazyfs.image.prefetch import format_prefetch  # noqa: PLC0415
     from lazyfs.profile.parts import list_of  # noqa: PLC0415
-    from lazyfs.registry.fields import default_auth_file, to_fields  # noqa: PLC0415
-    from lazyfs.runner.output import printable  # noqa: PLC0415
-    from lazyfs.runner.session import RunOrder, record_runs  # noqa: PLC0415
 
-    fields = to_fields(replace(registry, auth_file=registry.auth_file or default_auth_file()))
-    order = _with_words(RunOrder(
-        absolute_image(image, str(Path.cwd())), command, runs=runs, keep_failed=keep_failed, driver=driver,
-        cache_dir=None if cache_dir is None else os.path.realpath(cache_dir), platform=platform, registry=fields,
-    ), words)
+    order = make_order(image, command, registry, words, runs=runs, keep_failed=keep_failed, driver=driver,
+                       cache_dir=None if cache_dir is None else os.path.realpath(cache_dir), platform=platform)
+    recorded, profile = record_list(order, image, min_share=min_share, quiet=quiet)
+    write_output(output, format_prefetch(list_of(profile)))
+    if as_json:
+        print_json(run_json(recorded, profile, output))
+    else:
+        note(f"{len(profile.parts)} ranges of files, {format_bytes(profile.size_bytes)}, of {recorded.image}")
+
+
+def make_order(
+    image: str, command: tuple[str, ...], registry: RegistryOptions, words: dict[str, Any], **fields: Any
+) -> RunOrder:
+    """What to run; `words`: those of run_options(), `fields`: others of RunOrder. Raises UsageError."""
+    from lazyfs.cli.mount import absolute_image  # noqa: PLC0415
+    from lazyfs.registry.fields import default_auth_file, to_fields  # noqa: PLC0415
+    from lazyfs.runner.session import RunOrder  # noqa: PLC0415
+
+    known = to_fields(replace(registry, auth_file=registry.auth_file or default_auth_file()))
+    return _with_words(RunOrder(absolute_image(image, str(Path.cwd())), command, registry=known, **fields), words)
+
+
+def record_list(order: RunOrder, image: str, *, min_share: float, quiet: bool) -> tuple[Recorded, Profile]:
+    """Run it, saying what goes on; all runs, and what they read, merged. `image`: its name for people."""
+    from lazyfs.runner.output import printable  # noqa: PLC0415
+    from lazyfs.runner.session import record_runs  # noqa: PLC0415
+
     note(f"running {image} {order.rules.describe()}, at most {order.rules.timeout_s:g} s")
     with _hangup_terminates():
         recorded = record_runs(
             order, on_line=lambda line: None if quiet else note(f"| {printable(line)}"),
-            on_run=lambda number, run: note(_run_line(number, runs, run)))
-    if recorded.left:
-        note(f"warning: left behind, for the next lazyfs profile run to take away: {'; '.join(recorded.left)[:500]}")
-    profile = _merged(recorded, min_share)
-    write_output(output, format_prefetch(list_of(profile)))
-    if as_json:
-        print_json(_summary(recorded, profile, output))
-    else:
-        note(f"{len(profile.parts)} ranges of files, {format_bytes(profile.size_bytes)}, of {recorded.image}")
+            on_run=lambda number, run: note(_run_line(number, order.runs, run)))
+    return recorded, _merged(recorded, min_share)
 
 
 def _with_words(order: RunOrder, words: dict[str, Any]) -> RunOrder:
@@ -189,7 +200,7 @@ def _run_line(number: int, count: int, run: Run) -> str:
     return f"run {number} of {count}: {run.outcome.elapsed_s:.2f} s: {run.outcome.reason}{ended}{kept}{cut}"
 
 
-def _summary(recorded: Recorded, profile: Profile, output: str) -> dict[str, Any]:
+def run_json(recorded: Recorded, profile: Profile, output: str) -> dict[str, Any]:
     """A contract: names are only added."""
     return {
         "image": recorded.image,
@@ -215,7 +226,7 @@ def _hangup_terminates() -> Iterator[None]:
         signal.signal(signal.SIGHUP, previous)
 
 
-def _check_output(output: str) -> None:
+def check_output(output: str) -> None:
     """Before a run of minutes, not after it."""
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise TargetError(f"{output}: there is no such directory")

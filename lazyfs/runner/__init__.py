@@ -7,5 +7,5 @@ Run a lazy image once or several times, and learn what its start reads: the work
     spec.py         the OCI runtime bundle          rootfs.py      reading inside a hostile tree
     rules.py        when a run is over              output.py, probe.py   what the rules look at
 
-Layer: lazyfs.runner, above lazyfs.node and lazyfs.profile. Who calls: cli.profile_run.
+Layer: lazyfs.runner, above lazyfs.node and lazyfs.profile. Who calls: cli.profile_run, cli.convert_profiled.
 """
