@@ -80,7 +80,7 @@ class Kept:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # noqa: PTH108 - light
         with contextlib.suppress(OSError):
-            for name in ("fuse", "ctl", "mounts"):
+            for name in ("fuse", "mounts"):
                 os.rmdir(f"{self.root}/{name}")  # noqa: PTH106 - light
             os.unlink(f"{self.root}/lock")  # noqa: PTH108 - light
             os.rmdir(self.root)  # noqa: PTH106 - light

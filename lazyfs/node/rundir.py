@@ -6,7 +6,7 @@ The run directory: who serves what, for everybody who comes later (umount, the n
         control.sock                  the worker's control socket (node.protocol)
         worker.json                   which process it is
         worker.log                    its messages
-        fuse/  ctl/                   its FUSE mount; where fusectl is mounted for a moment
+        fuse/                         its FUSE mount
         mounts/<slot>.json            one record a mount
         numbers.json                  the next device index and slot, for a worker that takes over
         keeper.json, keeper.sock      of the daemon: which process keeps the descriptors, where it is asked
@@ -142,10 +142,6 @@ class WorkerDir:
         return self.root / "fuse"
 
     @property
-    def control_mount(self) -> Path:
-        return self.root / "ctl"
-
-    @property
     def mounts(self) -> Path:
         return self.root / "mounts"
 
@@ -161,7 +157,7 @@ class WorkerDir:
             try:
                 run_root().mkdir(mode=0o700, parents=True, exist_ok=True)
                 # os.mkdir, because Path.mkdir(exist_ok=True) looks at what is there: on fuse/ may be a dead mount
-                for path in (self.root, self.control_mount, self.mounts, self.fuse):
+                for path in (self.root, self.mounts, self.fuse):
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(path, 0o700)   # noqa: PTH102
             except OSError as error:
@@ -233,7 +229,7 @@ class WorkerDir:
         with contextlib.suppress(OSError):
             for path in (*self.root.glob("*.tmp"), *self.mounts.glob("*.tmp")):   # of a worker killed while it wrote
                 path.unlink(missing_ok=True)
-            for path in (self.fuse, self.control_mount, self.mounts):
+            for path in (self.fuse, self.mounts):
                 os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
             for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,
                          self.keeper_socket, self.handed, self.root / "lock"):

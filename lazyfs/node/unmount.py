@@ -114,9 +114,8 @@ def clean_stale(directory: WorkerDir) -> list[str]:
                 cleaned.append(record.target)
             directory.remove_record(record.slot)
     if not any(record.worker.alive for record in directory.records()):
-        for path in (directory.fuse, directory.control_mount):
-            while mountapi.mount_at(str(path)) is not None:
-                unmount_directly(str(path), lazy=True)
+        while mountapi.mount_at(str(directory.fuse)) is not None:
+            unmount_directly(str(directory.fuse), lazy=True)
     return cleaned
 
 
