@@ -140,8 +140,9 @@ class _Optimization:
         else:
             document, image = self._image(select_image(self.source, self.options.platform))
             images = [image]
-        if self.options.replaces and self.source.root().digest != root.digest:
-            raise BusyError(f"{self.source.name} has changed meanwhile", hint="run it again")
+        if self.options.replaces and self.destination.reader().root().digest != root.digest:
+            raise BusyError(f"{self.destination.name} is another image meanwhile, which would be lost",
+                            hint="run it again; if a mirror is behind, name the image by its digest, and DST")
         self.destination.commit(document)
         return OptimizeReport(root.digest, document.digest, tuple(images), self.copied_bytes)
 

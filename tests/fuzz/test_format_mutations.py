@@ -11,14 +11,16 @@ import pytest
 import zstandard
 
 from lazyfs.errors import FormatError
+from lazyfs.image.artifact import PREFETCH_TYPE, add_referrer, build_artifact, parse_artifact, parse_referrers
 from lazyfs.image.blob import FOOTER_BYTES, parse_footer, parse_tail
 from lazyfs.image.bootstrap import compress_layer, decompress_layer, pack_bootstrap, parse_bootstrap
-from lazyfs.image.config import build_config, parse_config
+from lazyfs.image.config import build_config, parse_config, without_added
+from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
 from lazyfs.image.entries import pack_entries, parse_entries
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.model import Attributes, DataMap, EntryKind, FileType, LayerEntry
-from lazyfs.image.oci import is_index, parse_index
+from lazyfs.image.oci import OCI_MANIFEST, is_index, parse_index
 from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.profile.recording import from_json, to_json
 from tests.formatkit import make_blob, make_bootstrap
@@ -45,6 +47,9 @@ INDEX = json.dumps({"schemaVersion": 2, "manifests": [
 PREFETCH = (b'# lazyfs-prefetch 1\n# image: i@sha256:0\n# runs: 3\nusr/**/x?[a-z]* share=0.5\n'
             b'"odd \\xff\\n" 0-5,7- ms=1.5 share=0.25\n\n# c\n/a 0-\n')
 RECORDING = to_json(recording([(0, 0, 4096, 0.0), (1, 8192, 8200, 12.5)], devices=2))
+SUBJECT = Document(b"{}", OCI_MANIFEST, Digest.of(b"{}"))
+NOW = "2026-01-31T12:00:00Z"
+ARTIFACT = build_artifact(SUBJECT, PREFETCH, NOW)
 
 
 def entries_raw(data: bytes) -> object:
@@ -58,7 +63,17 @@ def lazy(data: bytes) -> object:
 
 def configs(data: bytes) -> object:
     parse_config(data, 2)
+    without_added(data, [Digest.of(b"")], 1)
     return build_config(data, 2, [Digest.of(b"")] * 2, [])
+
+
+def artifact(data: bytes) -> object:
+    return parse_artifact(Document(data, OCI_MANIFEST, Digest.of(data)), SUBJECT.digest)
+
+
+def referrers(data: bytes) -> object:
+    add_referrer(data, ARTIFACT, NOW)
+    return parse_referrers([data], PREFETCH_TYPE)
 
 
 def index(data: bytes) -> object:
@@ -76,6 +91,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "index": (index, INDEX),
     "config": (configs, config()),
     "prefetch": (parse_prefetch, PREFETCH),
+    "artifact": (artifact, ARTIFACT.data),
+    "referrers": (referrers, add_referrer(None, ARTIFACT, NOW).data),
     "recording": (from_json, RECORDING),
 }
 INTERESTING = [b"\0", b"\xff", b"-", b"9", b'"', b"{", b"[", b"null", b"-1", b"\\", b"/", b"../", b"\n",

@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from converter.compare import CheckOptions, check_image
+from converter.optimize import OptimizeOptions
+from converter.optimize import optimize as run
 from lazyfs.cli.optimize import optimize_command
-from lazyfs.errors import FormatError, IntegrityError, NotFoundError, UsageError
+from lazyfs.errors import BusyError, FormatError, IntegrityError, NotFoundError, UsageError
 from lazyfs.image.prefetch import parse_prefetch
-from lazyfs.registry import RegistryOptions, open_source, own_name
+from lazyfs.registry import RegistryOptions, open_destination, open_source, own_name
 from lazyfs.registry.select import select_image
 from tests.convertkit import Layout, Lazy, run_convert
 from tests.registrykit import Registry, running_registry
@@ -23,6 +25,8 @@ from tests.tarbuilder import TarBuilder
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from lazyfs.image.digest import Digest
 
 FIRST, SECOND = "b\nd/**\nno/such/file\n", "usr/a 100000-\nb 0-9\n"
 NOISE = random.Random(5).randbytes(400_000)
@@ -48,6 +52,15 @@ def source(tmp_path: Path) -> Layout:
                 "platform": {"os": "linux", "architecture": name}} for name, salt in (("amd64", b""), ("arm64", b"!"))]
     layout.index("multi", members, annotations={"a": "b"})
     return layout
+
+
+class NoCopies:
+    """Nothing is to be copied."""
+
+    def copy_started(self, digest: Digest, size: int) -> None:
+        raise AssertionError(f"{digest} of {size} bytes")
+
+    copied = copy_done = copy_started
 
 
 def optimize(image: str, *words: str, wanted: str | None = None) -> dict[str, Any]:
@@ -169,6 +182,18 @@ def test_where_it_goes_must_be_clear(tmp_path: Path, source: Layout) -> None:
         optimize(source.reference("app"), wanted=FIRST)
     with pytest.raises(FormatError, match="not a lazy image"):
         optimize(source.reference("multi"), wanted=FIRST)
+
+
+def test_an_image_that_came_meanwhile_is_not_replaced(tmp_path: Path, source: Layout) -> None:
+    image = f"oci:{tmp_path}/out:lazy"
+    old = run_convert(source.reference("app"), image).digest
+    new = run_convert(source.reference("old"), image).digest
+    options = OptimizeOptions(parse_prefetch(FIRST), None, f"oci:{tmp_path}/out", replaces=True)
+    with contextlib.closing(open_source(f"oci:{tmp_path}/out@{old}", RegistryOptions())) as opened, \
+            contextlib.closing(open_destination(image, RegistryOptions())) as place:
+        with pytest.raises(BusyError, match="another image meanwhile"):
+            run(opened, place, options, NoCopies())
+        assert place.reader().root().digest == new
 
 
 @pytest.mark.parametrize("part", ["chunk", "tail"])
