@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from converter.parallel import Parallel
 from converter.pool import BlobFile
 from converter.ranges import read_range
 from lazyfs import limits
@@ -24,7 +26,7 @@ from lazyfs.image.digest import chunk_digest
 from lazyfs.image.table import ChunkTable, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from converter.reuse import LayerContent
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 Plan = list[tuple[int, int]]     # (device index, chunk index), in order of first use
 READ_BYTES_MAX = limits.RANGE_REQUEST_BYTES_MAX
+READS_AT_ONCE = 8                    # of a registry, scattered chunks cost a round trip each
+GROUP_BYTES_MAX = 2 * READ_BYTES_MAX  # read and not yet written
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,24 @@ def _plan_copies(plan: Plan, layers: Sequence[LayerContent]) -> list[_Copy]:
 def _read_copies(
     copies: list[_Copy], layers: Sequence[LayerContent], read: BlobReader
 ) -> Iterator[tuple[_Copy, memoryview]]:
-    """Each copy with its stored bytes; neighbours come with one read."""
+    """Each copy with its stored bytes, in order; neighbours come with one read, several reads at a time."""
+
+    def read_run(run: list[_Copy]) -> memoryview:
+        blob, size = layers[run[0].device].blob, sum(copy.size for copy in run)
+        data = read(blob.digest, run[0].offset, size)
+        if len(data) != size:
+            raise IntegrityError(f"blob {blob.digest.short} gave {len(data)} bytes, not {size}")
+        return memoryview(data)
+
+    for group in _groups(_runs(copies)):
+        reads: Parallel[memoryview] = Parallel()
+        for run, data in zip(group, reads.run([partial(read_run, run) for run in group], READS_AT_ONCE), strict=True):
+            for copy in run:
+                yield copy, data[copy.offset - run[0].offset :][: copy.size]
+
+
+def _runs(copies: list[_Copy]) -> Iterator[list[_Copy]]:
+    """Copies that lie one behind the other in their blob, at most READ_BYTES_MAX."""
     start = 0
     while start < len(copies):
         first = copies[start]
@@ -135,12 +156,23 @@ def _read_copies(
                and size + copies[end].size <= READ_BYTES_MAX):
             size += copies[end].size
             end += 1
-        data = read(layers[first.device].blob.digest, first.offset, size)
-        if len(data) != size:
-            raise IntegrityError(f"blob {layers[first.device].blob.digest.short} gave {len(data)} bytes, not {size}")
-        for copy in copies[start:end]:
-            yield copy, memoryview(data)[copy.offset - first.offset :][: copy.size]
+        yield copies[start:end]
         start = end
+
+
+def _groups(runs: Iterable[list[_Copy]]) -> Iterator[list[list[_Copy]]]:
+    """What is in memory at a time."""
+    group: list[list[_Copy]] = []
+    size = 0
+    for run in runs:
+        run_size = sum(copy.size for copy in run)
+        if group and size + run_size > GROUP_BYTES_MAX:
+            yield group
+            group, size = [], 0
+        group.append(run)
+        size += run_size
+    if group:
+        yield group
 
 
 def _check_chunk(stored: memoryview, layer: LayerContent, copy: _Copy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from lazyfs.cli.optimize import optimize_command
 from lazyfs.errors import BusyError, FormatError, IntegrityError, NotFoundError, UsageError
 from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.registry import RegistryOptions, open_destination, open_source, own_name
+from lazyfs.registry.layout import LayoutSource
 from lazyfs.registry.select import select_image
 from tests.convertkit import Layout, Lazy, run_convert
 from tests.registrykit import Registry, running_registry
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazyfs.image.digest import Digest
+    from lazyfs.registry.streams import FileStream
 
 FIRST, SECOND = "b\nd/**\nno/such/file\n", "usr/a 100000-\nb 0-9\n"
 NOISE = random.Random(5).randbytes(400_000)
@@ -182,6 +185,22 @@ def test_where_it_goes_must_be_clear(tmp_path: Path, source: Layout) -> None:
         optimize(source.reference("app"), wanted=FIRST)
     with pytest.raises(FormatError, match="not a lazy image"):
         optimize(source.reference("multi"), wanted=FIRST)
+
+
+def test_scattered_chunks_are_read_several_at_a_time(
+    tmp_path: Path, source: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = f"oci:{tmp_path}/out:lazy"
+    run_convert(source.reference("app"), image)
+    both = threading.Barrier(2, timeout=20)      # a read that is alone never gets past it
+    read = LayoutSource.read_range
+
+    def together(self: LayoutSource, *words: Any) -> FileStream:
+        both.wait()
+        return read(self, *words)
+
+    monkeypatch.setattr(LayoutSource, "read_range", together)
+    assert optimize(image, wanted="usr/a 0-0,200000-200000\n")["images"][0]["hot"]["chunks"] == 2
 
 
 def test_an_image_that_came_meanwhile_is_not_replaced(tmp_path: Path, source: Layout) -> None:
