@@ -45,13 +45,15 @@ def wants_profile(words: dict[str, Any], command: tuple[str, ...]) -> bool:
     Whether --profile-run was given.
 
     Raises:
-        UsageError: it was not, but others that only it understands; or --prefetch as well.
+        UsageError: it was not, but others that only it understands; or it was with what does not go together with it.
 
     """
     context = click.get_current_context()
     if words["profile_run"]:
         if words["prefetch"] is not None:
             raise UsageError("--prefetch and --profile-run exclude each other", hint="leave one of them out")
+        if words["list_file"] == "-":
+            raise UsageError("--list: standard output is for the result", hint="name a file")
         return True
     given = [name for name in (*_OWN, *_RUN) if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given or command:

@@ -7,6 +7,7 @@ Layer: cli. Heavy imports happen inside the command.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ Examples:
 @click.option("--no-prefetch", is_flag=True, help="Leave the image without a hot part.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors (and JSON).")
-@platform_option
+@functools.partial(platform_option, default="all of them")
 @registry_options
 def optimize_command(
     image: str, destination: str | None, *, list_name: str | None, no_prefetch: bool, as_json: bool, quiet: bool,

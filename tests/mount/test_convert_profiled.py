@@ -116,7 +116,7 @@ def test_a_registry(converter: Converter, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--until-port", "80"), ("--", "sh"), ("--runs", "2"), ("--list", "x"),
-                                   ("--profile-run", "--prefetch", "/dev/null"),
+                                   ("--profile-run", "--prefetch", "/dev/null"), ("--profile-run", "--list", "-"),
                                    ("--profile-run", "--until-exit", "--for", "3s"),
                                    ("--profile-run", "--list", "/no/such/directory/list")])
 def test_words_that_do_not_go_together(converter: Converter, tmp_path: Path, words: tuple[str, ...]) -> None:
