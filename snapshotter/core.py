@@ -128,7 +128,7 @@ class Snapshots:
         mapping = _mapping(below, record.info.labels)
         lowers = self._lowers(below, record.info.labels)
         self._directories.restore(record.id, work=record.info.kind is Kind.ACTIVE,
-                                  owner=_owner(record.info.labels, lowers))
+                                  owner=self._owner(record.info.labels, lowers, below))
         return self._mounts(record, self._map(record.id, lowers, mapping), mapping)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
@@ -259,7 +259,8 @@ class Snapshots:
         mapping = _mapping(chain, labels)
         info = SnapshotInfo(key, chain[0].info.name if chain else "", kind, labels)
         origin = {} if layer is LayerKind.ORDINARY else labels
-        with self._directories.making(work=kind is Kind.ACTIVE, owner=_owner(labels, lowers)) as snapshot_id:
+        owner = self._owner(labels, lowers, chain)
+        with self._directories.making(work=kind is Kind.ACTIVE, owner=owner) as snapshot_id:
             lowers = self._map(snapshot_id, lowers, mapping)
             record = self._records.insert(Record(snapshot_id, info, layer, origin))
         return self._mounts(record, lowers, mapping)
@@ -317,6 +318,23 @@ class Snapshots:
             raise SnapshotMissingError(f"snapshot {bootstrap.info.name} was removed meanwhile")
         return tree
 
+    def _owner(self, labels: Mapping[str, str], lowers: list[Path], below: list[Record]) -> tuple[int, int] | None:
+        """
+        Whose the root directory of a snapshot is; None: ours.
+
+        Raises:
+            HostError, SnapshotInvalidError. SnapshotMissingError: what it stands on was removed meanwhile.
+
+        """
+        try:
+            return overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
+        except HostError:
+            there = self._records.ids()
+            for record in below:
+                if record.id not in there:
+                    raise SnapshotMissingError(f"snapshot {record.info.name} was removed meanwhile") from None
+            raise
+
     def _map(self, snapshot_id: int, lowers: list[Path], mapping: tuple[str, str] | None) -> list[Path]:
         """Raises SnapshotUnavailableError: ids cannot be mapped here."""
         if mapping is None:
@@ -356,11 +374,6 @@ class Snapshots:
             _LOG.warning("the image of %s is not let go yet: %s", goodbye.name, error)
         else:
             self._records.said_goodbye(goodbye.id)
-
-
-def _owner(labels: Mapping[str, str], lowers: list[Path]) -> tuple[int, int] | None:
-    """Whose the root directory of a snapshot is; None: ours. Raises HostError, SnapshotInvalidError."""
-    return overlay.mapped_root(labels) or (owner_of(lowers[0]) if lowers else None)
 
 
 def _mapping(chain: list[Record], labels: Mapping[str, str]) -> tuple[str, str] | None:

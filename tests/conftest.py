@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tests.diskkit import Mounts
     from tests.mountkit import Machine
 
+# A test forks (preexec_fn) while gRPC's threads end: its fork handlers then wait for each other, for ever. Our own
+# programs say the same (cli.snapshotter).
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 _MARK = leaks.mark_environment()
 _WORK_DIRS = ("/tmp/tutorial",)    # where the documents' commands work
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazyfs.errors import BusyError, HostError, UsageError
+from snapshotter import core
 from snapshotter.core import Snapshots
 from snapshotter.failures import (
     SnapshotExistsError,
@@ -367,6 +368,24 @@ def test_an_image_that_is_removed_while_it_is_mounted_does_not_stay(both: tuple[
     with pytest.raises(SnapshotMissingError, match="removed meanwhile"):
         snapshots.prepare("container", top, {})
     assert hook.mounted == {}
+
+
+def test_a_parent_that_is_removed_in_the_middle_is_missing_not_damaged(
+    both: tuple[Snapshots, PlainImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots, _ = both
+    snapshots.prepare("extract", "", {})
+    snapshots.commit("layer", "extract", {})
+    look = core.owner_of
+
+    def removed_before(directory: Path) -> tuple[int, int]:
+        snapshots.remove("layer")
+        snapshots.cleanup()   # or a thread, a moment later
+        return look(directory)
+
+    monkeypatch.setattr(core, "owner_of", removed_before)   # another request of containerd, at the worst moment
+    with pytest.raises(SnapshotMissingError, match="layer was removed meanwhile"):
+        snapshots.prepare("container", "layer", {})
 
 
 # --- the root -------------------------------------------------------------------------------------------------------
