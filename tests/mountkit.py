@@ -55,7 +55,7 @@ class MemoryDevice:
     def size(self) -> int:
         return len(self.data)
 
-    def read_now(self, offset: int, size: int) -> bytes | None:
+    def read_now(self, offset: int, size: int, pid: int = 0) -> bytes | None:
         if not self.at_hand:
             return None
         result = self.fail(offset, size) if self.fail is not None else None

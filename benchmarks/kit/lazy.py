@@ -75,11 +75,6 @@ class LazyMount:
         """The worker's counters."""
         return self._ask("stats")
 
-    def touched(self) -> dict[str, list[int]]:
-        """By layer device's digest: the chunks that were read, in the order of the first touch."""
-        found: dict[str, list[int]] = self._ask("touched", target=str(self.path))
-        return found
-
     def worker_pid(self) -> int:
         pid: int = self._worker_dir().worker().pid
         return pid

@@ -46,7 +46,6 @@ READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
 # and 1.12 times what they touched; with 8 MiB 1.04 and 1.02, without read-ahead 1.01 and 1.02 (512 KiB chunks).
 READAHEAD_SEQUENCE_BYTES_MIN = 8 * MIB
 READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read in a row so far
-TOUCH_ORDER_COUNT_MAX = 1 << 20  # first touches remembered, a device
 READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
 

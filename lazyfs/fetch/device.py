@@ -8,7 +8,6 @@ to Fetcher.read), fetch.
 from __future__ import annotations
 
 import time
-from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from lazyfs.fetch.constants import (
     ERROR_MEMORY_S,
     READAHEAD_BYTES_MAX,
     READAHEAD_SEQUENCE_BYTES_MIN,
-    TOUCH_ORDER_COUNT_MAX,
 )
 from lazyfs.fetch.readahead import Readahead
 from lazyfs.image.codec import Codec
@@ -42,7 +40,6 @@ class FetchDevice:
     `blobs[i]` is where the rows with blob_index i are: (source, digest, size in bytes).
 
     :touched: one byte a chunk, 1 once a read asked for it.
-    :touch_order: chunk indexes in the order of their first touch; not all, but the first TOUCH_ORDER_COUNT_MAX.
     :touched_stored_bytes: what these chunks are in their blobs; the least that the link has to carry.
     """
 
@@ -50,7 +47,6 @@ class FetchDevice:
     cached: CachedDevice
     blobs: Sequence[Blob]
     touched: bytearray = field(init=False)
-    touch_order: array[int] = field(init=False)
     touched_stored_bytes: int = field(init=False, default=0)
     shift: int = field(init=False)
     size: int = field(init=False)
@@ -62,7 +58,6 @@ class FetchDevice:
         if (cached.chunk_size, cached.device_size) != (table.chunk_size, table.device_size):
             raise BugError(f"device {cached.digest.short}: the cache has other sizes than the table")
         self.touched = bytearray(table.chunk_count)
-        self.touch_order = array("I")
         self.shift = table.chunk_size.bit_length() - 1
         self.size = table.device_size
         size = table.chunk_size
@@ -76,8 +71,6 @@ class FetchDevice:
         for index in fresh:
             self.touched[index] = 1
             self.touched_stored_bytes += int(self.table.rows["stored_size"][index])
-        if len(self.touch_order) < TOUCH_ORDER_COUNT_MAX:
-            self.touch_order.extend(fresh)
         return fresh
 
     def remember_error(self, index: int, error: LazyfsError) -> None:

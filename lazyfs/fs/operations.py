@@ -129,12 +129,12 @@ class LazyOperations:
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def read_now(self, inode: int, offset: int, size: int) -> Data | None:
+    def read_now(self, inode: int, offset: int, size: int, pid: int = 0) -> Data | None:
         """The bytes, fewer only at the end of the file; None: `read` is the way, for it has to wait."""
         self._given.discard(inode)   # the kernel has it no longer
         parts: list[Data] = []
         for device, place, length in self._places(inode, offset, size):
-            data = bytes(length) if device is None else device.read_now(place, length)
+            data = bytes(length) if device is None else device.read_now(place, length, pid)
             if data is None:
                 return None
             _check_size(data, place, length)

@@ -39,8 +39,8 @@ class DeviceReader(Protocol):
         """Scopes of the reads that wait now: cancelling one ends that read with an errno."""
         ...
 
-    def read_now(self, offset: int, size: int) -> bytes | None:
-        """Exactly `size` bytes if that needs no waiting; else None, and then `read` is the way."""
+    def read_now(self, offset: int, size: int, pid: int = 0) -> bytes | None:
+        """Exactly `size` bytes if that needs no waiting; else None: then `read` is the way. `pid`: who asks, or 0."""
         ...
 
     def read(self, offset: int, size: int, deadline: float) -> Awaitable[bytes | memoryview]:

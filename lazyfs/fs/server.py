@@ -67,6 +67,7 @@ class FuseServer:
         self._descriptor = descriptor
         self._buffer = mmap.mmap(-1, _REQUEST_BYTES_MAX)   # pages that no request needs are never there
         self._view = memoryview(self._buffer)
+        self._pid = 0   # who asked for what is answered now
         self._read_count = 0
         self._room = trio.Event()
         self._handlers: dict[int, Handler] = {
@@ -110,7 +111,7 @@ class FuseServer:
         return self._descriptor <= _SELECT_FD_MAX and bool(select.select((self._descriptor,), (), (), wait_s)[0])
 
     def _handle(self, size: int) -> None:
-        _, opcode, unique, inode, *_ = wire.HEADER.unpack_from(self._buffer)
+        _, opcode, unique, inode, _, _, self._pid, _ = wire.HEADER.unpack_from(self._buffer)
         if opcode in (wire.FORGET, wire.BATCH_FORGET):
             return   # no lookup counts: a number means the same for ever
         handler = self._handlers.get(opcode)
@@ -212,7 +213,7 @@ class FuseServer:
 
     def _read(self, inode: int, body: memoryview, unique: int) -> bytes | memoryview | None:
         _, offset, size = wire.READ_IN.unpack_from(body)
-        data = self._operations.read_now(inode, offset, size)
+        data = self._operations.read_now(inode, offset, size, self._pid)
         if data is None:
             self._read_count += 1
             self._nursery.start_soon(self._read_later, inode, offset, size, unique)

@@ -57,7 +57,7 @@ class Controlled(Protocol):
 
     def health(self) -> dict[str, Any]: ...
 
-    def touched(self, target: str) -> dict[str, list[int]]: ...
+    def touched(self, target: str, start: int = 0) -> dict[str, Any]: ...
 
     def shut_down(self) -> None: ...
 
@@ -203,7 +203,7 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await _keep_house(worker.housekeeper, request)
     plain: dict[Any, Callable[[], Any]] = {
         protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
-        protocol.TOUCHED: lambda: worker.touched(str(request["target"])),
+        protocol.TOUCHED: lambda: worker.touched(str(request["target"]), int(request.get("start", 0))),
         protocol.CREDENTIALS: lambda: worker.credentials.take(request.get("entries"), more=bool(request.get("more"))),
     }
     if operation in plain:

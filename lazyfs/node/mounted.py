@@ -16,6 +16,7 @@ import numpy as np
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.hotcopies import HotCopies
+from lazyfs.node.recorder import Recorder
 from lazyfs.node.rundir import MountRecord
 
 if TYPE_CHECKING:
@@ -40,17 +41,22 @@ class LazyDevice:
     fetcher: Fetcher
     device: FetchDevice
     read_timeout_s: float
+    recorder: Recorder
+    number: int                  # in the recorder
     waiting: set[trio.CancelScope] = field(default_factory=set)
 
     @property
     def size(self) -> int:
         return self.device.size
 
-    def read_now(self, offset: int, size: int) -> bytes | None:
+    def read_now(self, offset: int, size: int, pid: int = 0) -> bytes | None:
         """The short way for what was read before: the fetcher itself counts first touches and sees to misses."""
         device = self.device
         end = offset + size
-        if device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0:
+        fresh = device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0
+        if fresh or self.recorder.by_page:
+            self.recorder.note(self.number, offset, size, pid)
+        if fresh:
             return None
         data = device.cached.read_if_present(offset, size)
         if data is not None:
@@ -80,6 +86,7 @@ class MountedImage:
     opened: OpenedImage
     driver: Driver
     devices: list[LazyDevice] = field(default_factory=list)
+    recorder: Recorder = field(default_factory=lambda: Recorder((), ()))
     device_indexes: list[int] = field(default_factory=list)
     bdi_names: list[str] = field(default_factory=list)
     prefetch: PrefetchHandle | None = None
@@ -153,15 +160,17 @@ def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> No
     opened = mounted.opened
     source = HotCopies(opened.source, opened.blobs, opened.devices)
     blobs = [(source, blob.digest, blob.size) for blob in opened.blobs]
+    mounted.recorder = recorder = Recorder([table.device_size for _, table in opened.devices],
+                        None if mounted.order.record else [table.chunk_size for _, table in opened.devices])
     try:
-        for digest, table in opened.devices:
+        for number, (digest, table) in enumerate(opened.devices):
             cached = cache.device(digest, table.chunk_size, table.device_size)
             try:
                 device = FetchDevice(table, cached, blobs)
             except BaseException:
                 cached.release()
                 raise
-            mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s))
+            mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s, recorder, number))
     except BaseException:
         for one in mounted.devices:
             one.device.cached.release()

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lazyfs.node.order import MountOrder
     from lazyfs.node.rundir import MountRecord
 
-TOUCHED_COUNT_MAX = 100_000      # of one answer; a large program's start touches some thousands
 _TEND_S = 2.0                    # how soon a foreign umount(8), or a complete image, is noticed
 _CHECKPOINT_S = 30.0             # a crash of the machine may cost what was fetched since
 _DETACH_POLL_S = 0.1
@@ -198,23 +197,18 @@ class Worker:
             found.setdefault(broken.record.bootstrap.rpartition(":")[2], []).append(broken.record.target)
         return found
 
-    def touched(self, target: str) -> dict[str, list[int]]:
+    def touched(self, target: str, start: int = 0) -> dict[str, Any]:
         """
-        What was read through a mount: by layer device's digest, chunk indexes in the order of their first touch.
+        What was read through a mount: see Recorder.page, which gives the touches from number `start` on.
 
-        At most TOUCHED_COUNT_MAX, so that the answer fits a line. Raises TargetError: not mounted by this worker.
+        `devices`: their digests, in the order in which touches number them. Raises TargetError: not mounted by us.
 
         """
         mounted = self._mounts.get(target)
         if mounted is None:
             raise TargetError(f"{target} is not mounted by this worker")
-        found: dict[str, list[int]] = {}
-        left = TOUCHED_COUNT_MAX
-        for (digest, _), device in zip(mounted.opened.devices, mounted.devices, strict=True):
-            order = device.device.touch_order[:left].tolist()
-            found.setdefault(str(digest), []).extend(order)   # an image may have one layer twice
-            left -= len(order)
-        return found
+        digests = [str(digest) for digest, _ in mounted.opened.devices]
+        return {"devices": digests, **mounted.recorder.page(max(0, start))}
 
     def shut_down(self) -> None:
         """Begin to end: no new requests."""

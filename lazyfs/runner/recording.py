@@ -2,15 +2,14 @@
 What a lazy mount was asked for, as a Recording; and the image's files, to name it by.
 
 Layer: runner. Who calls: runner.session, while the mount is there. This is the one place that knows how the worker
-tells: today as the chunks that were touched, in order, by layer device. A chunk stands for all of its bytes, and its
-place in the order for its time.
+tells (node.recorder).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lazyfs import __version__
 from lazyfs.errors import TargetError
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from lazyfs.image.table import ChunkTable
     from lazyfs.node.rundir import MountRecord
 
-_ANSWER_S = 30.0                 # of the worker: up to 100,000 numbers
-_TOUCHED_COUNT_MAX = 100_000     # node.worker.TOUCHED_COUNT_MAX, whose module imports all of a worker; a test compares
+_ANSWER_S = 30.0                 # of the worker
 TOOL = f"lazyfs {__version__}"
 
 
@@ -76,32 +74,30 @@ def recording_of(target: str, image: str, container: str = "") -> Recording:
         TargetError: no lazyfs mount, or its worker is gone. LazyfsError: what the worker answers.
 
     """
-    touched = _ask(target)   # first: the program goes on
+    rows, last = _ask(target)   # first: the program goes on
     tables = MountedTables.of(target)
-    devices: list[tuple[str, int]] = []
-    touches: list[Touch] = []
-    for digest, table in dict(tables.devices).items():   # an image may have one layer twice
-        number = len(devices)
-        devices.append((str(digest), table.device_size))
-        for chunk in touched.get(str(digest), []):
-            start = chunk * table.chunk_size
-            end = min(start + table.chunk_size, table.device_size)
-            if start < end:
-                touches.append(Touch(number, start, end, float(len(touches))))
-    count = sum(map(len, touched.values()))
-    return Recording(image, TOOL, tuple(devices), (container,) if container else ("",), tuple(touches),
-                     truncated=count >= _TOUCHED_COUNT_MAX)
+    devices = {str(digest): table.device_size for digest, table in tables.devices}   # one layer may be there twice
+    numbers = [list(devices).index(digest) for digest in last["devices"]]
+    touches = tuple(Touch(numbers[device], start, end, time_us / 1000, 0 if container else caller)
+                    for device, start, end, time_us, caller in rows)
+    containers = (container,) if container else tuple(last["callers"]) or ("",)
+    return Recording(image, TOOL, tuple(devices.items()), containers, touches, truncated=bool(last["truncated"]))
 
 
-def _ask(target: str) -> dict[str, list[int]]:
+def _ask(target: str) -> tuple[list[list[int]], dict[str, Any]]:
+    """All touches (see Recorder.page), and the last answer."""
     directory = find_record(target)
     gone = TargetError(f"{target}: the worker of this mount is gone", hint="see its log in /run/lazyfs, and try again")
     if directory is None:
         raise gone
     try:
         with ControlClient.connect(directory[0].socket) as client:
-            found: dict[str, list[int]] = client.request(TOUCHED, _ANSWER_S, target=target)
-            return found
+            rows: list[list[int]] = []
+            while True:
+                answer: dict[str, Any] = client.request(TOUCHED, _ANSWER_S, target=target, start=len(rows))
+                rows += answer["touches"]
+                if answer["next"] is None:
+                    return rows, answer
     except WorkerGoneError as error:
         raise gone from error
 

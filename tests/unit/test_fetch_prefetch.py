@@ -337,6 +337,5 @@ def test_touches_count_each_chunk_once(tmp_path):
         device = SAMPLE.device(cache, MemorySource({}))
         assert device.touch(1, 3) == [1, 2, 3]
         assert device.touch(0, 2) == [0]
-        assert list(device.touch_order) == [1, 2, 3, 0]
         assert device.touched_stored_bytes == SAMPLE.table.rows["stored_size"][:4].sum()
         device.cached.release()

@@ -9,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.errors import UsageError
-from lazyfs.node import worker
-from lazyfs.runner import recording
 from lazyfs.runner.output import LINE_BYTES_MAX, Lines, printable
 from lazyfs.runner.rules import StopRules, parse_duration, parse_http, parse_pattern
 
@@ -91,5 +89,3 @@ def test_control_codes_are_shown_not_obeyed() -> None:
     assert printable(b"a\x1b[31m\tb\x07\xff\r") == "a\\x1b[31m\tb\\x07\\xff"
 
 
-def test_the_worker_tells_as_much_as_the_recording_expects() -> None:
-    assert recording._TOUCHED_COUNT_MAX == worker.TOUCHED_COUNT_MAX
