@@ -34,7 +34,8 @@ ANSWER_S: Final = 30.0
 _HINT: Final = "is containerd running? Its socket is named with --containerd-address"
 # gRPC for Go (the last: of containerd 1.6): a connection of containerd's own failed, or ended before it had begun, for
 # who listened there was killed, or had not got so far
-_UNSENT: Final = ("Error while dialing", "error reading server preface", "timed out waiting for server handshake")
+_UNSENT: Final = ("Error while dialing", "error reading server preface", "timed out waiting for server handshake",
+                  "connection closed")    # the last is 1.6's word for a connection that ended before it was one
 _MUTE: Final = "failed to connect to all addresses"          # our own gRPC's words
 _NO_SNAPSHOTTER: Final = "is the snapshotter running? systemctl status lazyfs-snapshotter"
 _SAID: Final = (                 # what containerd says (or its status), what it is for us, what to do

@@ -34,6 +34,7 @@ class Refusal(grpc.RpcError):
     'connection error: desc = "error reading server preface: read unix @->/s.sock: use of closed network connection"',
     'connection error: desc = "error reading server preface: read unix @->/s.sock: read: connection reset by peer"',
     "timed out waiting for server handshake",
+    "connection closed: unavailable",
 ])
 def test_a_connection_that_never_was_has_sent_nothing(details: str) -> None:
     refusal = Refusal(grpc.StatusCode.UNAVAILABLE, details)
