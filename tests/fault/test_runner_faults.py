@@ -101,7 +101,7 @@ def test_what_a_killed_call_left_goes_with_the_next_one(profiler: Profiler) -> N
     assert place.exists()
     assert ProcessIdentity.of(init), "the container goes on: nobody was left to end it"
     done = profiler.run("--", "true")
-    assert done.paths[0] == "bin/busybox"
+    assert "bin/busybox" in done.paths
     assert not ProcessIdentity.of(init)
     profiler.assert_nothing_left()
 
