@@ -167,16 +167,20 @@ class WorkerDir:
             else:
                 return
 
-    def try_lock(self) -> int | None:
+    def try_lock(self, *, make: bool = True) -> int | None:
         """
         Take the directory's lock without waiting: the right to start a worker here, or to remove the directory.
 
+        Args:
+            make: the directory, if it is not there. Not to remove it: two who do that would make it again in turns.
+
         Returns:
-            A descriptor that holds the lock until it is closed; None: somebody else has it.
+            A descriptor that holds the lock until it is closed; None: somebody else has it, or there is nothing.
 
         """
         path = self.root / "lock"
-        self.create()
+        if make:
+            self.create()
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
@@ -230,7 +234,8 @@ class WorkerDir:
             for path in (*self.root.glob("*.tmp"), *self.mounts.glob("*.tmp")):   # of a worker killed while it wrote
                 path.unlink(missing_ok=True)
             for path in (self.fuse, self.mounts):
-                os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
+                with contextlib.suppress(FileNotFoundError):   # whoever made the directory was killed over it
+                    os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
             for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,
                          self.keeper_socket, self.handed, self.root / "lock"):
                 path.unlink(missing_ok=True)

@@ -107,7 +107,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
                     await worker.unmount_all()
         await trio.to_thread.run_sync(cache.checkpoint)
     directory.identity.unlink(missing_ok=True)
-    lock = directory.try_lock()
+    lock = directory.try_lock(make=False)
     if lock is not None:   # else another command is about to start a worker here
         directory.remove()
         os.close(lock)

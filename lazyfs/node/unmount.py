@@ -121,7 +121,7 @@ def clean_stale(directory: WorkerDir) -> list[str]:
 
 def clean_and_remove(directory: WorkerDir) -> list[str]:
     """clean_stale(), then the directory itself; nothing if a worker lives there or is being started."""
-    lock = directory.try_lock()
+    lock = directory.try_lock(make=False)
     if lock is None:
         return []
     try:

@@ -23,7 +23,7 @@ from lazyfs.node import control, opening, protocol, rundir, seed
 from lazyfs.node.holders import describe_holders
 from lazyfs.node.order import MountOrder
 from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
-from lazyfs.node.unmount import check_target, resolve_target
+from lazyfs.node.unmount import check_target, clean_and_remove, resolve_target
 
 
 @pytest.fixture(autouse=True)
@@ -351,3 +351,15 @@ def test_two_mounts_of_one_image_may_write_its_files_at_the_same_time(tmp_path: 
         thread.join()
     assert not problems
     assert sorted(one.name for one in path.parent.iterdir()) == [f"{'a' * 64}.erofs", f"{'a' * 64}.json"]
+
+
+def test_what_a_killed_starter_half_made_is_removed_and_nothing_is_made_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYFS_RUN_DIR", str(tmp_path / "run"))
+    directory = WorkerDir.of_cache("/cache")
+    assert clean_and_remove(directory) == []
+    assert not (tmp_path / "run").exists()
+    directory.root.mkdir(parents=True)
+    assert clean_and_remove(directory) == []
+    assert list((tmp_path / "run").iterdir()) == []
