@@ -19,7 +19,6 @@ from lazyfs.errors import HostError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
-from lazyfs.node.rundir import ProcessIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from lazyfs.fs.served import Served
     from lazyfs.image.erofs import ErofsImage
     from lazyfs.node.housekeeping import Housekeeper
-    from lazyfs.node.rundir import WorkerDir
+    from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 
 MOUNT_TIMEOUT_S = 30.0           # one mount or umount call in the kernel
 _log = logging.getLogger("lazyfs.node")
@@ -41,9 +40,9 @@ class Mounting:
 
     def __init__(
         self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient,
-        *, housekeeper: Housekeeper, on_lost: Callable[[], None],
+        *, identity: ProcessIdentity, housekeeper: Housekeeper, on_lost: Callable[[], None],
     ) -> None:
-        """`on_lost`: called when the mounter process is gone."""
+        """`identity`: of this process. `on_lost`: called when the mounter process is gone."""
         self._directory = directory
         self._cache = cache
         self._fetcher = fetcher
@@ -52,8 +51,6 @@ class Mounting:
         self._housekeeper = housekeeper
         self._on_lost = on_lost
         self._one_call = trio.CapacityLimiter(1)
-        identity = ProcessIdentity.of(os.getpid())
-        assert identity is not None
         self._identity = identity
 
     async def attach(self, mounted: MountedImage) -> None:

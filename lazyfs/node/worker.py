@@ -68,7 +68,8 @@ class Worker:
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
         self._mounting = Mounting(
-            directory, cache, fetcher, served, mounter, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
+            directory, cache, fetcher, served, mounter,
+            identity=identity, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us

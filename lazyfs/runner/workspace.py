@@ -39,7 +39,6 @@ _NAME = re.compile(r"lazyfs-profile-(\d{1,10})-(\d{1,20})-([0-9a-f]{8})")
 _RUNC_TIMEOUT_S = 20.0
 # A worker's tend() sees within 2 s that nobody uses a mount any more; then it syncs its cache, maybe to a busy disk.
 _WORKER_END_S = 30.0
-_ENDING_S = 1.0                  # a worker that ends takes its name away first, then its directory: not to be hurried
 _KILL_WAIT_S = 5.0
 _POLL_S = 0.02
 
@@ -213,16 +212,11 @@ def _unmount_below(top: Path) -> list[str]:
 def _end_workers(top: Path) -> list[str]:
     """Wait for the workers of mounts below `top`: they end by themselves. What dead ones have left is cleaned."""
     deadline = time.monotonic() + _WORKER_END_S
-    dead_since: dict[Path, float] = {}
     while directories := [found for found in all_worker_dirs() if _serves(found, top)]:
-        now = time.monotonic()
         for directory in directories:
-            if directory.worker() is not None:
-                dead_since.pop(directory.root, None)
-            elif now - dead_since.setdefault(directory.root, now) > _ENDING_S:
-                with contextlib.suppress(LazyfsError):
-                    clean_and_remove(directory)
-        if now > deadline:
+            with contextlib.suppress(LazyfsError):
+                clean_and_remove(directory)    # nothing is done while its worker lives
+        if time.monotonic() > deadline:
             return [f"worker of {directory.root}" for directory in directories]
         time.sleep(_POLL_S)
     return []

@@ -47,14 +47,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    require_mounting()
-    made = Machine(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def daemon(machine: Machine) -> Iterator[Daemon]:
     with running_daemon(machine) as running:
         yield running
