@@ -212,7 +212,7 @@ def _unmount_below(top: Path) -> list[str]:
 def _end_workers(top: Path) -> list[str]:
     """Wait for the workers of mounts below `top`: they end by themselves. What dead ones have left is cleaned."""
     deadline = time.monotonic() + _WORKER_END_S
-    while directories := [found for found in all_worker_dirs() if _serves(found, top)]:
+    while directories := _worker_dirs(top):
         for directory in directories:
             with contextlib.suppress(LazyfsError):
                 clean_and_remove(directory)    # nothing is done while its worker lives
@@ -222,7 +222,9 @@ def _end_workers(top: Path) -> list[str]:
     return []
 
 
-def _serves(directory: WorkerDir, top: Path) -> bool:
-    if directory == WorkerDir.of_cache(str(top / "cache")):
-        return True
-    return any(record.target.startswith(f"{top}/") for record in directory.records())
+def _worker_dirs(top: Path) -> list[WorkerDir]:
+    """Of workers whose mounts are below `top`; and its own cache's, which a killed starter may have half made."""
+    own = WorkerDir.of_cache(str(top / "cache"))
+    others = [found for found in all_worker_dirs() if found != own
+              and any(record.target.startswith(f"{top}/") for record in found.records())]
+    return [own, *others] if own.root.exists() else others

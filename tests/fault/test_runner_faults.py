@@ -16,7 +16,7 @@ import pytest
 
 from lazyfs.errors import FormatError
 from lazyfs.fs import mountapi
-from lazyfs.node.rundir import ProcessIdentity
+from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.runner import workspace
 from lazyfs.runner.probe import Probe
 from lazyfs.runner.rootfs import read_inside
@@ -103,6 +103,15 @@ def test_what_a_killed_call_left_goes_with_the_next_one(profiler: Profiler) -> N
     done = profiler.run("--", "true")
     assert "bin/busybox" in done.paths
     assert not ProcessIdentity.of(init)
+    profiler.assert_nothing_left()
+
+
+def test_a_half_made_run_directory_goes_too(profiler: Profiler) -> None:
+    place = workspace.BASE / f"lazyfs-profile-{os.getpid()}-1-00000000"    # of a process that was: not that old, we
+    place.mkdir(mode=0o700)
+    WorkerDir.of_cache(str(place / "cache")).root.mkdir(parents=True)
+    assert workspace.sweep() == []
+    assert not place.exists()
     profiler.assert_nothing_left()
 
 
