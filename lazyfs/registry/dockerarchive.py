@@ -19,15 +19,14 @@ from lazyfs.errors import FormatError, LazyfsError, NotFoundError, UsageError
 from lazyfs.image.digest import Digest
 from lazyfs.limits import CONFIG_BYTES_MAX, DEVICE_COUNT_MAX, MANIFEST_BYTES_MAX, MIB, SYMLINK_HOPS_MAX
 from lazyfs.registry.documents import DOCKER_MANIFEST, make_document
+from lazyfs.registry.fileblobs import FileBlobs
 from lazyfs.registry.files import Extent, TarFiles, read_small
-from lazyfs.registry.layout import open_range, open_whole, read_checked
 from lazyfs.registry.reference import parse_name
 from lazyfs.registry.tarindex import normalise
 
 if TYPE_CHECKING:
     from lazyfs.registry.place import Document
     from lazyfs.registry.reference import FileReference
-    from lazyfs.registry.streams import FileStream
 
 _MANIFEST_FILE = "manifest.json"
 _CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
@@ -51,7 +50,7 @@ class _Config(msgspec.Struct):
     rootfs: _RootFs
 
 
-class DockerArchiveSource:
+class DockerArchiveSource(FileBlobs):
     """place.ImageSource over a docker save archive."""
 
     def __init__(self, reference: FileReference) -> None:
@@ -81,15 +80,6 @@ class DockerArchiveSource:
         if extent is None:
             raise NotFoundError(f"{self.name}: no blob {digest.short}")
         return extent
-
-    def open_blob(self, digest: Digest, size: int) -> FileStream:
-        return open_whole(self._locate(digest), f"{self.name}: blob {digest.short}", size)
-
-    def read_blob(self, digest: Digest, size: int) -> bytes:
-        return read_checked(self, digest, size)
-
-    def read_range(self, digest: Digest, offset: int, size: int, deadline: float) -> FileStream:
-        return open_range(self._locate(digest), f"{self.name}: blob {digest.short}", offset, size, deadline)
 
     def close(self) -> None:
         self._files.close()

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from lazyfs.errors import DeadlineError, FormatError, IntegrityError, NotFoundError, UnsupportedError, UsageError
+from lazyfs.errors import DeadlineError, FormatError, NotFoundError, UnsupportedError, UsageError
 from lazyfs.image.artifact import is_referrers_tag
 from lazyfs.image.digest import Digest
-from lazyfs.limits import BOOTSTRAP_BYTES_MAX, KIB, MANIFEST_BYTES_MAX
-from lazyfs.registry.documents import check_blob, make_document
+from lazyfs.limits import KIB, MANIFEST_BYTES_MAX
+from lazyfs.registry.documents import make_document
+from lazyfs.registry.fileblobs import FileBlobs
 from lazyfs.registry.files import Files, TarFiles, read_small
-from lazyfs.registry.streams import read_exactly
 
 if TYPE_CHECKING:
-    from lazyfs.errors import LazyfsError
     from lazyfs.registry.files import Extent
-    from lazyfs.registry.place import Document, ImageSource
+    from lazyfs.registry.place import Document
     from lazyfs.registry.reference import FileReference
-    from lazyfs.registry.streams import FileStream
 
 REF_NAME = "org.opencontainers.image.ref.name"  # annotations.md
 LAYOUT_FILE = "oci-layout"
@@ -85,7 +83,7 @@ def read_index(files: Files) -> list[IndexEntry]:
         raise FormatError(f"{files.name}: {INDEX_FILE} is not the JSON expected") from error
 
 
-class LayoutSource:
+class LayoutSource(FileBlobs):
     """place.ImageSource over the files of an image layout; owns `files`."""
 
     def __init__(self, files: Files, reference: FileReference) -> None:
@@ -142,46 +140,5 @@ class LayoutSource:
     def _locate(self, digest: Digest) -> Extent:
         return self._files.locate(blob_member(digest))
 
-    def open_blob(self, digest: Digest, size: int) -> FileStream:
-        return open_whole(self._locate(digest), f"{self.name}: blob {digest.short}", size)
-
-    def read_blob(self, digest: Digest, size: int) -> bytes:
-        return read_checked(self, digest, size)
-
-    def read_range(self, digest: Digest, offset: int, size: int, deadline: float) -> FileStream:
-        return open_range(self._locate(digest), f"{self.name}: blob {digest.short}", offset, size, deadline)
-
     def close(self) -> None:
         self._files.close()
-
-
-def open_whole(extent: Extent, what: str, size: int) -> FileStream:
-    """A stream over a blob. Raises IntegrityError if it has another size."""
-    if size != extent.size:
-        extent.stream(what).close()
-        raise IntegrityError(f"{what}: {extent.size} bytes, expected {size}",
-                             hint="the blob is damaged or was cut short: write the image there again")
-    return extent.stream(what)
-
-
-def open_range(extent: Extent, what: str, offset: int, size: int, deadline: float) -> FileStream:
-    """For place.read_range: local files are waited for, but not begun with after the deadline."""
-    assert offset >= 0
-    assert size >= 0
-    error: LazyfsError | None = None
-    if offset + size > extent.size:
-        error = IntegrityError(f"{what}: {extent.size} bytes, expected at least {offset + size}")
-    elif time.monotonic() >= deadline:
-        error = DeadlineError(f"{what}: no time left")
-    if error is not None:
-        extent.stream(what).close()
-        raise error
-    return extent.stream(what, offset, size)
-
-
-def read_checked(source: ImageSource, digest: Digest, size: int) -> bytes:
-    """A whole blob, checked."""
-    if size > BOOTSTRAP_BYTES_MAX:
-        raise FormatError(f"{source.name}: blob {digest.short} of {size} bytes is too large to be read at once")
-    with source.open_blob(digest, size) as stream:
-        return check_blob(read_exactly(stream, size), digest, size, source.name)
