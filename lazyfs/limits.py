@@ -17,6 +17,7 @@ DEVICE_BYTES_MAX = 16 * TIB - BLOCK_SIZE_BYTES   # EROFS: 32-bit block address; 
 DEVICE_COUNT_MAX = 512           # layers of one image; containerd and Docker stop at 127
 CHUNK_COUNT_MAX = 1 << 26        # rows in all tables of an image: 16 TiB at 256 KiB
 BLOB_COUNT_MAX = 1024            # blobs one image's tables may name
+HOT_BYTES_MAX = 8 * GIB          # hot device: at most 2 million extents, 16 MiB of table and some 100 MiB to sort them
 
 # --- metadata -----------------------------------------------------------------------------------------------------
 ENTRY_COUNT_MAX = 20_000_000     # entries of one layer, or of one merged image

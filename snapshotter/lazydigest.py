@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DIRECTORY = "lazyfs/"
-_FILES = ("lazyfs/image.json", "lazyfs/tables.bin", "lazyfs/image.erofs")
+_OPTIONAL = "lazyfs/hot.bin"
+_FILES = ("lazyfs/image.json", "lazyfs/tables.bin", _OPTIONAL, "lazyfs/image.erofs")
 _READ_BYTES = limits.MIB
 
 
@@ -41,6 +42,8 @@ def bootstrap_digest(fs_dir: Path) -> str:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
+            if name == _OPTIONAL and isinstance(error, FileNotFoundError):
+                continue
             raise _not_one(f"{path}: {error.strerror}") from error
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)

@@ -6,6 +6,7 @@ Members, in this order (docs/format.md):
     lazyfs/              directory
     lazyfs/image.json    version, blobs, devices
     lazyfs/tables.bin    the chunk tables of all devices, one after another; blob_index counts image.json's blobs
+    lazyfs/hot.bin       the hot part (image.hot), where there is one
     lazyfs/image.erofs   the merged tree; its extra device i + 1 is device i of image.json
 
 Layer: lazyfs.image, no I/O. Who calls: the converter (pack), every mount and `lazyfs inspect` (parse).
@@ -25,6 +26,7 @@ import zstandard
 from lazyfs import limits
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.digest import Digest
+from lazyfs.image.hot import HotPart, pack_hot, parse_hot
 from lazyfs.image.table import ROW_BYTES, ChunkTable, check_chunk_size, chunk_count, parse_table
 from lazyfs.image.ustar import Member, pack_ustar, parse_ustar
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_VERSION = 1
 BOOTSTRAP_LEVEL = 9              # zstd; 30,000 entries: 517 KB in 0.12 s of CPU (3: 581 KB; 19: 447 KB, 3.1 s)
+HOT_MEMBER = "lazyfs/hot.bin"
 _DIRECTORY, _JSON, _TABLES, _EROFS = "lazyfs/", "lazyfs/image.json", "lazyfs/tables.bin", "lazyfs/image.erofs"
 _JSON_BYTES_MAX = limits.MIB     # 1,024 blobs and 512 devices make 200 KiB
 
@@ -41,7 +44,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 @dataclass(frozen=True, slots=True)
 class BlobRef:
-    """A blob that tables name. `size`: bytes of the whole blob. `hot`: it holds copies, in prefetch order."""
+    """A blob that tables name. `size`: bytes of the whole blob. `hot`: it holds the hot device's chunks."""
 
     digest: Digest
     size: int
@@ -63,6 +66,7 @@ class Bootstrap:
     blobs: tuple[BlobRef, ...]
     devices: tuple[Device, ...]
     erofs: bytes | memoryview
+    hot: HotPart | None = None
 
 
 class _JsonBlob(msgspec.Struct):
@@ -103,20 +107,24 @@ def pack_bootstrap(bootstrap: Bootstrap) -> bytes:
             Member(_DIRECTORY, b""),
             Member(_JSON, msgspec.json.encode(image)),
             Member(_TABLES, b"".join(device.table.rows.tobytes() for device in bootstrap.devices)),
+            *([] if bootstrap.hot is None else [Member(HOT_MEMBER, pack_hot(bootstrap.hot))]),
             Member(_EROFS, bootstrap.erofs),
         )
     )
 
 
-def pack_unpacked(read: Callable[[str], bytes]) -> bytes:
+def pack_unpacked(read: Callable[[str], bytes | None]) -> bytes:
     """
     The tar of a bootstrap whose members lie unpacked somewhere: the bytes it was unpacked from.
 
     Args:
-        read: gives the content of the member with that path.
+        read: gives the content of the member with that path; None for HOT_MEMBER: there is none.
 
     """
-    return pack_ustar((Member(_DIRECTORY, b""), *(Member(name, read(name)) for name in (_JSON, _TABLES, _EROFS))))
+    contents = [(name, read(name)) for name in (_JSON, _TABLES, HOT_MEMBER, _EROFS)]
+    return pack_ustar(
+        (Member(_DIRECTORY, b""), *(Member(name, content) for name, content in contents if content is not None))
+    )
 
 
 def parse_bootstrap(data: bytes | memoryview) -> Bootstrap:
@@ -130,11 +138,14 @@ def parse_bootstrap(data: bytes | memoryview) -> Bootstrap:
     """
     if len(data) > limits.BOOTSTRAP_BYTES_MAX:
         raise FormatError(f"bootstrap of {len(data)} bytes, at most {limits.BOOTSTRAP_BYTES_MAX} are allowed")
-    members = parse_ustar(data, (_DIRECTORY, _JSON, _TABLES, _EROFS))
-    image = _parse_json(members[1].data)
+    names = (_DIRECTORY, _JSON, _TABLES, HOT_MEMBER, _EROFS)
+    members = {member.name: memoryview(member.data)
+               for member in parse_ustar(data, names, optional=frozenset({HOT_MEMBER}))}
+    image = _parse_json(members[_JSON])
     blobs = _check_blobs(image.blobs)
-    devices = _parse_tables(image.devices, memoryview(members[2].data), [blob.size for blob in blobs])
-    return Bootstrap(blobs, devices, memoryview(members[3].data))
+    devices = _parse_tables(image.devices, members[_TABLES], [blob.size for blob in blobs])
+    hot = _parse_hot(members[HOT_MEMBER], blobs, devices) if HOT_MEMBER in members else None
+    return Bootstrap(blobs, devices, members[_EROFS], hot)
 
 
 def compress_layer(tar: bytes) -> bytes:
@@ -210,3 +221,10 @@ def _parse_device(raw: _JsonDevice, rows: memoryview, blob_sizes: Sequence[int],
     if found != digest:
         raise FormatError(f"bootstrap device {index} should be {digest.short}, its table makes {found.short}")
     return Device(digest, table)
+
+
+def _parse_hot(data: memoryview, blobs: tuple[BlobRef, ...], devices: tuple[Device, ...]) -> HotPart:
+    index = next((number for number, blob in enumerate(blobs) if blob.hot), None)
+    if index is None:
+        raise FormatError("bootstrap has a hot part, but names no hot blob")
+    return parse_hot(data, [device.table.device_size for device in devices], [blob.size for blob in blobs], index)

@@ -41,9 +41,11 @@ def pack_ustar(members: Sequence[Member]) -> bytes:
     return b"".join([*parts, END])
 
 
-def parse_ustar(archive: bytes | memoryview, names: Sequence[str]) -> tuple[Member, ...]:
+def parse_ustar(
+    archive: bytes | memoryview, names: Sequence[str], *, optional: frozenset[str] = frozenset()
+) -> tuple[Member, ...]:
     """
-    Exactly the members `names`, in this order; their data are views of `archive`.
+    Exactly the members `names`, in this order; their data are views of `archive`. `optional` ones may be missing.
 
     Raises:
         FormatError: anything else than pack_ustar() would have written.
@@ -53,6 +55,8 @@ def parse_ustar(archive: bytes | memoryview, names: Sequence[str]) -> tuple[Memb
     members = []
     for name in names:
         header = bytes(view[offset : offset + _BLOCK_BYTES])
+        if name in optional and header[:_NAME_BYTES_MAX].rstrip(b"\0") != name.encode("ascii"):
+            continue
         size = _read_size(header, name)
         if (size and name.endswith("/")) or header != header_of(name, size):
             raise FormatError(f"bootstrap layer: no member {name} at byte {offset}")

@@ -27,7 +27,7 @@ from lazyfs import limits
 from lazyfs.cache.ownership import raise_cache_error
 from lazyfs.errors import IntegrityError
 from lazyfs.fs.drivers import Driver, choose_driver
-from lazyfs.image.bootstrap import decompress_layer, pack_unpacked, parse_bootstrap
+from lazyfs.image.bootstrap import HOT_MEMBER, decompress_layer, pack_unpacked, parse_bootstrap
 from lazyfs.image.digest import Digest
 from lazyfs.image.parts import check_parts
 from lazyfs.image.table import ChunkTable
@@ -139,7 +139,7 @@ def _read_unpacked(layer: StoredLayer, cache_dir: Path, directory: str | None) -
     if data is None or Digest.of(data) != layer.digest:
         if directory is None:
             raise IntegrityError(f"{path} is missing or damaged", hint="pull the image again")
-        data = pack_unpacked(lambda name: _read_member(Path(directory) / name))
+        data = pack_unpacked(lambda name: _read_member(Path(directory), name))
         found = Digest.of(data)
         if found != layer.digest:
             raise IntegrityError(f"the bootstrap in {directory} is {found.short}, expected {layer.digest.short}",
@@ -148,10 +148,11 @@ def _read_unpacked(layer: StoredLayer, cache_dir: Path, directory: str | None) -
     return parse_bootstrap(data)
 
 
-def _read_member(path: Path) -> bytes:
-    data = _read_bounded(path)
-    if data is None:
-        raise IntegrityError(f"{path} is not there, or is not what a lazy image holds", hint="pull the image again")
+def _read_member(directory: Path, name: str) -> bytes | None:
+    data = _read_bounded(directory / name)
+    if data is None and name != HOT_MEMBER:     # if it is missing though it was there, the digest tells
+        raise IntegrityError(f"{directory / name} is not there, or is not what a lazy image holds",
+                             hint="pull the image again")
     return data
 
 

@@ -18,12 +18,13 @@ from lazyfs.image.config import build_config, parse_config, without_added
 from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
 from lazyfs.image.entries import pack_entries, parse_entries
+from lazyfs.image.hot import pack_hot, parse_hot
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.model import Attributes, DataMap, EntryKind, FileType, LayerEntry
 from lazyfs.image.oci import OCI_MANIFEST, is_index, parse_index
 from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.profile.recording import from_json, to_json
-from tests.formatkit import make_blob, make_bootstrap
+from tests.formatkit import CHUNK_SIZE, make_blob, make_bootstrap, make_hot
 from tests.profilekit import recording
 from tests.unit.test_manifest_lazy import build, config, manifest
 
@@ -39,7 +40,8 @@ ENTRIES = [
     LayerEntry(b"d", EntryKind.OPAQUE),
 ]
 BLOB, _, TAIL = make_blob(bytes(range(256)) * 64, ENTRIES)
-TAR = pack_bootstrap(make_bootstrap([bytes(range(256)) * 512, b"x" * 4096], hot=[(0, 0)]))
+TAR = pack_bootstrap(make_bootstrap([bytes(range(256)) * 512, b"x" * 4096], hot=[(3, 0, 9), (0, 1, 1)]))
+HOT, HOT_SIZE = make_hot([bytes(range(256)) * 512, b"x" * 4096], [(3, 0, 9), (0, 1, 1)], CHUNK_SIZE, hot_index=1)
 INDEX = json.dumps({"schemaVersion": 2, "manifests": [
     {**manifest()["config"], "mediaType": manifest()["mediaType"], "platform": {"os": "linux", "architecture": "arm64"}}
 ]}).encode()
@@ -86,6 +88,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "footer": (lambda data: parse_footer(data, len(BLOB)), BLOB[-FOOTER_BYTES:]),
     "tail": (lambda data: parse_tail(data, len(BLOB)), TAIL),
     "bootstrap": (parse_bootstrap, TAR),
+    "hot": (lambda data: parse_hot(data, [256 * 512, 4096], [9, HOT_SIZE], 1), pack_hot(HOT)),
     "bootstrap-layer": (lambda data: decompress_layer(data, len(TAR)), compress_layer(TAR)),
     "manifest": (lazy, json.dumps(build()[0]).encode()),
     "index": (index, INDEX),

@@ -66,9 +66,8 @@ def test_entries_come_back(given_entries: list[LayerEntry]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_bootstraps_come_back(shapes: list[tuple[int, bytes]], data: st.DataObject) -> None:
     devices = [(fill * 4096)[: blocks * 4096].ljust(blocks * 4096, b"\0") for blocks, fill in shapes]
-    stored = [(n, chunk) for n,
-    (blocks, fill) in enumerate(shapes) for chunk in range(-(-blocks // 16)) if fill != b"\0"]
-    hot = data.draw(st.lists(st.sampled_from(stored), unique=True)) if stored else []
+    every = [(block, device, 1) for device, (blocks, _) in enumerate(shapes) for block in range(blocks)]
+    hot = data.draw(st.lists(st.sampled_from(every), unique=True)) if every else []
     bootstrap = make_bootstrap(devices, hot=hot)
     tar = pack_bootstrap(bootstrap)
     parsed = parse_bootstrap(decompress_layer(compress_layer(tar), len(tar)))

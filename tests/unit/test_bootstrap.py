@@ -25,9 +25,9 @@ from lazyfs.image.ustar import Member, pack_ustar, parse_ustar
 from tests.formatkit import CHUNK_SIZE, make_bootstrap
 
 DEVICES = [bytes(range(256)) * 1024, b"", b"x" * 4096, bytes(CHUNK_SIZE * 3), b"x" * 4096]
-SMALL = make_bootstrap(DEVICES, hot=[(2, 0), (0, 1)])
+SMALL = make_bootstrap(DEVICES, hot=[(0, 2, 1), (16, 0, 16)])
 TAR = pack_bootstrap(SMALL)
-NAMES = ("lazyfs/", "lazyfs/image.json", "lazyfs/tables.bin", "lazyfs/image.erofs")
+NAMES = ("lazyfs/", "lazyfs/image.json", "lazyfs/tables.bin", "lazyfs/hot.bin", "lazyfs/image.erofs")
 
 
 def rebuilt(**changes: object) -> bytes:
@@ -170,5 +170,5 @@ def test_a_frame_without_a_size_is_refused() -> None:
 
 def test_devices_keep_their_own_objects() -> None:
     device = SMALL.devices[0]
-    copy = Bootstrap(SMALL.blobs, (Device(device.digest, device.table), *SMALL.devices[1:]), SMALL.erofs)
+    copy = Bootstrap(SMALL.blobs, (Device(device.digest, device.table), *SMALL.devices[1:]), SMALL.erofs, SMALL.hot)
     assert pack_bootstrap(copy) == TAR
