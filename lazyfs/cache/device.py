@@ -86,6 +86,10 @@ class CachedDevice:
         """Open on data_path."""
         return self._generation.data_fd
 
+    def presence(self) -> bytes:
+        """A byte a chunk: 1 if it can be read. A copy, as of now."""
+        return bytes(self._generation.present)
+
     @property
     def present_count(self) -> int:
         return self._generation.present.count(1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lazyfs.cache.store import CachedDevice
+    from lazyfs.fetch.hotview import HotView
     from lazyfs.image.digest import Digest
     from lazyfs.image.table import ChunkTable
     from lazyfs.registry.place import ImageSource
@@ -39,13 +40,15 @@ class FetchDevice:
     """
     `blobs[i]` is where the rows with blob_index i are: (source, digest, size in bytes).
 
-    :touched: one byte a chunk, 1 once a read asked for it.
+    :hot: which of its blocks are in the image's hot device too; None: there is none, or this is it.
+    :touched: one byte a chunk, 1 once a read asked for it (and was not answered by the hot device).
     :touched_stored_bytes: what these chunks are in their blobs; the least that the link has to carry.
     """
 
     table: ChunkTable
     cached: CachedDevice
     blobs: Sequence[Blob]
+    hot: HotView | None = None
     touched: bytearray = field(init=False)
     touched_stored_bytes: int = field(init=False, default=0)
     shift: int = field(init=False)

@@ -15,6 +15,7 @@ import trio
 
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError
 from lazyfs.fetch.constants import CLOSE_GRACE_S, ERROR_MEMORY_S, READ_ROUND_COUNT_MAX, FetchLimits
+from lazyfs.fetch.hotview import HOT_DEADLINE_SHARE
 from lazyfs.fetch.prefetch import PrefetchHandle
 from lazyfs.fetch.scheduler import Scheduler
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.flight import Flight
+    from lazyfs.fetch.hotview import HotDevice, Part
     from lazyfs.fetch.statistics import FetchStatistics
 
     Memory = dict[int, bytes | memoryview]
@@ -81,6 +83,10 @@ class Fetcher:
         if not size:
             return b""
         first, last = offset >> device.shift, (end - 1) >> device.shift
+        if device.hot is not None and not device.cached.present(first, last):
+            hot_data = await self._read_hot(device, offset, size, deadline)
+            if hot_data is not None:
+                return hot_data
         if device.touched.find(0, first, last + 1) >= 0:
             self._first_touch(device, first, last)
         data = device.cached.read_if_present(offset, size)
@@ -100,6 +106,57 @@ class Fetcher:
         handle = PrefetchHandle(plan)
         self._scheduler.add_prefetch(handle)
         return handle
+
+    # --- the hot device -------------------------------------------------------------------------------------------
+
+    async def _read_hot(self, device: FetchDevice, offset: int, size: int, deadline: float) -> bytes | None:
+        """
+        The range out of the hot device, and what is present of the layer's; None: the layer's chunks are the way.
+
+        Never raises LazyfsError: whatever is wrong with the hot blob, the layers have its blocks too.
+        """
+        assert device.hot is not None
+        hot = device.hot.hot
+        parts = device.hot.parts(device, offset, size)
+        if parts is None or not self._hot_is_sooner(device, hot, parts, offset, size):
+            return None
+        chunks = _chunks(hot.device, parts)
+        missing = [index for index in chunks if not hot.device.cached.present(index, index)]
+        if not hot.device.cached.try_retain():
+            return None    # unmounted meanwhile
+        if not device.cached.try_retain():
+            hot.device.cached.release()
+            return None
+        try:
+            now = time.monotonic()
+            memory = await self._arrive(hot.device, missing, now + (deadline - now) * HOT_DEADLINE_SHARE)
+            pieces = [_assemble(one, start, length, memory if one is hot.device else {})
+                      for one, start, length in parts]
+        except BugError:
+            raise
+        except LazyfsError as error:
+            hot.failed(error)
+            return None
+        finally:
+            device.cached.release()
+            hot.device.cached.release()
+        data = b"".join(piece for piece in pieces if piece is not None)
+        if len(data) != size:
+            return None    # a chunk has vanished from the cache again: an I/O error on its disk
+        for index in chunks:
+            self._count_touch(hot.device, index, index)
+        self._statistics.hits += not missing
+        self._statistics.misses += bool(missing)
+        self._statistics.hot_reads += 1
+        return data
+
+    def _hot_is_sooner(self, device: FetchDevice, hot: HotDevice, parts: list[Part], offset: int, size: int) -> bool:
+        """Whether to wait for the hot device's chunks, or for the layer's."""
+        flights, cached = self._scheduler.flights, hot.device.cached
+        if all(cached.present(index, index) or (cached, index) in flights for index in _chunks(hot.device, parts)):
+            return True
+        missing = device.cached.missing(offset >> device.shift, (offset + size - 1) >> device.shift)
+        return not hot.failing and not all((device.cached, index) in flights for index in missing)
 
     # --- reads that wait ------------------------------------------------------------------------------------------
 
@@ -127,15 +184,15 @@ class Fetcher:
         self, device: FetchDevice, offset: int, size: int, deadline: float
     ) -> bytes | memoryview | None:
         first, last = offset >> device.shift, (offset + size - 1) >> device.shift
-        memory = await self._arrive(device, first, last, deadline)
+        memory = await self._arrive(device, device.cached.missing(first, last), deadline)
         data = device.cached.read_if_present(offset, size)
         return _assemble(device, offset, size, memory) if data is None else data
 
-    async def _arrive(self, device: FetchDevice, first: int, last: int, deadline: float) -> Memory:
-        """Until all chunks are there; returns those that could not be stored."""
+    async def _arrive(self, device: FetchDevice, missing: list[int], deadline: float) -> Memory:
+        """Until these chunks are there; returns those that could not be stored."""
         memory: Memory = {}
         flights: list[Flight] = []
-        for index in device.cached.missing(first, last):
+        for index in missing:
             spilled = self._scheduler.spill.get(device.cached, index)
             if spilled is not None:
                 memory[index] = spilled
@@ -190,9 +247,7 @@ class Fetcher:
 
     def _first_touch(self, device: FetchDevice, first: int, last: int) -> None:
         """Count, and read ahead. The read's own missing chunks go first."""
-        before = device.touched_stored_bytes
-        fresh = device.touch(first, last)
-        self._statistics.touched_stored_bytes += device.touched_stored_bytes - before
+        fresh = self._count_touch(device, first, last)
         if not self._bounds.readahead or self._scheduler.prefetches:
             return
         missing = set(device.cached.missing(first, last))
@@ -203,6 +258,20 @@ class Fetcher:
                 self._scheduler.read_ahead(device, device.cached.missing(ahead.start, last_ahead))
                 if not missing:
                     self._scheduler.dispatch()
+
+    def _count_touch(self, device: FetchDevice, first: int, last: int) -> list[int]:
+        """Returns the chunks that are touched for the first time."""
+        before = device.touched_stored_bytes
+        fresh = device.touch(first, last)
+        self._statistics.touched_stored_bytes += device.touched_stored_bytes - before
+        return fresh
+
+
+def _chunks(hot: FetchDevice, parts: list[Part]) -> list[int]:
+    """Which chunks of the hot device the parts of a read need; each once, ascending."""
+    found = {index for device, start, length in parts if device is hot
+             for index in range(start >> hot.shift, ((start + length - 1) >> hot.shift) + 1)}
+    return sorted(found)
 
 
 def _assemble(device: FetchDevice, offset: int, size: int, memory: Memory) -> bytes | None:

@@ -11,6 +11,7 @@ class FetchStatistics:
 
     hits: int = 0                   # reads answered from the cache at once
     misses: int = 0                 # reads that had to wait for a chunk
+    hot_reads: int = 0              # of both: answered by the hot device, in whole or in part
     waits: int = 0                  # chunks that a read found on their way already
     requests: int = 0               # range requests sent
     chunks_fetched: int = 0         # chunks that landed
