@@ -52,6 +52,7 @@ class Session:
         self.place = place
         self.runs = runs
         self._pushed: set[str] = set()
+        self.distant: set[str] = set()    # host:port of proxies to the far registry, kit.delay
 
     def say(self, text: str) -> None:
         print(f"    {text}", flush=True)

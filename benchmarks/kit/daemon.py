@@ -15,7 +15,7 @@ from benchmarks.kit.memory import descendants
 from benchmarks.kit.proc import Daemon, ToolError, attempt, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from benchmarks.kit.workspace import Workspace
 
@@ -27,11 +27,14 @@ _POLL_S = 0.005
 class NodeDaemon:
     """A running daemon with a cache directory of its own, empty unless `cache` names one used before."""
 
-    def __init__(self, place: Workspace, cache: Path | None = None) -> None:
+    def __init__(self, place: Workspace, cache: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+        """`env`: added to its environment."""
         self._place = place
+        self._env = {**environment(place), **(env or {})}
         self.cache = cache or place.folder("node-cache")
         self._run = place.top / "run"
         self._run.mkdir(exist_ok=True)
+        self._closed = True
         self.start()
         place.stack.callback(self.close)
 
@@ -39,7 +42,8 @@ class NodeDaemon:
         """Start the keeper (again); returns the seconds until it serves."""
         begin = time.perf_counter()
         words: list[str | Path] = [COMMAND, "daemon", "--cache-dir", self.cache]
-        self._daemon = Daemon(words, log=self._place.top / "node.log", env=environment(self._place))
+        self._daemon = Daemon(words, log=self._place.top / "node.log", env=self._env)
+        self._closed = False
         self._wait(lambda: self._ready(self._daemon.pid))
         return time.perf_counter() - begin
 
@@ -75,6 +79,18 @@ class NodeDaemon:
         """The worker's pid."""
         return int(json.loads((self._run / "daemon" / "worker.json").read_bytes())["pid"])
 
+    def statistics(self) -> dict[str, Any]:
+        """The worker's counters."""
+        from lazyfs.node.protocol import STATS, ControlClient  # noqa: PLC0415 - only some rows ask
+
+        with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
+            answer: dict[str, Any] = client.request(STATS, 10.0)
+            return answer
+
+    def cpu_s(self) -> float:
+        """CPU seconds that keeper, worker and mounter have used, those that ended included."""
+        return sum(cpu_s(pid) for pid in [self._daemon.pid, *descendants(self._daemon.pid)])
+
     def memory_mb(self) -> float:
         """The sum of the proportional set sizes of keeper, worker and mounter."""
         return sum(pss_mb(pid) for pid in [self._daemon.pid, *descendants(self._daemon.pid)])
@@ -93,6 +109,9 @@ class NodeDaemon:
 
     def close(self) -> None:
         """Unmount everything and end it; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         settings = [f"{key}={value}" for key, value in environment(self._place).items()]
         attempt(["env", *settings, str(COMMAND), "umount", "--all", "--lazy"])   # the snapshotter's too
         attempt(["env", *settings, str(COMMAND), "daemon", "stop"])
@@ -111,6 +130,15 @@ def ask_keeper(path: Path) -> dict[str, Any] | None:
                 return found
         except (OSError, ValueError, LookupError, TypeError):
             return None
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process and of its children that it has waited for (proc(5): stat)."""
+    try:
+        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def pss_mb(pid: int) -> float:

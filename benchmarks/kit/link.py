@@ -1,5 +1,5 @@
 """
-A link of 1 Gbit/s: a network namespace behind a veth pair, shaped by TBF both ways.
+A link of 1 Gbit/s, or less: a network namespace behind a veth pair, shaped by TBF both ways.
 
 What is inside the namespace is reached at `address`; every byte between it and this machine crosses the pair and is
 counted at this machine's end. Kernel doc: tc-tbf(8), veth(4). Checked against known transfers by
@@ -44,6 +44,11 @@ class Link:
         """Words to put before a command that is to run at the far end."""
         return ["ip", "netns", "exec", self.netns]
 
+    def set_rate(self, bit_s: int) -> None:
+        """Make it another rate, both ways. Raises ToolError."""
+        for words, device in (([], self.device), (self.inside(), f"{self.netns}n")):
+            run([*words, "tc", "qdisc", "replace", "dev", device, "root", *_shape(bit_s)], timeout_s=_TIMEOUT_S)
+
 
 def make_link(place: Workspace) -> Link:
     """
@@ -56,7 +61,7 @@ def make_link(place: Workspace) -> Link:
     netns, outer, inner = place.net_name, f"{place.net_name}h", f"{place.net_name}n"
     here, there = _free_pair()
     inside = ["ip", "netns", "exec", netns]
-    shape = ["tbf", "rate", str(RATE_BIT_S), "burst", str(_BURST_BYTES), "latency", f"{_LATENCY_MS}ms"]
+    shape = _shape(RATE_BIT_S)
     for command in (
         ["ip", "netns", "add", netns],
         ["ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", netns],
@@ -70,6 +75,10 @@ def make_link(place: Workspace) -> Link:
     ):
         run(command, timeout_s=_TIMEOUT_S)
     return Link(netns, there, outer)
+
+
+def _shape(bit_s: int) -> list[str]:
+    return ["tbf", "rate", str(bit_s), "burst", str(_BURST_BYTES), "latency", f"{_LATENCY_MS}ms"]
 
 
 def _free_pair() -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _START_TIMEOUT_S = 20.0
 PUSH_TIMEOUT_S = 600.0
 _PORT = 5000  # at the far end of a link, where nothing else listens
+_REQUEST = re.compile(rb'"[A-Z]+ /v2/', re.MULTILINE)  # in the access log
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Registry:
 
     host: str  # with port
     daemon: Daemon
+    log: Path  # with one line a request
 
     def reference(self, repository: str, tag: str = "latest") -> str:
         """As lazyfs and skopeo want it."""
@@ -39,6 +42,10 @@ class Registry:
         words = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:latest", target]
         run(words, timeout_s=PUSH_TIMEOUT_S)
         return target
+
+    def request_count(self) -> int:
+        """How many requests it has answered so far."""
+        return len(_REQUEST.findall(self.log.read_bytes()))
 
     def close(self) -> None:
         self.daemon.close()
@@ -60,14 +67,15 @@ def start_registry(place: Workspace, *, link: Link | None = None) -> Registry:
         json.dumps(
             {
                 "version": 0.1,
-                "log": {"level": "warn", "accesslog": {"disabled": True}},
+                "log": {"level": "warn"},
                 "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
                 "http": {"addr": f"{address}:{port}"},
             }
         )
     )
     words: list[str | Path] = [*(link.inside() if link else []), "docker-registry", "serve", config]
-    daemon = Daemon(words, log=storage / "registry.log", env={"OTEL_TRACES_EXPORTER": "none"})
+    log = storage / f"registry-{address}.log"
+    daemon = Daemon(words, log=log, env={"OTEL_TRACES_EXPORTER": "none"})
     place.stack.callback(daemon.close)
     limit = time.monotonic() + _START_TIMEOUT_S
     while not _answers(address, port):
@@ -75,7 +83,7 @@ def start_registry(place: Workspace, *, link: Link | None = None) -> Registry:
         if time.monotonic() > limit:
             raise ToolError(f"docker-registry does not answer at {address}:{port}")
         time.sleep(0.05)
-    return Registry(f"{address}:{port}", daemon)
+    return Registry(f"{address}:{port}", daemon, log)
 
 
 def _answers(address: str, port: int) -> bool:

@@ -1,0 +1,92 @@
+"""Cold starts of an image with a hot part on a node whose daemon runs: what most rows of this table measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.kit.container import Container
+from benchmarks.kit.daemon import NodeDaemon
+from benchmarks.kit.host import drop_page_cache
+from benchmarks.kit.link import RATE_BIT_S
+from benchmarks.rows.recording import record_list
+from benchmarks.session import NUMPY, TENSORFLOW
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from benchmarks.session import Session, Subject
+
+PROGRAMS = (("a", NUMPY), ("b", TENSORFLOW))     # the letters of the rows
+FAST_BIT_S = RATE_BIT_S
+SLOW_BIT_S = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class HotStart:
+    """
+    One start.
+
+    Attributes:
+        total_s: from nothing on the node but its daemon to the program's end.
+        ready_s: of this, until the image was mounted.
+        fetched_bytes: stored bytes that the worker received of blobs until then.
+        link_bytes: that crossed the link until then, both ways, headers included.
+        request_count: that the registry answered until then.
+        daemon_cpu_s: CPU seconds of the daemon's processes.
+
+    """
+
+    total_s: float
+    ready_s: float
+    fetched_bytes: int
+    link_bytes: int
+    request_count: int
+    daemon_cpu_s: float
+
+
+def hot_image(session: Session, subject: Subject, host: str = "") -> str:
+    """The image with a hot part, recorded and converted when it is first asked for. `host`: not the far registry's."""
+    listed = str(record_list(session, subject))
+    reference = session.lazy(subject, session.far, "hot", "--prefetch", listed)
+    return reference.replace(session.far.host, host) if host else reference
+
+
+def start_hot(
+    session: Session, subject: Subject, *, image: str = "", cache: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> HotStart:
+    """
+    Mount by a daemon just started, then run by runc on overlayfs; page cache cold.
+
+    Args:
+        session: which run.
+        subject: which program.
+        image: its reference, where it is not the far registry's.
+        cache: a cache directory used before; None: an empty one.
+        env: added to the daemon's environment.
+
+    """
+    image = image or hot_image(session, subject)
+    daemon = NodeDaemon(session.place, cache, env)
+    try:
+        target = session.place.folder("node-mount")
+        container = Container(session.place, target)
+        drop_page_cache()
+        cpu_s, link, requests = daemon.cpu_s(), session.link.bytes_total(), session.far.request_count()
+        begin = time.perf_counter()
+        daemon.mount(image, target)
+        ready_s = time.perf_counter() - begin
+        container.run(subject.command)
+        total_s = time.perf_counter() - begin
+        fetched = daemon.statistics()["fetch"]["fetched_stored_bytes"]
+        result = HotStart(
+            total_s, ready_s, fetched, session.link.bytes_total() - link, session.far.request_count() - requests,
+            daemon.cpu_s() - cpu_s,
+        )  # fmt: skip
+        container.close()
+        return result
+    finally:
+        daemon.close()
