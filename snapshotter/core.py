@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.errors import HostError, LazyfsError
 from snapshotter import idmap, overlay
+from snapshotter.ahead import Ahead
 from snapshotter.directories import Directories, owner_of
 from snapshotter.diskuse import disk_usage
 from snapshotter.failures import (
@@ -62,6 +63,7 @@ class Snapshots:
         self._directories = directories
         self._records = records
         self._hook = hook
+        self._ahead = Ahead()
         self._node = overlay.probe(directories.root)
 
     @classmethod
@@ -87,6 +89,7 @@ class Snapshots:
             raise
 
     def close(self) -> None:
+        self._ahead.close()
         self._records.close()
         self._directories.close()
 
@@ -135,6 +138,8 @@ class Snapshots:
         """
         Make the active snapshot `key` the committed one `name`, with these labels instead of its own.
 
+        A lazy image is mounted then, by a thread: a container will probably follow.
+
         Args:
             name: of the committed one.
             key: of the active one; nobody has this name afterwards.
@@ -160,7 +165,9 @@ class Snapshots:
             info = replace(old.info, labels=labels, parent=old.info.parent or parent)
             return replace(old, info=info, layer=layer, origin=origin, usage=usage)
 
-        self._records.commit(key, name, change)
+        committed = self._records.commit(key, name, change)
+        if committed.layer is LayerKind.LAZY_BOOTSTRAP:
+            self._ahead.soon(f"mounting {name}", lambda: self._mount_ahead(committed))
 
     def remove(self, name: str) -> None:
         """
@@ -313,10 +320,19 @@ class Snapshots:
         except LazyfsError as error:
             text = f"lazy image below {bootstrap.info.name}: {error}"
             raise SnapshotUnavailableError(text, hint=error.hint) from error
+        self._check_there(bootstrap)
+        return tree
+
+    def _mount_ahead(self, bootstrap: Record) -> None:
+        """Raises LazyfsError."""
+        self._hook.mount_ahead(self._lazy(bootstrap))
+        self._check_there(bootstrap)
+
+    def _check_there(self, bootstrap: Record) -> None:
+        """After its image was mounted. Raises SnapshotMissingError: removed meanwhile; then it is let go again."""
         if bootstrap.id not in self._records.ids():   # then its goodbye may have been said before we mounted
             self._let_go(Goodbye(bootstrap.id, bootstrap.info.name, self._lazy(bootstrap).labels))
             raise SnapshotMissingError(f"snapshot {bootstrap.info.name} was removed meanwhile")
-        return tree
 
     def _owner(self, labels: Mapping[str, str], lowers: list[Path], below: list[Record]) -> tuple[int, int] | None:
         """

@@ -2,8 +2,8 @@
 Lazy images for core: the LazyHook over the node's daemon.
 
 One mount an image (by the digest of its bootstrap), shared by all snapshots of that bootstrap in all namespaces, and
-by all containers on top of them. It is ordered when a container is prepared, and taken away when the last bootstrap
-snapshot is removed; containerd removes no snapshot that has children, so no container is on it then.
+by all containers on top of them. It is ordered when the image has been pulled or a container is prepared, and taken
+away when the last bootstrap snapshot is removed; containerd removes none that has children, so no container is on it.
 
 Layer: snapshotter. Who calls: core, through the Protocol; cli makes it by make_lazy_images(). State: lazyrecords, and
 what is under way (lazyflight). Invariants: a snapshot's record is written before it joins an attempt to mount, and a
@@ -40,11 +40,12 @@ _log = logging.getLogger("lazyfs.snapshotter")
 
 @dataclass(frozen=True, slots=True)
 class MountSettings:
-    """What all mount orders have in common: see node.order.MountOrder."""
+    """What all mount orders have in common: see node.order.MountOrder. `ahead`: before a container wants it."""
 
     driver: str = "auto"
     prefetch: bool = True
     read_timeout_s: float = limits.READ_DEADLINE_S
+    ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,16 @@ class LazyImages:
         return LayerKind.LAZY_BOOTSTRAP if LABEL_BOOTSTRAP in labels else LayerKind.ORDINARY
 
     def ensure_mounted(self, bootstrap: LazyLayer) -> Path:
+        return self._have_mounted(bootstrap, guess="")
+
+    def mount_ahead(self, bootstrap: LazyLayer) -> None:
+        """Only where a label names the image: containerd does not have it yet. The first container asks again."""
+        image = bootstrap.labels.get(LABEL_IMAGE_REF, "")
+        if image and self._settings.ahead:
+            self._have_mounted(bootstrap, guess=image)
+
+    def _have_mounted(self, bootstrap: LazyLayer, *, guess: str) -> Path:
+        """`guess`: the image's reference, if nobody shall be asked for it."""
         record = self._records.of(bootstrap)
         if record is None:
             record = LazyRecord(bootstrap.snapshot_id, bootstrap.name, bootstrap_digest(bootstrap.fs_dir))
@@ -102,7 +113,7 @@ class LazyImages:
         found = record
 
         def attempt() -> None:
-            self._mount(bootstrap, found)
+            self._mount(bootstrap, found, guess)
 
         target = self._records.target(record.digest)
         confirmed = self._confirmed.get(record.digest)   # after the record was written: see forget()
@@ -151,14 +162,14 @@ class LazyImages:
                 _log.warning("%s belongs to no snapshot and cannot be taken away: %s", target, error)
             self._records.remove_target(target)
 
-    def _mount(self, bootstrap: LazyLayer, record: LazyRecord) -> None:
-        """Order the mount. Alone with this digest."""
+    def _mount(self, bootstrap: LazyLayer, record: LazyRecord, guess: str) -> None:
+        """Order the mount. Alone with this digest. `guess`: see _have_mounted()."""
         target = self._records.make_target(record.digest)
         mounted = lazymounts.is_mounted(target)
         image = self._records.reference(record.digest) if mounted else ""
         known = sure = bool(image)
         if not known:
-            image, sure = self._choose_image(bootstrap, record)
+            image, sure = (guess, False) if guess else self._choose_image(bootstrap, record)
             self._records.write_reference(record.digest, image if sure else "")   # before: what is mounted is on record
         order = MountOrder(
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,

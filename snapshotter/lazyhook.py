@@ -63,6 +63,15 @@ class LazyHook(Protocol):
 
         """
 
+    def mount_ahead(self, bootstrap: LazyLayer) -> None:
+        """
+        Mount the image, for a container that is not there yet; or do nothing.
+
+        Raises:
+            LazyfsError: as ensure_mounted(), of which nothing is the worse.
+
+        """
+
     def forget(self, bootstrap: LazyLayer) -> None:
         """
         Unmount the image and let go of its cache: its snapshot was removed. `fs_dir` may be gone already.

@@ -38,7 +38,8 @@ def make_lazy_images(config: Config) -> LazyImages:
 
     """
     daemon = config.daemon
-    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s)
+    settings = MountSettings(daemon.driver, prefetch=daemon.prefetch, read_timeout_s=daemon.read_timeout_s,
+                             ahead=config.snapshotter.mount_ahead)
     link = DaemonLink(WorkerDir(Path(daemon.run_dir) / "daemon"))
     root = Path(config.snapshotter.root).resolve()
     return LazyImages(root, link, ContainerdImages(config.snapshotter.containerd_address, config.registry), settings)

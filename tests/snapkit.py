@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlainImages:
-    """`images`: where the directories of the images are. `down`: as if the daemon did not answer."""
+    """
+    `images`: where the directories of the images are. `down`: as if the daemon did not answer. `eager`: mounts ahead.
+    """
 
     images: Path
     down: bool = False
+    eager: bool = False
     mounted: dict[int, Path] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -52,6 +55,10 @@ class PlainImages:
             tree = self.images / bootstrap.labels[LABEL_BOOTSTRAP]
             self.mounted[bootstrap.snapshot_id] = tree
             return tree
+
+    def mount_ahead(self, bootstrap: LazyLayer) -> None:
+        if self.eager:
+            self.ensure_mounted(bootstrap)
 
     def forget(self, bootstrap: LazyLayer) -> None:
         self._ask()

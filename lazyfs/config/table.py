@@ -104,6 +104,8 @@ class Snapshotter:
                                    "containerd's own socket: which image a snapshot is of, `lazyfs pull`.")
     threads: int = _key(Number(1, 256, whole=True), 32,
                         "Requests of containerd served at the same time; those that wait for the daemon count.")
+    mount_ahead: bool = _key(Flag(), True,
+                             "Mount a lazy image when it has been pulled, not when its first container is prepared.")
 
 
 @dataclass(frozen=True)

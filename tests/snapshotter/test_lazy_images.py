@@ -448,6 +448,35 @@ def test_what_was_mounted_by_a_guess_is_mounted_again_when_the_image_is_known(ri
     rig.assert_nothing_left()
 
 
+def test_what_is_mounted_ahead_goes_by_its_label_until_a_container_asks(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    plain, layer = rig.layer(1), rig.layer(2, **{LABEL_IMAGE_REF: "127.0.0.1:1/gone:lazy"})
+    lazy.mount_ahead(plain)
+    LazyImages(rig.root, rig.link, rig, MountSettings(ahead=False)).mount_ahead(layer)
+    assert rig.mounted() == [], "no label, not wanted"
+    lazy.mount_ahead(layer)
+    assert (len(rig.mounted()), rig.asked) == (1, []), "containerd does not have the image yet"
+    lazy.mount_ahead(layer)
+    assert_right(lazy.ensure_mounted(layer))   # by now it is known to come from elsewhere
+    lazy.mount_ahead(layer)
+    assert_right(lazy.ensure_mounted(layer))
+    assert len(rig.asked) == 1
+    lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
+def test_what_is_mounted_ahead_by_the_right_name_stays(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    layer = rig.layer(1, **{LABEL_IMAGE_REF: rig.image})
+    lazy.mount_ahead(layer)
+    (target,) = rig.mounted()
+    before = mountapi.mount_at(target)
+    assert_right(lazy.ensure_mounted(layer))
+    assert mountapi.mount_at(target) == before
+    lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
 def test_a_record_of_another_snapshot_is_not_believed(rig: Rig, daemon: Daemon) -> None:
     layer = rig.layer(1)
     lazy = rig.lazy()
