@@ -37,21 +37,31 @@ _IMAGE_FILE = re.compile(r"([0-9a-f]{64})\.(zst|tar|erofs|json)")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)(?:-\d+)?\.tmp")
 _BLOCK_BYTES = 512                                        # of st_blocks (stat(2)), whatever the file system's are
 _NAME_CHARS_MAX = 4096
-_RECORD_BYTES_MAX = 70 * limits.DEVICE_COUNT_MAX + 8 * _NAME_CHARS_MAX
+_RECORD_BYTES_MAX = 70 * (limits.DEVICE_COUNT_MAX + 1) + 8 * _NAME_CHARS_MAX
 _PRESENCE_BYTES_MAX = 1024 + limits.CHUNK_COUNT_MAX       # of a live record: a byte a chunk
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """What the cache remembers of an image: how it was called when it was mounted last, and hex of its devices."""
+    """
+    What the cache remembers of an image: how it was called when it was mounted last, and hex of its devices.
+
+    `hot`: hex of its hot device's digest, or "": it has none, or all its layer devices were there to the last chunk.
+    """
 
     image: str
     devices: tuple[str, ...]
+    hot: str = ""
+
+    @property
+    def all_devices(self) -> tuple[str, ...]:
+        """The hot device too: it is used when the image is, and goes as others do."""
+        return (*self.devices, self.hot) if self.hot else self.devices
 
     def write(self, path: Path, digest: Digest) -> None:
         """Store atomically, and note the use; not synced: without it the image is fetched again. Raises OSError."""
         file = path / IMAGES / f"{digest.hex}.json"
-        data = json.dumps({"image": self.image[:_NAME_CHARS_MAX], "devices": self.devices}).encode()
+        data = json.dumps({"image": self.image[:_NAME_CHARS_MAX], "devices": self.devices, "hot": self.hot}).encode()
         with contextlib.suppress(OSError):
             if file.read_bytes() == data:
                 os.utime(file)
@@ -67,9 +77,10 @@ class ImageRecord:
         with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
             with (path / IMAGES / f"{name}.json").open("rb") as file:
                 data = json.loads(file.read(_RECORD_BYTES_MAX))
-            image, devices = data["image"], data["devices"]
-            if isinstance(image, str) and all(isinstance(one, str) and _HEX.fullmatch(one) for one in devices):
-                return cls(image, tuple(devices))
+            image, devices, hot = data["image"], data["devices"], data.get("hot", "")
+            names = [*devices, hot] if hot else devices
+            if isinstance(image, str) and all(isinstance(one, str) and _HEX.fullmatch(one) for one in names):
+                return cls(image, tuple(devices), hot)
         return cls("", ())
 
 
@@ -123,8 +134,8 @@ class Inventory:
         return total
 
     def devices_of(self, name: str) -> list[FoundDevice]:
-        """An image's devices that are here, each once."""
-        wanted = set(self.images[name].record.devices) if name in self.images else set()
+        """An image's devices that are here, each once, with its hot device."""
+        wanted = set(self.images[name].record.all_devices) if name in self.images else set()
         return [self.devices[device] for device in sorted(wanted) if device in self.devices]
 
     def image_use(self, name: str) -> Use:
@@ -139,7 +150,7 @@ class Inventory:
         """For cache.plan."""
         devices = [Device(one.name, one.use.size_bytes, one.last_use_ns, one.name in devices_in_use)
                    for one in self.devices.values()]
-        images = [Image(one.name, one.use.size_bytes, frozenset(one.record.devices), one.name in images_in_use)
+        images = [Image(one.name, one.use.size_bytes, frozenset(one.record.all_devices), one.name in images_in_use)
                   for one in self.images.values()]
         return devices, images
 
@@ -165,7 +176,7 @@ def take_image(path: Path, name: str) -> Inventory:
     for folder, ending in ((BOOTSTRAPS, "zst"), (BOOTSTRAPS, "tar"), (IMAGES, "erofs"), (IMAGES, "json")):
         _take_image_file(found, path, path / folder / f"{name}.{ending}")
     if name in found.images:
-        for device in found.images[name].record.devices:
+        for device in found.images[name].record.all_devices:
             _take_device(found, path / DEVICES / device)
     return found
 

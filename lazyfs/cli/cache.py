@@ -188,10 +188,11 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
     mounts, boot_id = mounts_of(path), read_boot_id()
     users: dict[str, list[str]] = {}
     for image in found.images.values():
-        for device in image.record.devices:
+        for device in image.record.all_devices:
             users.setdefault(device, []).extend(mounts.get(image.name, ()))
+    hot = {image.record.hot for image in found.images.values()}
     devices: list[dict[str, Any]] = [
-        {"digest": f"sha256:{one.name}", "bytes": one.use.size_bytes, "lastUse": one.last_use_ns / 1e9,
+        {"digest": f"sha256:{one.name}", "hot": one.name in hot, "bytes": one.use.size_bytes, "lastUse": one.last_use_ns / 1e9,
          "present": inventory.present_share(path, one.name, boot_id),
          "mountedOn": sorted(set(users.get(one.name, ())))}
         for one in sorted(found.devices.values(), key=lambda one: -one.last_use_ns)
@@ -199,7 +200,7 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
     shares = {device["digest"]: device["present"] for device in devices}
     images: list[dict[str, Any]] = []
     for image in found.images.values():
-        own = found.devices_of(image.name)
+        own = [one for one in found.devices_of(image.name) if one.name != image.record.hot]
         present = [shares[f"sha256:{one.name}"] or 0.0 for one in own]
         missing = len(set(image.record.devices)) - len(own)
         images.append({
@@ -225,7 +226,7 @@ def _print_table(described: dict[str, Any]) -> None:
     for image in described["images"]:
         table.add_row(image["image"] or "(name unknown)", image["bootstrap"][:19], *_columns(image))
     for device in described["devices"]:
-        table.add_row("  layer device", device["digest"][:19], *_columns(device))
+        table.add_row("  hot device" if device["hot"] else "  layer device", device["digest"][:19], *_columns(device))
     # Not cut where nobody looks at a terminal of that width (a pipe, a log).
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH_COLUMNS).print(table)
     click.echo(f"{described['path']}: {len(described['images'])} images, {len(described['devices'])} layer devices, "

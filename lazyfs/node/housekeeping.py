@@ -339,6 +339,7 @@ def _usage(cache: CacheDir, bootstrap: str | None) -> dict[str, Any]:
         found = inventory.take_image(cache.path, name)
         use, devices = found.image_use(name), found.devices_of(name)
         known = name in found.images and set(found.images[name].record.devices) <= set(found.devices)
-    shares = [inventory.present_share(cache.path, device.name, cache.boot_id) for device in devices]
+    hot = {image.record.hot for image in found.images.values()}   # what is in them is in the layers' devices too
+    shares = [inventory.present_share(cache.path, one.name, cache.boot_id) for one in devices if one.name not in hot]
     complete = known and bool(found.images) and all(share == 1.0 for share in shares)
     return {"bytes": use.size_bytes, "inodes": use.inodes, "devices": len(devices), "complete": complete}

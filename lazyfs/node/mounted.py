@@ -11,21 +11,20 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
-from lazyfs.fetch.hotcopies import HotCopies
+from lazyfs.fetch.hotview import HotDevice, HotView
 from lazyfs.node.recorder import Recorder
 from lazyfs.node.rundir import MountRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
     from pathlib import Path
 
     import trio
 
     from lazyfs.cache.store import CacheDir
+    from lazyfs.fetch.device import Blob
     from lazyfs.fetch.engine import Fetcher, PrefetchHandle
     from lazyfs.fs.drivers import Driver
     from lazyfs.fs.served import Served
@@ -56,9 +55,10 @@ class LazyDevice:
         fresh = device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0
         if fresh or self.recorder.by_page:
             self.recorder.note(self.number, offset, size, pid)
-        if fresh:
-            return None
-        data = device.cached.read_if_present(offset, size)
+        data = None if fresh else device.cached.read_if_present(offset, size)
+        if data is None and device.hot is not None:
+            data = device.hot.read_now(offset, size)
+            self.fetcher.statistics.hot_reads += data is not None
         if data is not None:
             self.fetcher.statistics.hits += 1
         return data
@@ -74,6 +74,7 @@ class MountedImage:
 
     Attributes:
         device_indexes: its files dev/<index>, in order; -1: the kernel reads that device directly from the cache.
+        hot: its hot device; None: there is none, or all layer devices were complete when it was opened.
         bdi_names: of its EROFS mount, under /sys/class/bdi.
         detached: taken from its directory while still in use; served until it is not.
         local: everything is cached, and read-ahead was set accordingly.
@@ -87,6 +88,7 @@ class MountedImage:
     driver: Driver
     devices: list[LazyDevice] = field(default_factory=list)
     recorder: Recorder = field(default_factory=lambda: Recorder((), ()))
+    hot: HotDevice | None = None
     device_indexes: list[int] = field(default_factory=list)
     bdi_names: list[str] = field(default_factory=list)
     prefetch: PrefetchHandle | None = None
@@ -113,6 +115,10 @@ class MountedImage:
             list(self.device_indexes), list(self.bdi_names), self.detached, self.order.to_json(),
         )
 
+    def fetch_devices(self) -> list[FetchDevice]:
+        """Those of its layers, and the hot one."""
+        return [*(one.device for one in self.devices), *([] if self.hot is None else [self.hot.device])]
+
     def complete(self) -> bool:
         return all(device.device.cached.complete for device in self.devices)
 
@@ -135,6 +141,9 @@ class MountedImage:
         for device in self.devices:
             device.device.cached.release()
         self.devices.clear()
+        if self.hot is not None:
+            self.hot.device.cached.release()
+            self.hot = None
         self.device_indexes.clear()
         with contextlib.suppress(OSError):
             os.utime(self.opened.erofs_path)   # when it was used last, for `lazyfs cache ls`
@@ -149,7 +158,7 @@ class MountedImage:
             "bootstrap": str(self.opened.layer.digest),
             "detached": self.detached,
             "complete": self.complete(),
-            "touched_stored_bytes": sum(device.device.touched_stored_bytes for device in self.devices),
+            "touched_stored_bytes": sum(device.touched_stored_bytes for device in self.fetch_devices()),
             "device_bytes": sum(device.size for device in self.devices),
             "prefetched_chunks": self.prefetch.fetched_count if self.prefetch else 0,
         }
@@ -158,8 +167,7 @@ class MountedImage:
 def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> None:
     """Blocking: opens the devices' files in the cache: all or none. Raises CacheError, DiskFullError."""
     opened = mounted.opened
-    source = HotCopies(opened.source, opened.blobs, opened.devices)
-    blobs = [(source, blob.digest, blob.size) for blob in opened.blobs]
+    blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
     mounted.recorder = recorder = Recorder([table.device_size for _, table in opened.devices],
                         None if mounted.order.record else [table.chunk_size for _, table in opened.devices])
     try:
@@ -171,25 +179,36 @@ def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> No
                 cached.release()
                 raise
             mounted.devices.append(LazyDevice(fetcher, device, mounted.order.read_timeout_s, recorder, number))
+        mounted.hot = None if mounted.complete() else _open_hot(opened, cache, blobs)
     except BaseException:
         for one in mounted.devices:
             one.device.cached.release()
         mounted.devices.clear()
         raise
-    record = ImageRecord(mounted.order.image, tuple(digest.hex for digest, _ in opened.devices))
+    if mounted.hot is not None:
+        for number, one in enumerate(mounted.devices):
+            one.device.hot = HotView(mounted.hot, number)
+    hot = "" if mounted.hot is None or opened.hot is None else opened.hot.digest.hex
+    record = ImageRecord(mounted.order.image, tuple(digest.hex for digest, _ in opened.devices), hot)
     with contextlib.suppress(OSError):   # a full disk; then its files go with the first eviction after the unmount
         record.write(cache.path, opened.layer.digest)
 
 
-def hot_plan(opened: OpenedImage, devices: list[LazyDevice]) -> list[tuple[FetchDevice, int]]:
-    """All chunks whose stored bytes are in a hot blob, in the order in which they lie there."""
-    hot = [index for index, blob in enumerate(opened.blobs) if blob.hot]
-    if not hot:
+def _open_hot(opened: OpenedImage, cache: CacheDir, blobs: Sequence[Blob]) -> HotDevice | None:
+    if opened.hot is None:
+        return None
+    table = opened.hot.table
+    cached = cache.device(opened.hot.digest, table.chunk_size, table.device_size)
+    try:
+        return HotDevice(FetchDevice(table, cached, blobs), opened.hot.extents)
+    except BaseException:
+        cached.release()
+        raise
+
+
+def hot_plan(mounted: MountedImage) -> list[tuple[FetchDevice, int]]:
+    """What a start wants and is not there, in the order in which it wants it: chunks of the hot device."""
+    if mounted.hot is None:
         return []
-    found: list[tuple[int, int, int, int]] = []
-    for number, device in enumerate(devices):
-        rows = device.device.table.rows
-        chosen = np.flatnonzero(np.isin(rows["blob_index"], hot) & (rows["stored_size"] > 0))
-        blob_indexes, offsets = rows["blob_index"][chosen].tolist(), rows["blob_offset"][chosen].tolist()
-        found += zip(blob_indexes, offsets, [number] * len(chosen), chosen.tolist(), strict=True)
-    return [(devices[number].device, index) for _, _, number, index in sorted(found)]
+    wanted = mounted.hot.wanted_chunks([one.device for one in mounted.devices])
+    return [(mounted.hot.device, index) for index in wanted]

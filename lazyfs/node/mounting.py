@@ -82,7 +82,7 @@ class Mounting:
             drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
         self._write_record(mounted)
         if order.prefetch:
-            mounted.prefetch = self._fetcher.prefetch(hot_plan(mounted.opened, mounted.devices))
+            mounted.prefetch = self._fetcher.prefetch(hot_plan(mounted))
 
     async def call(self, name: str, *arguments: Any) -> Any:
         """

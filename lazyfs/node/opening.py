@@ -29,6 +29,7 @@ from lazyfs.errors import IntegrityError
 from lazyfs.fs.drivers import Driver, choose_driver
 from lazyfs.image.bootstrap import HOT_MEMBER, decompress_layer, pack_unpacked, parse_bootstrap
 from lazyfs.image.digest import Digest
+from lazyfs.image.hot import HotPart
 from lazyfs.image.parts import check_parts
 from lazyfs.image.table import ChunkTable
 from lazyfs.node.layers import (
@@ -60,6 +61,7 @@ class OpenedImage:
     devices: tuple[tuple[Digest, ChunkTable], ...]
     erofs_path: Path
     parsed: ErofsImage | None
+    hot: HotPart | None = None
 
     @property
     def tree(self) -> ErofsImage:
@@ -110,10 +112,18 @@ def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> 
             (device.digest, ChunkTable(device.table.chunk_size, device.table.device_size, np.array(device.table.rows)))
             for device in bootstrap.devices
         )
-        return OpenedImage(source, layer, bootstrap.blobs, devices, path, tree)
+        return OpenedImage(source, layer, bootstrap.blobs, devices, path, tree, _copied(bootstrap.hot))
     except BaseException:
         source.close()
         raise
+
+
+def _copied(hot: HotPart | None) -> HotPart | None:
+    """The same, as no view of the bootstrap."""
+    if hot is None:
+        return None
+    table = ChunkTable(hot.table.chunk_size, hot.table.device_size, np.array(hot.table.rows))
+    return HotPart(hot.digest, table, np.array(hot.extents))
 
 
 def _read_bootstrap(source: ImageSource | None, layer: StoredLayer, cache_dir: Path, seed: str | None) -> Bootstrap:

@@ -294,8 +294,8 @@ class Worker:
         """Go on with what the worker before this one had not yet fetched ahead. When readers are served again."""
         for mounted in list(self._mounts.values()):
             await trio.lowlevel.checkpoint()
-            if mounted.order.prefetch and mounted.prefetch is None and mounted.devices:
-                plan = hot_plan(mounted.opened, mounted.devices)
+            if mounted.order.prefetch and mounted.prefetch is None:
+                plan = hot_plan(mounted)
                 if any(not device.cached.present(index, index) for device, index in plan):
                     mounted.prefetch = self._fetcher.prefetch(plan)
 

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from lazyfs.errors import NotFoundError
-from lazyfs.fetch.hotcopies import HotCopies
-from lazyfs.image.codec import Codec
 from lazyfs.image.prefetch import parse_prefetch
-from lazyfs.registry import RegistryOptions, open_source
-from lazyfs.registry.streams import read_exactly
 from tests.convertkit import OPTIONS, Layout, Lazy, run_convert
 from tests.registrykit import running_registry
 from tests.tarbuilder import TarBuilder
@@ -37,7 +30,7 @@ def contents() -> dict[str, bytes]:
 
 
 def make_image(path: Path) -> str:
-    """Two layers with copies in the hot blob, one below them without any."""
+    """Two layers with hot blocks, one below them without any."""
     files = contents()
     other = TarBuilder().file("etc/other", random.Random(8).randbytes(2 * CHUNK)).build()
     base = TarBuilder()
@@ -49,56 +42,11 @@ def make_image(path: Path) -> str:
     return layout.reference("app")
 
 
-def read_through(source: HotCopies, lazy: Lazy, first: int, last: int, places: list[tuple[int, int]]) -> bytes:
-    start, size = places[first][0], places[last][0] + places[last][1] - places[first][0]
-    hot = next(blob for blob in lazy.bootstrap.blobs if blob.hot)
-    with source.read_range(hot.digest, start, size, time.monotonic() + 10) as stream:
-        data = read_exactly(stream, size)
-        assert stream.read(1) == b""
-    return data
-
-
-@pytest.mark.parametrize("codec", [Codec.LZ4, Codec.NONE])
-def test_every_run_of_copies_is_found_where_it_came_from(tmp_path: Path, codec: Codec) -> None:
-    text = f"oci:{tmp_path}/out:lazy"
-    run_convert(make_image(tmp_path / "in"), text, prefetch=parse_prefetch(HOT),
-                encoding=replace(OPTIONS.encoding, codec=codec, level=1 if codec is Codec.LZ4 else 0))
-    with contextlib.closing(Lazy(text)) as lazy, contextlib.closing(open_source(text, RegistryOptions())) as inner:
-        index = next(number for number, blob in enumerate(lazy.bootstrap.blobs) if blob.hot)
-        whole = lazy.blob(index)
-        rows = [row for table in lazy.tables for row in table.rows if row["blob_index"] == index and row["stored_size"]]
-        places = sorted({(int(row["blob_offset"]), int(row["stored_size"])) for row in rows})
-        assert len(places) > 8
-        devices = [(device.digest, device.table) for device in lazy.bootstrap.devices]
-        blob = tmp_path / "out/blobs/sha256" / lazy.bootstrap.blobs[index].digest.hex
-        blob.rename(tmp_path / "away")
-        source = HotCopies(inner, lazy.bootstrap.blobs, devices)
-        rng = random.Random(1)
-        for first, last in [(0, len(places) - 1), *(sorted(rng.choices(range(len(places)), k=2)) for _ in range(20))]:
-            start, end = places[first][0], places[last][0] + places[last][1]
-            assert read_through(source, lazy, first, last, places) == whole[start:end]
-        with pytest.raises(NotFoundError):    # no chunk begins there
-            source.read_range(lazy.bootstrap.blobs[index].digest, 1, 10, time.monotonic() + 10)
-        (tmp_path / "away").rename(blob)
-        with source.read_range(lazy.bootstrap.blobs[index].digest, 1, 10, time.monotonic() + 10) as stream:
-            assert read_exactly(stream, 10) == whole[1:11]    # it has come back
-
-
-def test_a_layers_blob_that_is_gone_too_is_an_error(tmp_path: Path) -> None:
-    text = f"oci:{tmp_path}/out:lazy"
-    run_convert(make_image(tmp_path / "in"), text, prefetch=parse_prefetch(HOT))
-    with contextlib.closing(Lazy(text)) as lazy, contextlib.closing(open_source(text, RegistryOptions())) as inner:
-        devices = [(device.digest, device.table) for device in lazy.bootstrap.devices]
-        hot = next(blob for blob in lazy.bootstrap.blobs if blob.hot)
-        for blob in lazy.bootstrap.blobs:
-            (tmp_path / "out/blobs/sha256" / blob.digest.hex).unlink()
-        source = HotCopies(inner, lazy.bootstrap.blobs, devices)
-        with pytest.raises(NotFoundError):
-            source.read_range(hot.digest, 0, 10, time.monotonic() + 10)
-
-
+@pytest.mark.parametrize("driver", ["erofs", "fuse"])
 @pytest.mark.parametrize("when", ["before the mount", "after it"])
-def test_a_mount_reads_every_file_without_the_hot_blob(machine: Machine, tmp_path: Path, when: str) -> None:
+def test_a_mount_reads_every_file_without_the_hot_blob(
+    machine: Machine, tmp_path: Path, when: str, driver: str
+) -> None:
     with running_registry(tmp_path / "registry") as registry:
         text = f"docker://{registry.host}/app:lazy"
         run_convert(make_image(tmp_path / "in"), text, prefetch=parse_prefetch(HOT))
@@ -107,13 +55,39 @@ def test_a_mount_reads_every_file_without_the_hot_blob(machine: Machine, tmp_pat
         target = machine.target()
         if when == "before the mount":
             registry.blob_path(str(hot.digest)).unlink()
-            machine.mount(text, target)
+            machine.mount(text, target, "--driver", driver)
         else:
-            machine.mount(text, target, "--no-prefetch")
+            machine.mount(text, target, "--no-prefetch", "--driver", driver)
             registry.blob_path(str(hot.digest)).unlink()
         for name, content in contents().items():
             assert (target / name).read_bytes() == content
         log = next(machine.run_dir.glob("*/worker.log")).read_text()
-        assert log.count("its hot blob is gone") == 1, log
+        assert log.count("the hot part cannot be had") == 1, log
+        statistics = machine.statistics()["fetch"]
+        assert statistics["errors"] == 0
+        assert statistics["hot_reads"] == 0
+        machine.umount(target)
+        machine.assert_clean()
+
+
+@pytest.mark.parametrize("driver", ["erofs", "fuse"])
+def test_hot_files_are_read_from_the_hot_blob_alone(machine: Machine, tmp_path: Path, driver: str) -> None:
+    with running_registry(tmp_path / "registry") as registry:
+        text = f"docker://{registry.host}/app:lazy"
+        run_convert(make_image(tmp_path / "in"), text, prefetch=parse_prefetch(HOT))
+        with contextlib.closing(Lazy(text)) as lazy:
+            for blob in lazy.bootstrap.blobs:
+                if not blob.hot:
+                    registry.blob_path(str(blob.digest)).unlink()
+        target = machine.target()
+        machine.mount(text, target, "--driver", driver)
+        for name in ("bin/new", "data/early"):
+            assert (target / name).read_bytes() == contents()[name]
+        with (target / "data/late").open("rb") as file:
+            file.seek(1_001_472)     # the next page after where the hot part of it begins
+            assert file.read(CHUNK) == contents()["data/late"][1_001_472 : 1_001_472 + CHUNK]
+        statistics = machine.statistics()["fetch"]
+        assert statistics["errors"] == 0
+        assert statistics["hot_reads"] > 0
         machine.umount(target)
         machine.assert_clean()
