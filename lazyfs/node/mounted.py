@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.hotview import HotDevice, HotView
-from lazyfs.node.recorder import Recorder
+from lazyfs.node.recorder import TOUCH_COUNT_MAX, TOUCH_COUNT_RECORDING_MAX, Recorder
 from lazyfs.node.rundir import MountRecord
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Awaitable, Sequence
     from pathlib import Path
 
@@ -42,7 +43,14 @@ class LazyDevice:
     read_timeout_s: float
     recorder: Recorder
     number: int                  # in the recorder
+    seen: mmap.mmap = field(init=False)
+    seen_shift: int = field(init=False)
     waiting: set[trio.CancelScope] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Looked up once: every read asks whether it is new to the recorder."""
+        object.__setattr__(self, "seen", self.recorder.seen[self.number])
+        object.__setattr__(self, "seen_shift", self.recorder.shifts[self.number])
 
     @property
     def size(self) -> int:
@@ -52,9 +60,10 @@ class LazyDevice:
         """The short way for what was read before: the fetcher itself counts first touches and sees to misses."""
         device = self.device
         end = offset + size
-        fresh = device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0
-        if fresh or self.recorder.by_page:
+        if self.seen.find(b"\0", offset >> self.seen_shift, ((end - 1) >> self.seen_shift) + 1) >= 0:
             self.recorder.note(self.number, offset, size, pid)
+        # asked even if the recorder knows it: a read that has to wait comes here twice
+        fresh = device.touched.find(0, offset >> device.shift, ((end - 1) >> device.shift) + 1) >= 0
         data = None if fresh else device.cached.read_if_present(offset, size)
         if data is None and device.hot is not None:
             data = device.hot.read_now(offset, size)
@@ -87,7 +96,7 @@ class MountedImage:
     opened: OpenedImage
     driver: Driver
     devices: list[LazyDevice] = field(default_factory=list)
-    recorder: Recorder = field(default_factory=lambda: Recorder((), ()))
+    recorder: Recorder = field(default_factory=lambda: Recorder(()))
     hot: HotDevice | None = None
     device_indexes: list[int] = field(default_factory=list)
     bdi_names: list[str] = field(default_factory=list)
@@ -169,7 +178,7 @@ def open_devices(mounted: MountedImage, cache: CacheDir, fetcher: Fetcher) -> No
     opened = mounted.opened
     blobs = [(opened.source, blob.digest, blob.size) for blob in opened.blobs]
     mounted.recorder = recorder = Recorder([table.device_size for _, table in opened.devices],
-                        None if mounted.order.record else [table.chunk_size for _, table in opened.devices])
+                                           TOUCH_COUNT_RECORDING_MAX if mounted.order.record else TOUCH_COUNT_MAX)
     try:
         for number, (digest, table) in enumerate(opened.devices):
             cached = cache.device(digest, table.chunk_size, table.device_size)

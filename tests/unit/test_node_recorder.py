@@ -21,9 +21,9 @@ class Clock:
         return self.now
 
 
-def recording(sizes=(100 * PAGE, 10 * PAGE + 5), units=None, **more):
+def recording(sizes=(100 * PAGE, 10 * PAGE + 5), count_max=100):
     clock = Clock()
-    return Recorder(sizes, units, clock, lambda pid: f"box{pid}", **more), clock
+    return Recorder(sizes, count_max, clock, lambda pid: f"box{pid}"), clock
 
 
 def test_each_page_is_noted_once_with_time_and_caller():
@@ -41,13 +41,14 @@ def test_each_page_is_noted_once_with_time_and_caller():
     assert (page["next"], page["truncated"]) == (None, False)
 
 
-def test_by_chunk_a_chunk_is_all_of_it():
-    one, _ = recording(units=(8 * PAGE, 4 * PAGE))
+def test_of_a_very_large_device_more_is_noted_as_one(monkeypatch):
+    monkeypatch.setattr(recorder, "_UNIT_COUNT_MAX", 50)
+    one, _ = recording(sizes=(100 * PAGE, 49 * PAGE))
     one.note(0, 9 * PAGE, 10, 1)
-    one.note(0, 15 * PAGE, PAGE, 1)
+    one.note(0, 99 * PAGE, 10, 1)
     one.note(1, 10 * PAGE, 1, 1)
     assert [touch[:3] for touch in one.page(0)["touches"]] == [
-        [0, 8 * PAGE, 16 * PAGE], [1, 8 * PAGE, 10 * PAGE + 5]]
+        [0, 8 * PAGE, 12 * PAGE], [0, 96 * PAGE, 100 * PAGE], [1, 10 * PAGE, 11 * PAGE]]
 
 
 def test_reads_in_a_row_are_one_touch_while_they_follow_at_once():
@@ -63,9 +64,8 @@ def test_reads_in_a_row_are_one_touch_while_they_follow_at_once():
 
 
 def test_there_is_an_end_to_what_is_remembered(monkeypatch):
-    monkeypatch.setattr(recorder, "TOUCH_COUNT_MAX", 3)
     monkeypatch.setattr(recorder, "PAGE_COUNT_MAX", 2)
-    one, _ = recording()
+    one, _ = recording(count_max=3)
     for number in range(5):
         one.note(0, 2 * number * PAGE, 1, 1)
     first = one.page(0)
@@ -101,6 +101,29 @@ def test_the_pages_of_the_touches_are_those_of_the_reads(asked):
         assert end <= one._sizes[device]
         found[device].extend(range(start // PAGE, -(-end // PAGE)))
     assert [sorted(pages) for pages in found] == [sorted(pages) for pages in expected]
+
+
+def test_each_recorder_has_a_name_of_its_own_and_an_age():
+    (one, clock), (other, _) = recording(), recording()
+    clock.now += 1.5
+    assert one.page(0)["token"] == one.token != other.token
+    assert one.page(0)["age_us"] == 1_500_000
+    assert one.page(0)["count"] == 0
+
+
+def test_a_container_is_called_by_its_id_whoever_runs_it(monkeypatch):
+    groups = {
+        "0::/default/web": "web",
+        "0::/kubepods.slice/pod1.slice/cri-containerd-0123abcd.scope": "0123abcd",
+        "0::/k8s.io/kubepods-besteffort-pod9.slice:cri-containerd:0123abcd": "0123abcd",
+        "0::/system.slice/docker-9f.scope": "9f",
+        "0::/machine.slice/libpod-77.scope": "77",
+        "0::/user.slice/shell.scope": "shell",
+        "5:cpu:/a/web\n0::/": "web",
+    }
+    for text, expected in groups.items():
+        monkeypatch.setattr(recorder.Path, "read_text", lambda *_, text=text, **__: text + "\n")
+        assert container_of(1) == expected
 
 
 def test_a_process_of_no_container_and_one_that_is_gone():
