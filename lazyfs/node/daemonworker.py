@@ -98,7 +98,7 @@ def _run(place: Place, mounter: socket.socket) -> int:
     gc.freeze()
     gc.enable()
     logs.setup(place.config.log, program="worker")
-    serving.limit_arenas()
+    serving.tune_malloc()
     channel = socket.socket(fileno=place.channel)
     with contextlib.suppress(OSError):   # a keeper that is gone: the line that does not come says so
         channel.sendall(IMPORTED)
