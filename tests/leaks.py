@@ -86,15 +86,25 @@ def clear(leaks: list[str]) -> None:
                 mountapi.unmount(item.partition(" on ")[2], mountapi.MNT_DETACH)
 
 
+def _all_processes() -> set[tuple[str, int]]:
+    """Of each its pid, and the inode of its directory in /proc: another process of the same pid has another one."""
+    with os.scandir("/proc") as entries:
+        return {(entry.name, entry.inode()) for entry in entries if entry.name.isdigit()}
+
+
+# This process, and what was there before it marked its children: none of them ever becomes a child. Reading the
+# environments of all of a machine's processes twice a test would cost more than most tests do.
+_STRANGERS = _all_processes()
+
+
 def _processes(mark: bytes) -> list[str]:
     found = []
-    own = os.getpid()
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit() and int(path.name) != own:
-            with contextlib.suppress(OSError):
-                if mark in (path / "environ").read_bytes():
-                    command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found.append(f"{path.name} {command[:120]}")
+    for name, _ in _all_processes() - _STRANGERS:
+        path = Path("/proc") / name
+        with contextlib.suppress(OSError):
+            if mark in (path / "environ").read_bytes():
+                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append(f"{name} {command[:120]}")
     return found
 
 
