@@ -124,9 +124,9 @@ class Containerd:
         call = self._channel.unary_stream(f"/{_SERVICES}{method}", type(request).SerializeToString, answer)
         return call(request, timeout=timeout_s, metadata=self._metadata)
 
-    def version(self) -> str:
+    def version(self, timeout_s: float = CALL_S) -> str:
         """Of containerd, for example "1.6.20"."""
-        found = self._ask("version.v1.Version/Version", Empty(), version_pb2.VersionResponse.FromString)
+        found = self._ask("version.v1.Version/Version", Empty(), version_pb2.VersionResponse.FromString, timeout_s)
         return str(found.version)
 
     def namespaces(self) -> list[str]:

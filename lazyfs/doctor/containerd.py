@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.doctor.results import failed, ok, warning
-from lazyfs.errors import HostError, LazyfsError, SourceError
+from lazyfs.errors import LazyfsError
 from lazyfs.node.protocol import connect_to
 
 if TYPE_CHECKING:
@@ -60,10 +60,15 @@ def check_containerd(subject: Subject) -> Iterator[Result]:
                      _AS_ROOT if isinstance(error, PermissionError) else hint)
         return
     with Containerd(address) as client:
-        yield ok("containerd", f"version {parse_version(client.version())}")
         try:
-            client.snapshot(NAME, "lazyfs-doctor")
-        except (HostError, SourceError) as error:
+            yield ok("containerd", f"version {parse_version(client.version(_ANSWER_S))}")
+        except LazyfsError as error:
+            yield failed("containerd", f"{address} takes connections, but does not answer: {error}",
+                         error.hint or "look at its log; systemctl restart containerd")
+            return
+        try:
+            client.snapshot(NAME, "lazyfs-doctor", _ANSWER_S)
+        except LazyfsError as error:
             text = str(error)
             hint = _INSTALL if "not loaded" in text or "not found" in text else "look at the snapshotter's log"
             yield failed("snapshotter in containerd", text, hint)

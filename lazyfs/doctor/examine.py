@@ -1,13 +1,14 @@
 """
-Runs the checks, one after the other, each with a deadline.
+Runs the checks, all at once: what waits for something dead must not add up. Their results come in their order.
 
-Layer: doctor. A check that hangs (a dead NFS server, a containerd that does not answer) is left behind in its thread.
+Layer: doctor. A check that hangs (a dead NFS server) is left behind in its thread, when the deadline of all has passed.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from lazyfs.doctor import containerd, kernel, node, registry
@@ -17,7 +18,7 @@ from lazyfs.errors import LazyfsError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-CHECK_S = 30.0                   # the longest, credentials, has deadlines of its own below this
+CHECK_S = 30.0                   # of all; each waits at most 10 s for one thing, but an image is asked for by several
 
 _CHECKS: tuple[Callable[[Subject], Iterable[Result]], ...] = (
     kernel.check_kernel, kernel.check_fuse, kernel.check_file_systems, kernel.check_namespaces,
@@ -29,23 +30,29 @@ _CHECKS: tuple[Callable[[Subject], Iterable[Result]], ...] = (
 
 def examine(subject: Subject, checks: tuple[Callable[[Subject], Iterable[Result]], ...] = _CHECKS,
             check_s: float = CHECK_S) -> Iterator[Result]:
-    """Results as they come. Ends at the latest after `check_s` for each check."""
-    for check in checks:
-        yield from _within(check, subject, check_s)
+    """Results in the order of the checks. Ends at the latest after `check_s`."""
+    deadline = time.monotonic() + check_s
+    running = [_begin(check, subject) for check in checks]
+    for check, answer in zip(checks, running, strict=True):
+        try:
+            yield from answer.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            hint = "something it looks at hangs: see dmesg, mounts, disks"
+            yield failed(_name(check), f"no answer within {check_s:g} s", hint)
 
 
-def _within(check: Callable[[Subject], Iterable[Result]], subject: Subject, check_s: float) -> list[Result]:
-    name = check.__name__.removeprefix("check_").replace("_", " ")
+def _begin(check: Callable[[Subject], Iterable[Result]], subject: Subject) -> queue.SimpleQueue[list[Result]]:
     answer: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answer.put(_results(check, subject, name)), daemon=True).start()
-    try:
-        return answer.get(timeout=check_s)
-    except queue.Empty:
-        hint = "something it looks at hangs: see dmesg, mounts, disks"
-        return [failed(name, f"no answer within {check_s:g} s", hint)]
+    threading.Thread(target=lambda: answer.put(_results(check, subject)), daemon=True).start()
+    return answer
 
 
-def _results(check: Callable[[Subject], Iterable[Result]], subject: Subject, name: str) -> list[Result]:
+def _name(check: Callable[[Subject], Iterable[Result]]) -> str:
+    return check.__name__.removeprefix("check_").replace("_", " ")
+
+
+def _results(check: Callable[[Subject], Iterable[Result]], subject: Subject) -> list[Result]:
+    name = _name(check)
     try:
         return list(check(subject))
     except LazyfsError as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lazyfs.registry import RegistryOptions
     from lazyfs.registry.place import ImageSource
 
-_DEADLINE_S = 10.0
+_DEADLINE_S = 4.0                # of a request, which is made twice: a registry that takes longer is no good for starts
 _CLOCK_WARNING_S, _CLOCK_FAILED_S = 10.0, 300.0   # tokens and certificates allow for some seconds, none for minutes
 
 

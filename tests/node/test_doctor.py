@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -124,6 +125,29 @@ def test_a_snapshotter_that_does_not_answer_is_no_good(tmp_path: Path) -> None:
         (found,) = examine(subject(tmp_path), (containerd.check_snapshotter,))
     assert found.status is Status.FAILED
     assert "takes connections, but does not answer" in found.text
+
+
+def test_many_who_do_not_answer_are_waited_for_at_once(tmp_path: Path) -> None:
+    """A containerd that is stopped took 41 s: three checks ask it, one after the other, and asked it twice."""
+    looked = subject(tmp_path)
+    (tmp_path / "run" / "daemon").mkdir(parents=True)
+    own = looked.config.snapshotter
+    with contextlib.ExitStack() as stack:
+        for path in (own.address, own.containerd_address, str(tmp_path / "run" / "daemon" / "control.sock")):
+            server = stack.enter_context(socket.socket(socket.AF_UNIX))
+            server.bind(path)
+            server.listen()
+        # three that wait for each other: no clock says as surely that they run at once
+        meet = threading.Barrier(3)
+
+        def check_meeting(_: Subject) -> Iterator[Result]:
+            meet.wait(20)
+            yield Result("met", Status.OK, "met")
+
+        found = list(examine(looked, (check_meeting,) * 3 + (containerd.check_snapshotter, containerd.check_containerd,
+                                                             node.check_daemon)))
+    assert [one.status for one in found] == [Status.OK] * 3 + [Status.FAILED] * 3
+    assert all("not answer" in one.text for one in found[3:]), found
 
 
 def test_a_check_that_hangs_or_breaks_is_one_line(tmp_path: Path) -> None:
