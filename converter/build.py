@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.hot import StoredBlobs
-from converter.image import SourceImage, check_diff_ids, put_image, read_source_image
+from converter.image import HotWish, SourceImage, check_diff_ids, put_image, read_source_image
 from converter.journal import Journal
 from converter.layer import convert_layer
 from converter.parallel import Parallel, uninterrupted
@@ -83,11 +83,17 @@ class _Conversion:
             check_diff_ids(image, [content for content, _ in contents])
             document, report = put_image(
                 image, [content for content, _ in contents], [report for _, report in contents], self.destination,
-                stored=self.stored, wanted=self.options.prefetch,
+                self._wish(),
             )
             made.append((image, document, report))
         result = self._publish(index, made)
         return ConvertReport(root.digest, result, tuple(report for _, _, report in made), tuple(self.notes))
+
+    def _wish(self) -> HotWish | None:
+        options = self.options
+        if options.prefetch is None:
+            return None
+        return HotWish(options.prefetch, options.encoding, options.jobs, self.stored)
 
     def _publish(self, index: Index | None, made: list[tuple[SourceImage, Document, ImageReport]]) -> Digest:
         if index is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.hot import write_hot_blob
+from converter.hot import HOT_CHUNK_BYTES, write_hot_blob
+from converter.hotplan import plan_hot
 from converter.overlay import merge
 from converter.report import HotReport, ImageReport, LayerReport
 from lazyfs.errors import IntegrityError
@@ -28,19 +29,40 @@ from lazyfs.image.manifest import (
     check_source,
     parse_manifest,
 )
-from lazyfs.image.prefetch import resolve
+from lazyfs.image.prefetch import wanted_extents
 from lazyfs.image.table import ChunkTable
 from lazyfs.registry.select import Platform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from converter.hot import BlobReader, StoredBlobs
+    from converter.encode import Encoding
+    from converter.hot import BlobReader
     from converter.reuse import LayerContent
     from lazyfs.image.descriptor import Descriptor
+    from lazyfs.image.hot import HotPart
     from lazyfs.image.manifest import Manifest
-    from lazyfs.image.prefetch import PrefetchList, PrefetchPlan
+    from lazyfs.image.prefetch import PrefetchList
     from lazyfs.registry.place import ImageDestination, ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class HotWish:
+    """
+    What an image's hot part is to hold, and how it is made.
+
+    Attributes:
+        wanted: the prefetch list.
+        encoding: of the image's layers.
+        jobs: threads that compress; no influence on the result.
+        read: gives the blobs' stored bytes.
+
+    """
+
+    wanted: PrefetchList
+    encoding: Encoding
+    jobs: int
+    read: BlobReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +109,7 @@ def check_diff_ids(image: SourceImage, layers: Sequence[LayerContent]) -> None:
 
 def put_image(
     image: SourceImage, layers: Sequence[LayerContent], reports: Sequence[LayerReport],
-    destination: ImageDestination, *, stored: StoredBlobs, wanted: PrefetchList | None,
+    destination: ImageDestination, wish: HotWish | None,
 ) -> tuple[Document, ImageReport]:
     """
     Put everything of an image but its manifest at the destination; the layers' blobs are there already.
@@ -97,8 +119,7 @@ def put_image(
         layers: its converted layers, lowest first.
         reports: of those layers.
         destination: where to.
-        stored: reads the blobs' bytes again, for the hot blob.
-        wanted: the prefetch list.
+        wish: the hot part, if there is to be one.
 
     Returns: the lazy manifest, not yet at the destination.
 
@@ -106,7 +127,7 @@ def put_image(
     root = merge([layer.entries for layer in layers], names=[layer.blob.source_digest.short for layer in layers])
     erofs = write_image(root, [layer.table.device_size for layer in layers])
     origin = Origin(image.manifest, image.document.digest, image.config)
-    document, hot, bootstrap = put_tree(origin, layers, erofs, destination, stored=stored, wanted=wanted)
+    document, hot, bootstrap = put_tree(origin, layers, erofs, destination, wish)
     report = ImageReport(
         image.platform, image.document.digest, document.digest, tuple(reports), hot, bootstrap.size
     )
@@ -123,8 +144,8 @@ class Origin:
 
 
 def put_tree(
-    origin: Origin, layers: Sequence[LayerContent], erofs: bytes | memoryview, destination: ImageDestination, *,
-    stored: BlobReader, wanted: PrefetchList | None,
+    origin: Origin, layers: Sequence[LayerContent], erofs: bytes | memoryview, destination: ImageDestination,
+    wish: HotWish | None,
 ) -> tuple[Document, HotReport | None, LazyBootstrap]:
     """
     Put hot blob, bootstrap and config of an image whose merged tree is there already; the layers' entries are not used.
@@ -134,19 +155,18 @@ def put_tree(
         layers: its converted layers, lowest first.
         erofs: the tree of all of them.
         destination: where to.
-        stored: reads the blobs' bytes, for the hot blob.
-        wanted: the prefetch list.
+        wish: the hot part, if there is to be one.
 
-    Returns: the lazy manifest, not yet at the destination; the hot blob; the bootstrap layer.
+    Returns: the lazy manifest, not yet at the destination; the hot part; the bootstrap layer.
 
     """
     blobs, tables = _number_blobs(layers)
-    hot = None
-    if wanted is not None:
-        plan = resolve(wanted, ErofsImage.parse(erofs, [table.device_size for table in tables]), tables)
-        blobs, tables, hot = _put_hot_blob(plan, layers, blobs, tables, destination, stored=stored)
+    hot, part = None, None
+    if wish is not None:
+        image = ErofsImage.parse(erofs, [table.device_size for table in tables])
+        blobs, part, hot = _put_hot_blob(wish, image, layers, blobs, destination)
     devices = tuple(Device(table.device_digest(), table) for table in tables)
-    tar = pack_bootstrap(Bootstrap(blobs, devices, erofs))
+    tar = pack_bootstrap(Bootstrap(blobs, devices, erofs, part))
     packed = compress_layer(tar)
     bootstrap = LazyBootstrap(Digest.of(packed), len(packed), len(tar))
     hot_blob = HotBlob(hot.digest, hot.size) if hot is not None and hot.digest is not None else None
@@ -175,14 +195,18 @@ def _number_blobs(layers: Sequence[LayerContent]) -> tuple[tuple[BlobRef, ...], 
 
 
 def _put_hot_blob(
-    plan: PrefetchPlan, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...], tables: list[ChunkTable],
-    destination: ImageDestination, *, stored: BlobReader,
-) -> tuple[tuple[BlobRef, ...], list[ChunkTable], HotReport]:
-    unmatched = tuple(plan.unmatched)
+    wish: HotWish, image: ErofsImage, layers: Sequence[LayerContent], blobs: tuple[BlobRef, ...],
+    destination: ImageDestination,
+) -> tuple[tuple[BlobRef, ...], HotPart | None, HotReport]:
+    """The image's blobs with the hot one, and what it holds; a list that finds nothing makes none."""
+    tables, unmatched = [layer.table for layer in layers], list[str]()
+    extents = plan_hot(wanted_extents(wish.wanted, image, tables, unmatched), tables, HOT_CHUNK_BYTES)
+    if not len(extents):
+        return blobs, None, HotReport(None, 0, 0, 0, 0, 0.0, tuple(unmatched))
     path = destination.staging_dir / "hot.blob"
-    made = write_hot_blob(plan.chunks, layers, tables, len(blobs), read=stored, path=path)
-    if made is None:
-        return blobs, tables, HotReport(None, 0, 0, unmatched)
-    ref, tables, count = made
+    ref, part = write_hot_blob(extents, layers, wish.encoding, wish.jobs, hot_index=len(blobs), read=wish.read,
+                               path=path)
     destination.put_blob(path, ref.digest, ref.size)
-    return (*blobs, ref), tables, HotReport(ref.digest, ref.size, count, unmatched)
+    report = HotReport(ref.digest, ref.size, part.table.device_size, part.table.chunk_count, len(extents),
+                       part.share(tables), tuple(unmatched))
+    return (*blobs, ref), part, report

@@ -1,10 +1,10 @@
 """
-From a lazy image one with another hot blob: new tables, bootstrap, config and manifest; the layers' blobs stay.
+From a lazy image one with another hot part: new hot blob, bootstrap, config and manifest; the layers' blobs stay.
 
-The merged tree is taken as it is, chunks are copied as they are stored, and what the manifest and the config had of the
-source image is given to what writes them for a conversion: so the result is, byte for byte, the image that a conversion
-with that list would have made. Order: everything is put, then the reference names it, in one step. Blobs that are not
-at the destination's place yet are mounted or linked from the source's where that is possible, else copied.
+The merged tree is taken as it is, the hot blocks come out of the layers' chunks, and what the manifest and the config
+had of the source image is given to what writes them for a conversion: so the result is, byte for byte, the image that
+a conversion with that list would have made. Order: everything is put, then the reference names it, in one step. Blobs
+that are not at the destination's place yet are mounted or linked from the source's where that is possible, else copied.
 
 Who calls: lazyfs.cli.optimize, lazyfs.cli.convert_profiled. Layer: converter.
 """
@@ -15,13 +15,13 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from converter.encode import Encoding
 from converter.hot import StoredBlobs
-from converter.image import Origin, put_tree
+from converter.image import HotWish, Origin, put_tree
 from converter.parallel import uninterrupted
-from converter.reuse import LayerContent, read_tail
+from converter.reuse import LayerContent
 from lazyfs import limits
 from lazyfs.errors import BusyError, FormatError, IntegrityError, UnsupportedError
-from lazyfs.image.blob import parse_tail_table
 from lazyfs.image.config import parse_config, without_added
 from lazyfs.image.descriptor import Document
 from lazyfs.image.digest import Digest
@@ -33,6 +33,7 @@ from lazyfs.image.manifest import (
     is_lazy,
     parse_index,
     parse_manifest,
+    parse_options,
     source_annotations,
 )
 from lazyfs.image.table import ChunkTable
@@ -56,10 +57,11 @@ class OptimizeOptions:
     What to do.
 
     Attributes:
-        prefetch: what the hot blob is to hold; None: there shall be none.
-        platform: of an index, only this image gets a new hot blob; None: all of them.
+        prefetch: what the hot part is to hold; None: there shall be none.
+        platform: of an index, only this image gets a new hot part; None: all of them.
         origin: the source's place without the tag (Reference.identity): where blobs can be shared from.
         replaces: the destination is the very reference that was read: it must not have changed meanwhile.
+        jobs: threads that compress; no influence on the result.
 
     """
 
@@ -67,6 +69,7 @@ class OptimizeOptions:
     platform: str | None
     origin: str
     replaces: bool = False
+    jobs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +189,7 @@ class _Optimization:
         blobs = {blob.digest: blob.size for blob in image.lazy.layers}
         self._share([layer for layer in image.manifest.layers if layer.digest in blobs])
         origin, platform = self._origin(image)
-        made, hot, bootstrap = put_tree(origin, layers, image.bootstrap.erofs, self.destination, stored=self.stored,
-                                        wanted=self.options.prefetch)
+        made, hot, bootstrap = put_tree(origin, layers, image.bootstrap.erofs, self.destination, self._wish(image))
         coverage = None
         if self.options.prefetch is not None:
             digests = [device.digest.text for device in image.bootstrap.devices]
@@ -211,24 +213,22 @@ class _Optimization:
         platform = Platform(parsed.os, parsed.architecture, parsed.variant)
         return Origin(manifest, lazy.source_digest, own), str(platform)
 
-    def _layer(self, image: LazyImage, number: int) -> LayerContent:
-        """
-        A layer with its own table. Its entries are not needed: the tree is there.
+    def _wish(self, image: LazyImage) -> HotWish | None:
+        if self.options.prefetch is None or not image.lazy.layers:
+            return None
+        encoding = Encoding(*parse_options(image.lazy.layers[0].options))
+        return HotWish(self.options.prefetch, encoding, self.options.jobs, self.stored)
 
-        The bootstrap's table is the layer's own but for the chunks that the hot blob has; then the blob's tail says
-        where those are in the layer.
-        """
-        blob, device = image.lazy.layers[number], image.bootstrap.devices[number]
+    def _layer(self, image: LazyImage, number: int) -> LayerContent:
+        """A layer with its own table, which is the bootstrap's. Its entries are not needed: the tree is there."""
+        blob, table = image.lazy.layers[number], image.bootstrap.devices[number].table
         index = next(place for place, one in enumerate(image.bootstrap.blobs) if one.digest == blob.digest)
-        if (device.table.rows["blob_index"] == index).all():
-            rows = device.table.rows.copy()
-            rows["blob_index"] = 0
-            return LayerContent(blob, ChunkTable(device.table.chunk_size, device.table.device_size, rows), [])
-        table = parse_tail_table(read_tail(self.source, blob), blob.size)
-        if table.device_digest() != device.digest:
-            raise IntegrityError(f"the table in blob {blob.digest.short} is not that of layer {number + 1}",
-                                 hint="convert the image again")
-        return LayerContent(blob, table, [])
+        if (table.rows["blob_index"] != index).any():
+            raise FormatError(f"layer {number + 1} has chunks outside its blob {blob.digest.short}",
+                              hint="convert the image again")
+        rows = table.rows.copy()
+        rows["blob_index"] = 0
+        return LayerContent(blob, ChunkTable(table.chunk_size, table.device_size, rows), [])
 
     # --- blobs ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Layer: converter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from converter.encode import Encoding
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """
-    How to convert. `prefetch`: what the hot blob is to hold. `platform`: OS/ARCH[/VARIANT], None: this machine's.
+    How to convert. `prefetch`: what the hot part is to hold. `platform`: OS/ARCH[/VARIANT], None: this machine's.
 
     `jobs`: threads that compress, and layers that are read at a time; no influence on the result. `named`: False: the
     result is put by its digest only, and the destination's reference stays as it is.
@@ -51,12 +51,38 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class HotReport:
-    """The hot blob. `unmatched`: lines of the prefetch list that name nothing in this image."""
+    """
+    The hot part; without a digest there is none.
+
+    Attributes:
+        digest: of the hot blob.
+        size: of the hot blob, bytes.
+        device_size: what it holds, uncompressed.
+        chunk_count: of the hot device.
+        extent_count: runs of blocks that it is made of.
+        share: its stored bytes against those of the layers' chunks.
+        unmatched: lines of the prefetch list that name nothing in this image.
+
+    """
 
     digest: Digest | None
     size: int
+    device_size: int
     chunk_count: int
+    extent_count: int
+    share: float
     unmatched: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json of the commands that make one; a contract: members are only added."""
+        return {
+            "digest": None if self.digest is None else self.digest.text,
+            "bytes": self.size,
+            "uncompressedBytes": self.device_size,
+            "chunks": self.chunk_count,
+            "extents": self.extent_count,
+            "share": self.share,
+        }
 
 
 @dataclass(frozen=True, slots=True)

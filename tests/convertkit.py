@@ -31,6 +31,7 @@ from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import Digest, chunk_digest
 from lazyfs.image.erofs import ErofsImage
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
+from lazyfs.limits import BLOCK_SIZE_BYTES
 from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.select import select_image
 from tests.registrykit import Registry, running_registry
@@ -39,6 +40,8 @@ from tests.tarbuilder import TarBuilder
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from lazyfs.image.table import ChunkTable
 
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -174,7 +177,9 @@ class Lazy:
         return self._blobs[ref.digest]
 
     def chunk(self, device: int, index: int) -> bytes:
-        table = self.tables[device]
+        return self._chunk(self.tables[device], index)
+
+    def _chunk(self, table: ChunkTable, index: int) -> bytes:
         row = table.rows[index]
         offset, size = int(row["blob_offset"]), int(row["stored_size"])
         stored = self.blob(int(row["blob_index"]))[offset : offset + size] if size else b""
@@ -183,9 +188,24 @@ class Lazy:
         return data
 
     def verify(self) -> int:
-        """Every chunk of every device; returns how many there are."""
+        """Every chunk of every device, and the hot blocks; returns how many chunks the layers have."""
+        self.hot_blocks()
         return sum(len([self.chunk(device, index) for index in range(table.chunk_count)])
                    for device, table in enumerate(self.tables))
+
+    def hot_blocks(self) -> list[tuple[int, int]]:
+        """(device, block) in the order of the hot device; each is compared with the layer's."""
+        part = self.bootstrap.hot
+        if part is None:
+            return []
+        hot = b"".join(self._chunk(part.table, index) for index in range(part.table.chunk_count))
+        blocks = [(device, block) for first, device, count in part.extents.tolist()
+                  for block in range(first, first + count)]
+        assert len(hot) == len(blocks) * BLOCK_SIZE_BYTES
+        for place, (device, block) in enumerate(blocks):
+            found = hot[place * BLOCK_SIZE_BYTES : (place + 1) * BLOCK_SIZE_BYTES]
+            assert found == self._device_bytes(device, block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+        return blocks
 
     def nid(self, path: bytes) -> int:
         nid = self.image.root_nid

@@ -38,7 +38,7 @@ def make_hot(
     hot = b"".join(devices[device][first * block : (first + count) * block] for first, device, count in extents)
     table, stored = make_table(hot, chunk_size, Codec.ZSTD, hot_index)
     part = HotPart(table.device_digest(), table, np.array(list(extents), dtype=EXTENT))
-    return part, len(stored) + len(pack_hot_tail(chunk_size, table.chunk_count, len(stored)))
+    return part, len(stored) + len(pack_hot_tail(table, len(stored)))
 
 
 def make_table(device: bytes, chunk_size: int, codec: Codec, blob_index: int) -> tuple[ChunkTable, bytes]:

@@ -7,12 +7,11 @@ Layer: cli. The work is done by converter.compare; heavy imports happen inside t
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from lazyfs.cli.options import platform_option, registry_options
+from lazyfs.cli.options import JOBS_MAX, platform_option, processors, registry_options
 from lazyfs.cli.output import Progress, format_bytes, make_progress, note, print_json
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ class _Words(NamedTuple):
     platform: str | None
 
 
-_JOBS_MAX = 64
 _EXAMPLES = """
 \b
 Examples:
@@ -49,7 +47,7 @@ Exit codes:
 @click.command("check", epilog=_EXAMPLES)
 @click.argument("lazy", metavar="LAZY")
 @click.argument("source", metavar="[SOURCE]", required=False)
-@click.option("--jobs", type=click.IntRange(1, _JOBS_MAX), metavar="N", help="Threads that decode.  "
+@click.option("--jobs", type=click.IntRange(1, JOBS_MAX), metavar="N", help="Threads that decode.  "
               "[default: processors]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing but differences and errors (and JSON).")
@@ -78,7 +76,7 @@ def check_command(
             stack.callback(original.close)
         document = select_image(image_source, platform)
         with make_progress(quiet=quiet) as progress:
-            words = _Words(jobs or os.cpu_count() or 1, platform)
+            words = _Words(jobs or processors(), platform)
             result = _check(image_source, document, original, words, progress)
     if as_json:
         _print_json(lazy, source, result)

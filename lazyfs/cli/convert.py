@@ -7,7 +7,6 @@ Layer: cli. Heavy imports happen inside, after the words of the command were fou
 from __future__ import annotations
 
 import gc
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import click
 
 from lazyfs import limits
 from lazyfs.cli.convert_words import profile_options, wants_profile
-from lazyfs.cli.options import platform_option, registry_options
+from lazyfs.cli.options import JOBS_MAX, platform_option, processors, registry_options
 from lazyfs.cli.output import Progress, format_bytes, make_progress, note, print_json
 from lazyfs.errors import UsageError
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lazyfs.registry import RegistryOptions
 
 _UNITS = {"": 1, "k": limits.KIB, "m": limits.MIB}
-_JOBS_MAX = 64
 _EXAMPLES = """
 \b
 Examples:
@@ -67,7 +65,7 @@ class ChunkSize(click.ParamType[int]):
               help=f"From 64k to 1m.  [default: {limits.CHUNK_SIZE_DEFAULT_BYTES // limits.MIB}m]")
 @click.option("--prefetch", type=click.File("rb"), metavar="LIST",
               help="Paths and globs, one a line, in the order in which a start needs them ('-': stdin).")
-@click.option("--jobs", type=click.IntRange(1, _JOBS_MAX), metavar="N",
+@click.option("--jobs", type=click.IntRange(1, JOBS_MAX), metavar="N",
               help="Threads that compress, layers read at a time.  [default: processors]")
 @click.option("--all-platforms", is_flag=True, help="Convert all images of an index; DST becomes an index.")
 @click.option("--no-reuse", is_flag=True, help="Convert every layer anew, even if DST's place has it.")
@@ -143,14 +141,9 @@ def _options(words: dict[str, Any]) -> ConvertOptions:
     if words["prefetch"] is not None:
         prefetch = parse_prefetch(words["prefetch"].read(LIST_BYTES_MAX + 1))
     return ConvertOptions(
-        Encoding(codec, level, words["chunk_size"]), words["jobs"] or _processors(), prefetch, words["platform"],
+        Encoding(codec, level, words["chunk_size"]), words["jobs"] or processors(), prefetch, words["platform"],
         words["all_platforms"], not words["no_reuse"],
     )
-
-
-def _processors() -> int:
-    """Those this process may use; a container often may use fewer than there are."""
-    return min(len(os.sched_getaffinity(0)), _JOBS_MAX)
 
 
 class ProgressEvents:
@@ -182,7 +175,7 @@ def print_summary(report: ConvertReport, destination: str, seconds: float) -> No
         parts = [f"{len(image.layers)} layers" + (f" ({reused} reused)" if reused else "")]
         parts.append(f"{format_bytes(image.source_size)} -> {format_bytes(image.size)}")
         if image.hot is not None:
-            parts.append(f"hot {format_bytes(image.hot.size)}")
+            parts.append(f"hot {format_bytes(image.hot.size)} ({image.hot.share * 100:.1f} %)")
             for line in image.hot.unmatched[:10]:
                 note(f"warning: the prefetch list names {line!r}, which the image does not have")
         print(f"{image.platform}: {', '.join(parts)}")
@@ -210,12 +203,7 @@ def _image_json(image: ImageReport) -> dict[str, Any]:
         "sourceBytes": image.source_size,
         "bytes": image.size,
         "bootstrapBytes": image.bootstrap_size,
-        "hot": None if hot is None else {
-            "digest": hot.digest.text if hot.digest is not None else None,
-            "bytes": hot.size,
-            "chunks": hot.chunk_count,
-            "unmatched": list(hot.unmatched),
-        },
+        "hot": None if hot is None else {**hot.as_json(), "unmatched": list(hot.unmatched)},
         "layers": [_layer_json(layer) for layer in image.layers],
     }
 

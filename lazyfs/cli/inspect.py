@@ -140,19 +140,18 @@ def _codecs(codes: Any) -> dict[str, int]:
 
 
 def _describe_hot(image: LazyImage) -> dict[str, Any] | None:
-    """The hot blob; `share`: of all stored bytes of the layers' chunks, how much it copies."""
-    if image.lazy.hot is None:
+    """The hot part; `share`: its stored bytes against those of the layers' chunks."""
+    part = image.bootstrap.hot
+    if image.lazy.hot is None or part is None:
         return None
-    index = next(number for number, blob in enumerate(image.bootstrap.blobs) if blob.hot)
-    tables = [device.table for device in image.bootstrap.devices]
-    hot = [table.rows["blob_index"] == index for table in tables]
-    total = sum(int(table.rows["stored_size"].sum(dtype="u8")) for table in tables)
-    copied = sum(int(table.rows["stored_size"][part].sum(dtype="u8")) for table, part in zip(tables, hot, strict=True))
     return {
         "digest": image.lazy.hot.digest.text,
         "size": image.lazy.hot.size,
-        "chunks": sum(int(part.sum()) for part in hot),
-        "share": round(copied / total, 4) if total else 0.0,
+        "uncompressedSize": part.table.device_size,
+        "chunkSize": part.table.chunk_size,
+        "chunks": part.table.chunk_count,
+        "extents": len(part.extents),
+        "share": part.share(device.table for device in image.bootstrap.devices),
     }
 
 
@@ -199,8 +198,8 @@ def _print_lazy(image: str, one: dict[str, Any]) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_COLUMNS).print(table)
     hot, bootstrap = one["hot"], one["bootstrap"]
     if hot is not None:
-        click.echo(f"  hot blob   {hot['chunks']} chunks, {format_bytes(hot['size'])}, "
-                   f"{hot['share'] * 100:.1f} % of the stored data")
+        click.echo(f"  hot part   {format_bytes(hot['size'])} ({format_bytes(hot['uncompressedSize'])} uncompressed in "
+                   f"{hot['extents']} pieces), {hot['chunks']} chunks, {hot['share'] * 100:.1f} % of the stored data")
     click.echo(f"  bootstrap  {format_bytes(bootstrap['size'])} ({format_bytes(bootstrap['uncompressedSize'])} "
                f"uncompressed)\n  total      {format_bytes(one['size'])} stored, "
                f"{format_bytes(one['uncompressedSize'])} uncompressed")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyfs.cli.options import platform_option, registry_options
+from lazyfs.cli.options import platform_option, processors, registry_options
 from lazyfs.cli.output import Progress, format_bytes, make_progress, note, print_json
 from lazyfs.errors import UsageError
 
@@ -87,7 +87,7 @@ def run_optimize(
     target = own_name(image) if destination is None else destination
     origin = parse_reference(image)
     replaces = origin.digest is None and (destination is None or parse_reference(destination) == origin)
-    options = OptimizeOptions(wanted, platform, origin.identity, replaces)
+    options = OptimizeOptions(wanted, platform, origin.identity, replaces, processors())
     with contextlib.closing(open_source(image, registry)) as source, \
             contextlib.closing(open_destination(target, registry)) as place:
         return optimize(source, place, options, _CopyEvents(progress)), target
@@ -125,8 +125,9 @@ def print_report(report: OptimizeReport, target: str, seconds: float) -> None:
 def _hot_text(image: OptimizedImage) -> str:
     if image.hot is None or image.coverage is None:
         return "no hot part"
-    return (f"hot {format_bytes(image.hot.size)}, {image.hot.chunk_count} chunks; "
-            f"{image.coverage.share:.3f} of the list is in the image")
+    hot = image.hot
+    return (f"hot {format_bytes(hot.size)} ({format_bytes(hot.device_size)} uncompressed in {hot.extent_count} pieces, "
+            f"{hot.share * 100:.1f} % of the stored data); {image.coverage.share:.3f} of the list is in the image")
 
 
 def report_json(report: OptimizeReport, seconds: float) -> dict[str, Any]:
@@ -148,10 +149,6 @@ def _image_json(image: OptimizedImage) -> dict[str, Any]:
         "digest": image.digest.text,
         "layerBytes": image.layer_bytes,
         "bootstrapBytes": image.bootstrap_size,
-        "hot": None if hot is None else {
-            "digest": hot.digest.text if hot.digest is not None else None,
-            "bytes": hot.size,
-            "chunks": hot.chunk_count,
-        },
+        "hot": None if hot is None else hot.as_json(),
         "coverage": None if coverage is None else coverage.as_json(),
     }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 PASSWORD_VARIABLE = "LAZYFS_PASSWORD"  # noqa: S105  (a name, not a password)
 _PASSWORD_CHARS_MAX = 64 * 1024
+JOBS_MAX = 64                    # threads of a command that converts or checks
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -64,6 +65,11 @@ def platform_option(command: F, default: str = "this machine's") -> F:
     option = click.option("--platform", metavar="OS/ARCH[/VARIANT]",
                           help=f"Which image of an index, for example linux/arm64.  [default: {default}]")
     return option(command)
+
+
+def processors() -> int:
+    """Those this process may use; a container often may use fewer than there are."""
+    return min(len(os.sched_getaffinity(0)), JOBS_MAX)
 
 
 def _password(from_stdin: bool) -> str | None:

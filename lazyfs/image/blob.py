@@ -2,7 +2,7 @@
 A blob: stored chunks one after another, then its tail.
 
     layer blob = chunks | metadata (image.entries) | chunk table (image.table, blob_index 0) | footer
-    hot blob   = copies of stored chunks in prefetch order | footer
+    hot blob   = chunks of the hot device (image.hot) | footer
 
 Footer (96 bytes, little-endian, the last bytes of the blob; docs/format.md):
 
@@ -11,12 +11,12 @@ Footer (96 bytes, little-endian, the last bytes of the blob; docs/format.md):
          8    2 version        1
         10    2 kind           1 layer, 2 hot
         12    4 chunk_size     bytes, a power of two
-        16    8 device_size    bytes of the layer device (hot: 0)
+        16    8 device_size    bytes of the device
         24    8 data_size      bytes of stored chunks; they begin at 0
         32    8 metadata_offset, 40: 8 metadata_size
         48    8 table_offset,    56: 8 table_size
         64    8 entry_count    entries in the metadata (hot: 0)
-        72    8 chunk_count    rows of the table (hot: copies)
+        72    8 chunk_count    chunks of the device
         80   16 reserved       zero
 
 The parts follow each other without a gap, so a reader that knows the tail's size and digest (annotations of the layer
@@ -94,10 +94,11 @@ def pack_tail(table: ChunkTable, metadata: bytes, entry_count: int, data_size: i
     return b"".join((metadata, rows, _pack_footer(tail)))
 
 
-def pack_hot_tail(chunk_size: int, copy_count: int, data_size: int) -> bytes:
-    """What comes after the copied chunks of a hot blob: its footer. The bootstrap's tables say what the copies are."""
+def pack_hot_tail(table: ChunkTable, data_size: int) -> bytes:
+    """What comes after the chunks of a hot blob: its footer. Their table is in the bootstrap (image.hot)."""
     empty = (data_size, 0)
-    return _pack_footer(BlobTail(chunk_size, 0, data_size, empty, empty, 0, copy_count, hot=True))
+    return _pack_footer(BlobTail(table.chunk_size, table.device_size, data_size, empty, empty, 0, table.chunk_count,
+                                 hot=True))
 
 
 def parse_footer(footer: bytes | memoryview, blob_size: int) -> BlobTail:
@@ -180,11 +181,11 @@ def _check_footer(tail: BlobTail, blob_size: int) -> None:
         raise FormatError("blob footer: the parts of the blob do not follow each other")
     if tail.tail_size > TAIL_BYTES_MAX or tail.blob_size != blob_size:
         raise FormatError(f"blob footer describes {tail.blob_size} bytes, the blob holds {blob_size}")
-    if tail.hot:
-        if tail.device_size or tail.metadata[1] or tail.table[1] or tail.entry_count:
-            raise FormatError("blob footer: a hot blob holds chunks only")
-        return
     if tail.chunk_count != chunk_count(tail.device_size, tail.chunk_size):
         raise FormatError(f"blob footer states {tail.chunk_count} chunks for a device of {tail.device_size} bytes")
+    if tail.hot:
+        if tail.metadata[1] or tail.table[1] or tail.entry_count:
+            raise FormatError("blob footer: a hot blob holds chunks only")
+        return
     if tail.table[1] != tail.chunk_count * ROW_BYTES or tail.entry_count > limits.ENTRY_COUNT_MAX:
         raise FormatError("blob footer: a size and its count do not agree")

@@ -144,8 +144,7 @@ def parse_bootstrap(data: bytes | memoryview) -> Bootstrap:
     image = _parse_json(members[_JSON])
     blobs = _check_blobs(image.blobs)
     devices = _parse_tables(image.devices, members[_TABLES], [blob.size for blob in blobs])
-    hot = _parse_hot(members[HOT_MEMBER], blobs, devices) if HOT_MEMBER in members else None
-    return Bootstrap(blobs, devices, members[_EROFS], hot)
+    return Bootstrap(blobs, devices, members[_EROFS], _parse_hot(members.get(HOT_MEMBER), blobs, devices))
 
 
 def compress_layer(tar: bytes) -> bytes:
@@ -223,8 +222,13 @@ def _parse_device(raw: _JsonDevice, rows: memoryview, blob_sizes: Sequence[int],
     return Device(digest, table)
 
 
-def _parse_hot(data: memoryview, blobs: tuple[BlobRef, ...], devices: tuple[Device, ...]) -> HotPart:
+def _parse_hot(data: memoryview | None, blobs: tuple[BlobRef, ...], devices: tuple[Device, ...]) -> HotPart | None:
+    """A hot blob and what says what it holds come together; no layer's data is in it alone."""
     index = next((number for number, blob in enumerate(blobs) if blob.hot), None)
-    if index is None:
-        raise FormatError("bootstrap has a hot part, but names no hot blob")
+    if index is None or data is None:
+        if index is None and data is None:
+            return None
+        raise FormatError("bootstrap has a hot part without a hot blob, or the other way round")
+    if any((device.table.rows["blob_index"] == index).any() for device in devices):
+        raise FormatError("bootstrap: a layer's table names the hot blob")
     return parse_hot(data, [device.table.device_size for device in devices], [blob.size for blob in blobs], index)

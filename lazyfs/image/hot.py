@@ -40,7 +40,7 @@ from lazyfs.image.digest import Digest
 from lazyfs.image.table import ROW_BYTES, ChunkTable, parse_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 EXTENT = np.dtype([("first", "<u4"), ("device", "<u2"), ("count", "<u2")])
 EXTENT_BYTES = 8
@@ -71,6 +71,11 @@ class HotPart:
     digest: Digest
     table: ChunkTable
     extents: Extents
+
+    def share(self, tables: Iterable[ChunkTable]) -> float:
+        """Its stored bytes against those of the layers' chunks."""
+        total = sum(_stored_bytes(table) for table in tables)
+        return round(_stored_bytes(self.table) / total, 4) if total else 0.0
 
 
 class HotMap:
@@ -119,6 +124,10 @@ def hot_starts(extents: Extents) -> npt.NDArray[np.int64]:
     """The first block in the hot device of each extent."""
     counts = extents["count"].astype(np.int64)
     return np.cumsum(counts) - counts
+
+
+def _stored_bytes(table: ChunkTable) -> int:
+    return int(table.rows["stored_size"].sum(dtype=np.int64))
 
 
 def pack_hot(part: HotPart) -> bytes:

@@ -12,6 +12,7 @@ Layer: lazyfs.image, no I/O. Who calls: converter (build, and parse to reuse lay
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from lazyfs import __version__, limits
 from lazyfs.errors import BugError, FormatError, UnsupportedError
 from lazyfs.image.blob import BLOB_VERSION, FOOTER_BYTES, TAIL_BYTES_MAX
 from lazyfs.image.bootstrap import BOOTSTRAP_VERSION
+from lazyfs.image.codec import LEVEL_RANGES, Codec
 from lazyfs.image.config import build_config, check_config_type, parse_config
 from lazyfs.image.descriptor import Descriptor
 from lazyfs.image.digest import Digest
@@ -40,7 +42,6 @@ from lazyfs.image.table import check_chunk_size
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lazyfs.image.codec import Codec
     from lazyfs.image.descriptor import Document
 
 LAZY_VERSION = 1
@@ -61,13 +62,14 @@ BOOTSTRAP_KEY = PREFIX + "bootstrap"          # bootstrap layer: "1", its own ve
 BOOTSTRAP_SIZE_KEY = PREFIX + "bootstrap.size"    # bytes of the uncompressed tar
 TOOL_KEY = PREFIX + "tool"                    # manifest: what made it
 NOT_LAZY_HINT = "run 'lazyfs convert SRC DST' first and use DST"
+_OPTIONS = re.compile(r"v[0-9.]{1,20},(?P<codec>[a-z0-9]{1,20}),(?P<level>[0-9]{1,3}),(?P<chunk_size>[0-9]{1,9})")
 _VERSION_HINT = "convert the image again, or use a newer lazyfs"
 
 __all__ = [
     "BLOB_TYPE", "BOOTSTRAP_TYPE", "LAZY_VERSION", "NOT_LAZY_HINT", "OCI_CONFIG", "OCI_INDEX", "OCI_MANIFEST",
     "Index", "LayerBlob", "LazyBootstrap", "LazyManifest", "Manifest", "build_index", "build_lazy_manifest",
     "check_source", "is_index", "is_lazy", "options_key", "parse_index", "parse_lazy_manifest", "parse_manifest",
-    "source_annotations",
+    "parse_options", "source_annotations",
 ]
 
 
@@ -125,6 +127,27 @@ def options_key(codec: Codec, level: int, chunk_size: int) -> str:
     """All that changes a layer blob's bytes besides the layer: equal key and layer, equal blob."""
     check_chunk_size(chunk_size)
     return f"v{BLOB_VERSION}.{LAYER_RULES},{codec.name.lower()},{level},{chunk_size}"
+
+
+def parse_options(key: str) -> tuple[Codec, int, int]:
+    """
+    Codec, level and chunk size out of an options_key() of any version.
+
+    Raises:
+        FormatError: it is none.
+
+    """
+    found = _OPTIONS.fullmatch(key)
+    if found is None or found["codec"].upper() not in Codec.__members__:
+        raise FormatError(f"a blob was made with options {key[:100]!r}, which this lazyfs does not know",
+                          hint="convert the image again")
+    codec, level, chunk_size = Codec[found["codec"].upper()], int(found["level"]), int(found["chunk_size"])
+    low, high = LEVEL_RANGES.get(codec, (1, 0))     # zero: no codec of an image
+    if not low <= level <= high:
+        raise FormatError(f"a blob was made with level {level} of {found['codec']}, which there is not",
+                          hint="convert the image again")
+    check_chunk_size(chunk_size)
+    return codec, level, chunk_size
 
 
 def is_lazy(manifest: Manifest) -> bool:

@@ -40,9 +40,10 @@ def test_a_layer_without_data() -> None:
 
 
 def test_hot_tail() -> None:
-    footer = pack_hot_tail(CHUNK_SIZE, 3, 1000)
+    footer = pack_hot_tail(TABLE, 1000)
     tail = parse_footer(footer, 1000 + FOOTER_BYTES)
-    assert (tail.hot, tail.chunk_count, tail.data_size, tail.device_size) == (True, 3, 1000, 0)
+    assert (tail.hot, tail.chunk_count, tail.data_size, tail.device_size) == (
+        True, TABLE.chunk_count, 1000, TABLE.device_size)
     with pytest.raises(FormatError, match="hot blob"):
         parse_tail(footer, 1000 + FOOTER_BYTES)
 

@@ -233,10 +233,14 @@ def test_inspect_tells_what_is_there(layout: Layout) -> None:
         assert sum(layer["codecs"].values()) == layer["chunks"]
     assert image["entries"] == {"regular": 4, "directory": 1, "symlink": 1}
     assert image["inodes"] == 6
-    assert image["hot"]["chunks"] > 3
-    assert 0 < image["hot"]["share"] <= 1
+    hot = image["hot"]
+    assert hot["uncompressedSize"] % 4096 == 0
+    assert 0 < hot["size"] < hot["uncompressedSize"]
+    assert (hot["chunks"], hot["chunkSize"]) == (1, 1 << 20)
+    assert hot["extents"] >= 2
+    assert 0.9 < hot["share"] < 1.1     # nearly all of it, in chunks of another size
     text = CliRunner().invoke(inspect_command, [reference], catch_exceptions=False).stdout
-    for word in ("linux/arm64/v8", image["digest"], image["layers"][1]["blob"][:19], "hot blob", "bootstrap",
+    for word in ("linux/arm64/v8", image["digest"], image["layers"][1]["blob"][:19], "hot part", "bootstrap",
     "4 regular"):
         assert word in text
 

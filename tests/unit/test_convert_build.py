@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from converter.report import ConvertReport
 
+BLOCK = limits.BLOCK_SIZE_BYTES
 NOISE = random.Random(1).randbytes(700_000)
 TEXT = b"the same words again and again\n" * 20_000
 BASE = (
@@ -157,24 +158,24 @@ def test_the_same_layer_twice_is_converted_once(tmp_path: Path) -> None:
                                         {entry["digest"]: entry for entry in lazy.raw_manifest["layers"]}.values())
 
 
-def test_the_hot_blob_holds_the_listed_chunks_in_their_order(layout: Layout, tmp_path: Path) -> None:
+def test_the_hot_part_is_the_listed_blocks_in_their_order(layout: Layout, tmp_path: Path) -> None:
     report = convert(layout, tmp_path, prefetch=parse_prefetch("etc/hosts\nnoise 200000-\nnot/there\nzeros\nempty\n"))
     hot = report.images[0].hot
     assert hot is not None
     assert hot.unmatched == ("not/there",)
     lazy = Lazy(out(tmp_path))
     lazy.verify()
-    rows = {(device, index): table.rows[index] for device, table in enumerate(lazy.tables)
-            for index in range(table.chunk_count)}
-    copied = sorted((int(row["blob_offset"]), place) for place, row in rows.items()
-                    if lazy.bootstrap.blobs[int(row["blob_index"])].hot and row["codec"] != Codec.ZERO)
-    assert len(copied) == hot.chunk_count
-    assert copied[0][1][0] == 1        # etc/hosts is in the upper layer
-    assert copied[1:] == sorted(copied[1:], key=lambda copy: copy[1])
-    end = 0
-    for offset, place in copied:
-        assert offset == end
-        end += int(rows[place]["stored_size"])
+    blocks = lazy.hot_blocks()
+    assert (len(blocks) * BLOCK, hot.chunk_count) == (hot.device_size, 1)
+    # one chunk: in the order of their places; no block of zeros that no layer stores
+    assert blocks == sorted(set(blocks))
+    ((device, place, length),) = lazy.image.extents(lazy.nid(b"noise"), 200_000, 1 << 30)
+    ((upper, other, _),) = lazy.image.extents(lazy.nid(b"etc/hosts"), 0, 1 << 30)
+    noise = [(device, block) for block in range(place // BLOCK, -(-(place + length) // BLOCK))]
+    assert set(noise) | {(upper, other // BLOCK)} <= set(blocks)
+    codecs = {lazy.tables[device].rows["codec"][block * BLOCK // lazy.tables[device].chunk_size]
+              for device, block in blocks}
+    assert Codec.ZERO not in codecs
 
 
 def test_a_list_that_names_nothing_makes_no_hot_blob(layout: Layout, tmp_path: Path) -> None:

@@ -137,7 +137,24 @@ def test_a_bootstrap_without_one_has_no_such_member() -> None:
     assert pack_unpacked(members.get) == tar
 
 
-def test_a_hot_part_without_a_hot_blob() -> None:
-    cold = parse_ustar(pack_bootstrap(make_bootstrap(DEVICES)), tuple(name for name in NAMES if name != HOT_MEMBER))
-    with pytest.raises(FormatError, match="names no hot blob"):
+def members_of(tar: bytes) -> list[Member]:
+    return list(parse_ustar(tar, NAMES, optional=frozenset({HOT_MEMBER})))
+
+
+def test_a_hot_part_without_a_hot_blob_and_a_hot_blob_without_one() -> None:
+    cold = members_of(pack_bootstrap(make_bootstrap(DEVICES)))
+    with pytest.raises(FormatError, match="without a hot blob"):
         parse_bootstrap(pack_ustar([*cold[:3], Member(HOT_MEMBER, DATA), *cold[3:]]))
+    hot = members_of(pack_bootstrap(make_bootstrap(DEVICES, hot=EXTENTS)))
+    with pytest.raises(FormatError, match="the other way round"):
+        parse_bootstrap(pack_ustar([*hot[:3], *hot[4:]]))
+
+
+def test_a_layer_whose_chunk_is_in_the_hot_blob() -> None:
+    bootstrap = make_bootstrap(DEVICES, hot=EXTENTS)
+    tar = bytearray(pack_bootstrap(bootstrap))
+    row = tar.index(pack_ustar([Member("lazyfs/tables.bin", b"")])[:100]) + 512
+    assert tar[row : row + 16] != bytes(16)
+    tar[row : row + 2], tar[row + 12 : row + 14] = bytes(2), struct.pack("<H", len(bootstrap.blobs) - 1)
+    with pytest.raises(FormatError, match="names the hot blob"):
+        parse_bootstrap(bytes(tar))

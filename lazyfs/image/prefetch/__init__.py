@@ -14,7 +14,7 @@ Grammar: docs/format.md (grammar.py). Paths count from the image's root; symlink
 
 from __future__ import annotations
 
-from lazyfs.image.prefetch.find import FileFinder, PrefetchPlan, chunks_of, resolve
+from lazyfs.image.prefetch.find import FileFinder, PrefetchPlan, chunks_of, resolve, wanted_extents
 from lazyfs.image.prefetch.grammar import (
     ENTRY_COUNT_MAX,
     LIST_BYTES_MAX,
@@ -35,5 +35,5 @@ from lazyfs.image.prefetch.grammar import (
 __all__ = [
     "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "PREFETCH_VERSION", "RUNS_MAX", "FileFinder", "PrefetchEntry",
     "PrefetchHeader", "PrefetchList", "PrefetchPlan", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
-    "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "resolve",
+    "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "resolve", "wanted_extents",
 ]

@@ -49,18 +49,36 @@ def resolve(prefetch: PrefetchList, image: ErofsImage, tables: Sequence[ChunkTab
         FormatError: the list's globs or ranges would take too long.
 
     """
-    chunks: dict[tuple[int, int], None] = {}
-    unmatched = []
+    unmatched: list[str] = []
+    extents = wanted_extents(prefetch, image, tables, unmatched)
+    return PrefetchPlan(list(dict.fromkeys(chunks_of(extents, tables))), unmatched)
+
+
+def wanted_extents(
+    prefetch: PrefetchList, image: ErofsImage, tables: Sequence[ChunkTable], unmatched: list[str]
+) -> Iterator[tuple[int, int, int]]:
+    """
+    What a list names, as (device index, offset, length) in bytes, in its order; what is named twice comes twice.
+
+    Args:
+        prefetch: what is wanted.
+        image: the merged tree.
+        tables: the chunk table of each device of the image.
+        unmatched: gets the lines that name no file.
+
+    Raises:
+        FormatError: the list's globs or ranges would take too long.
+
+    """
     finder = FileFinder(image)
     for entry in prefetch.entries:
         found = False
         for nid in finder.find(entry.components):
             found = True
             for start, end in entry.ranges or ((0, None),):
-                chunks.update(dict.fromkeys(chunks_of(finder.extents(nid, start, end, tables), tables)))
+                yield from (one for one in finder.extents(nid, start, end, tables) if one[0] >= 0)
         if not found:
             unmatched.append(entry.line)
-    return PrefetchPlan(list(chunks), unmatched)
 
 
 def chunks_of(extents: Iterable[tuple[int, int, int]], tables: Sequence[ChunkTable]) -> Iterator[tuple[int, int]]:
