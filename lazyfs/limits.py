@@ -51,7 +51,7 @@ RETRY_COUNT_MAX = 6
 RETRY_FIRST_S = 0.1              # doubles, times uniform(0.5, 1.5)
 RETRY_PAUSE_MAX_S = 10.0
 TOKEN_BYTES_MAX = 64 * KIB
-RANGE_REQUEST_BYTES_MAX = 8 * MIB
+RANGE_REQUEST_BYTES_MAX = 32 * MIB   # a window of prefetch; nobody holds it in memory
 
 assert CHUNK_SIZE_MIN_BYTES % BLOCK_SIZE_BYTES == 0
 assert CHUNK_SIZE_MIN_BYTES <= CHUNK_SIZE_DEFAULT_BYTES <= CHUNK_SIZE_MAX_BYTES

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 SAMPLE = make_sample(12, zeros=(5,))
-PLAIN = FetchLimits(readahead=False)
+PLAIN = FetchLimits(readahead=False, window_bytes_first=2 << 20, window_bytes_max=2 << 20)
 
 
 class Bench:

@@ -19,10 +19,15 @@ class FetchLimits:
 
     foreground_per_source: int = 8     # a dead registry must not take all slots from the others
     foreground_total: int = 16
-    prefetch_streams: int = 2          # the second one starts when the first is nearly through
+    prefetch_streams: int = 4          # windows under way: of one image as few as keep the link full, the rest others'
+    prefetch_rate: int = 0             # bytes/s of all windows together; 0: no bound
+    prefetch_bytes_max: int = 0        # stored bytes fetched ahead of one image; 0: no bound
     background_streams: int = 2        # read-ahead of sequential readers
     merge_bytes_max: int = 4 * MIB     # one range request of queued chunks that are neighbours, stored bytes
-    window_bytes_max: int = 2 * MIB    # one range request of the hot blob: 17 ms of a 1 Gbit/s link
+    # One range request of the hot blob. The first one is small, for nothing is known of the link; each is twice as
+    # large as the one before: few requests.
+    window_bytes_first: int = 4 * MIB
+    window_bytes_max: int = 32 * MIB   # a quarter of a second at 1 Gbit/s; several images at once take smaller turns
     readahead: bool = True
 
     @property
@@ -38,7 +43,17 @@ BAD_CHUNK_TRY_COUNT = 2          # a digest that does not match: once more from 
 # An attempt gets half of the time that is left, so that a connection gone dead leaves time for another one ...
 ATTEMPT_SHARE = 0.5
 ATTEMPT_WHOLE_S = 4.0            # ... but is not cut into slices too thin to be of use.
-PREFETCH_OVERLAP_BYTES = 512 * KIB   # the next window is asked for when less than this of the current one is to come
+# The next window is asked for when less than this of the current one is to come: what its answer's delay takes at the
+# rate so far (twice, for the rate still grows), and at least so much.
+PREFETCH_OVERLAP_BYTES = 512 * KIB
+PREFETCH_OVERLAP_FACTOR = 2.0
+PREFETCH_RATE_MIN = 64 * KIB     # bytes/s: a window slower than that is cut off, and the rest asked for anew
+RATE_BYTES_MIN = 256 * KIB       # must have come before a rate is believed: the first bytes come with the header
+# A read whose chunk is on its way in a window asks for it by itself if that is so much sooner: the bytes come twice.
+OVERTAKE_FACTOR = 2.0
+OVERTAKE_MARGIN_S = 0.05
+COURTESY_S = 0.5                 # windows stand back so long from when reads began; then they take their share again
+PACE_SLICE_S = 0.1               # how soon a waiting window notices that it is waited for, or given up
 PREFETCH_SCAN_COUNT_MAX = 2048   # plan entries looked at before the loop gets a turn
 PREFETCH_FAILURE_COUNT_MAX = 6   # consecutive; then chunks come when they are read
 READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
@@ -50,4 +65,4 @@ READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between 
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
 
 assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES + SPILL_BYTES_MAX <= IN_FLIGHT_BYTES_MAX
-assert FetchLimits().merge_bytes_max <= limits.RANGE_REQUEST_BYTES_MAX
+assert FetchLimits().merge_bytes_max <= FetchLimits().window_bytes_max <= limits.RANGE_REQUEST_BYTES_MAX

@@ -103,7 +103,7 @@ class Fetcher:
             plan: (device, chunk index); those present are skipped.
 
         """
-        handle = PrefetchHandle(plan)
+        handle = PrefetchHandle(plan, self._bounds)
         self._scheduler.add_prefetch(handle)
         return handle
 

@@ -14,6 +14,7 @@ import trio
 if TYPE_CHECKING:
     from lazyfs.errors import LazyfsError
     from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.transfer import Transfer
     from lazyfs.image.digest import Digest
     from lazyfs.registry.place import ImageSource
 
@@ -32,11 +33,14 @@ class Flight:
     :data: the chunk's bytes, when it is done but could not be stored.
     :last_error: of the last attempt that failed; the reason to give when the time runs out.
     :bad: what was wrong with the bytes of the last attempt.
+    :window: the transfer of a prefetch window that it was made for; else None.
+    :overtaken: another flight of the same chunk was begun, which will be sooner.
     """
 
     __slots__ = (
         "attempt_count", "bad", "bad_count", "blob", "codec", "data", "deadline", "device", "digest", "done", "error",
-        "event", "index", "last_error", "size", "source", "stored_size", "stored_start", "waiters",
+        "event", "index", "last_error", "overtaken", "size", "source", "stored_size", "stored_start", "waiters",
+        "window",
     )  # fmt: skip
 
     def __init__(self, device: FetchDevice, index: int, deadline: float) -> None:
@@ -62,6 +66,8 @@ class Flight:
         self.last_error: LazyfsError | None = None
         self.attempt_count = 0
         self.event: trio.Event | None = None
+        self.window: Transfer | None = None
+        self.overtaken = False
 
     @property
     def stored_end(self) -> int:

@@ -2,11 +2,14 @@
 The plan of a prefetch: chunks in the order of the hot blob, cut into windows when they start. Who calls: fetch.engine.
 
 A window is one range request: entries of the plan that are neighbours in a blob, skipping those that are present or
-on their way when it starts, so that no byte is sent twice. Pure, but for PrefetchHandle.wait.
+on their way when it starts. The next one starts when little enough of the one before is left that the link does not
+idle meanwhile (Transfer.is_nearly_done), so one image has one stream as a rule, and more only where its windows are
+small, or the way is long. Pure, but for PrefetchHandle.wait.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lazyfs.errors import LazyfsError
+    from lazyfs.fetch.constants import FetchLimits
     from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.transfer import Transfer
 
     Entry = tuple[FetchDevice, int]
 
@@ -28,16 +33,21 @@ class PrefetchHandle:
     A running prefetch, as its caller sees it.
 
     :fetched_count, skipped_count: chunks; skipped ones were there or on their way already.
+    :running: windows under way.
     :error: why it gave up, if it did; its chunks then come when they are read.
+    :cancelled: it was; so it may be done without having fetched all.
     """
 
-    def __init__(self, plan: Sequence[Entry]) -> None:
+    def __init__(self, plan: Sequence[Entry], bounds: FetchLimits) -> None:
         self._plan = plan
+        self._bounds = bounds
+        self._window_bytes = bounds.window_bytes_first
+        self._left_bytes = bounds.prefetch_bytes_max or sys.maxsize
         self._cursor = 0
         self._again: deque[Entry] = deque()    # of windows that failed; before the rest of the plan
         self._ended = trio.Event()
-        self._cancelled = False
-        self.running_count = 0     # windows under way
+        self.cancelled = False
+        self.running: set[Transfer] = set()
         self.paused_until = 0.0    # trio's clock; after a failure
         self.failure_count = 0     # consecutive
         self.fetched_count = 0
@@ -53,10 +63,12 @@ class PrefetchHandle:
         await self._ended.wait()
 
     def cancel(self) -> None:
-        """Start no further window; those under way finish."""
-        self._cancelled = True
+        """Start no further window; those under way are given up, unless a read waits for something of theirs."""
+        self.cancelled = True
         self._again.clear()
         self._plan = ()
+        for window in self.running:
+            window.cancelled = not window.is_wanted()
         self.check_end()
 
     def failed(self, error: LazyfsError, entries: list[Entry]) -> None:
@@ -65,27 +77,34 @@ class PrefetchHandle:
         if self.failure_count >= PREFETCH_FAILURE_COUNT_MAX:
             self.error = error
             self.cancel()
-        if not self._cancelled:
+        if not self.cancelled:
             self._again.extendleft(reversed(entries))
 
     def check_end(self) -> None:
-        if not self.running_count and not self._again and self._cursor >= len(self._plan):
+        if not self.running and not self._again and self._cursor >= len(self._plan):
             self._ended.set()
 
+    @property
+    def is_hungry(self) -> bool:
+        """Whether another window may start."""
+        return all(window.is_nearly_done() for window in self.running)
+
     def next_window(
-        self, bytes_max: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]
+        self, handle_count: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]
     ) -> tuple[list[Entry], bool]:
         """
         Take the next window out of the plan.
 
         Args:
-            bytes_max: stored bytes of it.
+            handle_count: so many images are being prefetched; the more, the smaller are their turns.
             wanted: of a chunk: (blob, start, stored bytes), or None if it is there or on its way.
 
         Returns:
             The window, empty at the end; and whether it is empty only because the scan stopped for others' sake.
 
         """
+        first, largest = self._bounds.window_bytes_first, self._bounds.window_bytes_max
+        bytes_max = min(self._window_bytes, max(first, largest // max(1, handle_count)))
         window: list[Entry] = []
         blob: object = None
         end = total = 0
@@ -96,7 +115,13 @@ class PrefetchHandle:
             place = wanted(*entry)
             if place is not None:
                 if window and ((blob, end) != place[:2] or total + place[2] > bytes_max):
+                    self._window_bytes = min(2 * self._window_bytes, largest)
                     return window, False
+                if place[2] > self._left_bytes:
+                    self._plan = ()
+                    self._again.clear()
+                    return window, False
+                self._left_bytes -= place[2]
                 blob, end = place[0], place[1] + place[2]
                 total += place[2]
                 window.append(entry)

@@ -17,7 +17,8 @@ import trio
 from lazyfs import limits
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
-from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, FetchLimits
+from lazyfs.fetch.brake import Brake
+from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, PREFETCH_RATE_MIN, SPILL_BYTES_MAX, FetchLimits
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lane import Lane
 from lazyfs.fetch.spill import Spill
@@ -51,6 +52,7 @@ class Scheduler:
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
         self._running = dict.fromkeys(Priority, 0)
+        self._brake = Brake(bounds.prefetch_rate)
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
         self._closed = False
@@ -62,6 +64,9 @@ class Scheduler:
     def join(self, device: FetchDevice, index: int, deadline: float) -> Flight:
         """The flight of a missing chunk that a read wants: the one under way, or a new one. Call dispatch() after."""
         flight = self.flights.get((device.cached, index))
+        if flight is not None and flight.window is not None and flight.window.is_overtaken_by_asking(flight):
+            flight.overtaken = True
+            flight = None
         if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
             flight = self._new_flight(device, index, deadline)
             if flight.codec != Codec.ZERO:
@@ -138,28 +143,34 @@ class Scheduler:
     def _start_window(self) -> bool:
         if self._running[Priority.PREFETCH] >= self.bounds.prefetch_streams:
             return False
-        if any(not transfer.is_nearly_done() for transfer in self._windows):
-            return False
         now = trio.current_time()
         for handle in self.prefetches:
-            if handle.paused_until > now:
+            if handle.paused_until > now or not handle.is_hungry:
                 continue
-            window, stopped = handle.next_window(self.bounds.window_bytes_max, self._wanted)
+            window, stopped = handle.next_window(len(self.prefetches), self._wanted)
             if stopped:
                 self._workers.wake(self.dispatch)    # scan on after the others had a turn
                 return False
             if window:
                 self._start_prefetch(handle, window)
+                self.prefetches.remove(handle)    # the others' turn
+                self.prefetches.append(handle)
                 return True
             handle.check_end()
         self.prefetches = [handle for handle in self.prefetches if not handle.done]
         return False
 
     def _start_prefetch(self, handle: PrefetchHandle, window: list[Entry]) -> None:
-        deadline = time.monotonic() + limits.READ_DEADLINE_S
-        transfer = Transfer([self._new_flight(*entry, deadline) for entry in window], Priority.PREFETCH)
+        flights = [self._new_flight(*entry, time.monotonic()) for entry in window]
+        transfer = Transfer(flights, Priority.PREFETCH, self._brake)
+        rate_min: float = PREFETCH_RATE_MIN
+        if self.bounds.prefetch_rate:
+            rate_min = min(rate_min, self.bounds.prefetch_rate / (2 * self.bounds.prefetch_streams))
+        for flight in flights:
+            flight.window = transfer
+            flight.deadline += limits.READ_DEADLINE_S + transfer.size / rate_min
         if self._start(transfer):
-            handle.running_count += 1
+            handle.running.add(transfer)
             self._windows[transfer] = handle
         else:
             handle.cancel()    # its image is unmounted
@@ -196,6 +207,8 @@ class Scheduler:
                     self._fail(failed, error)
                 return False
         self._running[transfer.priority] += 1
+        if transfer.priority is Priority.FOREGROUND and self._running[Priority.FOREGROUND] == 1:
+            self._brake.begin()
         self.statistics.requests += 1
         self._workers.start(transfer)
         return True
@@ -205,16 +218,18 @@ class Scheduler:
     def _finished(self, transfer: Transfer) -> None:
         """The thread is through with it."""
         self._running[transfer.priority] -= 1
+        if transfer.priority is Priority.FOREGROUND and not self._running[Priority.FOREGROUND]:
+            self._brake.end()
         self._count(transfer)
         again: list[Flight] = []
         for flight in transfer.flights:
             if flight.done and flight.error is None:
                 self._land(flight)
-            elif not flight.done:
+            elif not flight.done and (flight.waiters or not flight.overtaken):
                 again.extend(self._not_landed(flight, transfer))
         handle = self._windows.pop(transfer, None)
         if handle is not None:
-            handle.running_count -= 1
+            handle.running.remove(transfer)
             handle.fetched_count += transfer.landed_count
             again = self._give_back(handle, transfer, again)
             handle.check_end()
@@ -271,6 +286,8 @@ class Scheduler:
         unwanted = [flight for flight in again if not flight.waiters]
         for flight in unwanted:
             self._remove(flight)
+        if transfer.landed_count:
+            handle.failure_count = 0
         handle.failed(transfer.error, [(flight.device, flight.index) for flight in unwanted])
         pause = retry.pause_s(transfer.error, max(1, handle.failure_count))
         handle.paused_until = trio.current_time() + pause

@@ -13,7 +13,15 @@ import time
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import BugError, DeadlineError, FormatError, IntegrityError, LazyfsError, SourceError
-from lazyfs.fetch.constants import ATTEMPT_SHARE, ATTEMPT_WHOLE_S, PREFETCH_OVERLAP_BYTES
+from lazyfs.fetch.constants import (
+    ATTEMPT_SHARE,
+    ATTEMPT_WHOLE_S,
+    OVERTAKE_FACTOR,
+    OVERTAKE_MARGIN_S,
+    PREFETCH_OVERLAP_BYTES,
+    PREFETCH_OVERLAP_FACTOR,
+    RATE_BYTES_MIN,
+)
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import chunk_digest
 from lazyfs.registry.streams import distrust
@@ -21,6 +29,7 @@ from lazyfs.registry.streams import distrust
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lazyfs.fetch.brake import Brake
     from lazyfs.fetch.flight import Flight
     from lazyfs.registry.place import ByteStream
 
@@ -38,10 +47,13 @@ class Transfer:
     :flights: neighbours in one blob of one source, in its order.
     :received_bytes, remaining_bytes: stored bytes; written by the thread.
     :cancelled: set by the loop; the thread gives up at the next piece.
+    :brake: of a prefetch window: what makes it wait for others.
+    :delay_s: from the request to the answer's header; 0.0: it has not come.
     """
 
-    def __init__(self, flights: list[Flight], priority: Priority) -> None:
+    def __init__(self, flights: list[Flight], priority: Priority, brake: Brake | None = None) -> None:
         self.flights = flights
+        self.brake = brake
         self.priority = priority
         first = flights[0]
         self.source, self.blob, self.start = first.source, first.blob, first.stored_start
@@ -51,9 +63,38 @@ class Transfer:
         self.landed_count = 0
         self.cancelled = False
         self.error: LazyfsError | None = None
+        self.delay_s = 0.0
+        self._answered_at = 0.0      # time.monotonic()
+        self._held_s = 0.0           # by the brake, since then
+        self._unpaid_bytes = 0       # received, and the brake not told
 
     def is_nearly_done(self) -> bool:
-        return self.remaining_bytes <= PREFETCH_OVERLAP_BYTES
+        """Whether the next window is to be asked for: what is left takes no longer than an answer."""
+        left = self.remaining_bytes
+        return (left <= PREFETCH_OVERLAP_BYTES
+                or left <= PREFETCH_OVERLAP_FACTOR * self.delay_s * (self._rate() or 0.0))
+
+    def is_wanted(self) -> bool:
+        """Whether a read waits for something of it that has not come."""
+        return any(flight.waiters for flight in self.flights if not flight.done)
+
+    def is_overtaken_by_asking(self, flight: Flight) -> bool:
+        """Whether a request for one of its chunks alone, begun now, is done well before this reaches it."""
+        rate = self._rate()
+        if not rate:
+            return False
+        arrives_s = (flight.stored_end - self.start - self.received_bytes) / rate
+        return arrives_s > OVERTAKE_FACTOR * (self.delay_s + flight.stored_size / rate) + OVERTAKE_MARGIN_S
+
+    def _rate(self) -> float | None:
+        """Bytes/s so far, while it was not made to wait; None: too early to tell."""
+        took_s = time.monotonic() - self._answered_at - self._held_s
+        if self.received_bytes < RATE_BYTES_MIN or took_s <= 0:
+            return None
+        return self.received_bytes / took_s
+
+    def _goes_first(self) -> bool:
+        return self.cancelled or self.is_wanted()
 
     def attempt_deadline(self) -> float:
         """Absolute, time.monotonic(): see constants.ATTEMPT_SHARE."""
@@ -87,13 +128,18 @@ class Transfer:
             raise DeadlineError(f"{self.source.name}: blob {self.blob.short}: no time left to fetch it")
         told = False
         detour: SourceError | None = None
+        began = time.monotonic()
         with self.source.read_range(self.blob, self.start, self.size, deadline) as stream:
+            self._answered_at = time.monotonic()
+            self.delay_s = self._answered_at - began
             for flight in self.flights:
                 stored = self._read_exactly(stream, flight.stored_size)
                 if not told and self.priority is Priority.PREFETCH and self.is_nearly_done():
                     told = True
                     wake(nearly_done)
-                if settle(flight, stored):
+                if flight.overtaken and flight.device.cached.present(flight.index, flight.index):
+                    flight.done = True
+                elif settle(flight, stored):
                     self.landed_count += 1
                     if flight.event is not None:
                         wake(flight.wake)
@@ -108,6 +154,8 @@ class Transfer:
         pieces: list[bytes] = []
         left = size
         while left:
+            if self.brake is not None:
+                self._held_s += self.brake.hold(self._unpaid_bytes, self._goes_first)
             if self.cancelled:
                 raise SourceError(f"{self.source.name}: transfer cancelled")
             piece = stream.read(left)
@@ -119,6 +167,7 @@ class Transfer:
                 )
             left -= len(piece)
             self.received_bytes += len(piece)
+            self._unpaid_bytes = len(piece)
             self.remaining_bytes -= len(piece)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

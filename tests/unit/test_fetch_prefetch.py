@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,12 +16,14 @@ from lazyfs import limits
 from lazyfs.cache.store import CacheDir
 from lazyfs.errors import NotFoundError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
+from lazyfs.fetch.brake import Brake
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.engine import FetchLimits
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lane import FlightQueue
 from lazyfs.fetch.readahead import Readahead
 from lazyfs.fetch.spill import Spill
+from lazyfs.fetch.transfer import Priority, Transfer
 from lazyfs.image.codec import Codec
 from lazyfs.image.digest import Digest
 from lazyfs.image.table import parse_table
@@ -129,7 +133,7 @@ async def test_a_prefetch_without_its_blob_gives_up_and_says_why(tmp_path, monke
 
 
 @pytest.mark.trio
-async def test_a_cancelled_prefetch_finishes_its_window_only(tmp_path):
+async def test_a_cancelled_prefetch_gives_up_its_window(tmp_path):
     async with bench(tmp_path, sample=BIG) as b:
         b.source.gate.clear()
         handle = b.fetcher.prefetch(plan(b))
@@ -137,6 +141,23 @@ async def test_a_cancelled_prefetch_finishes_its_window_only(tmp_path):
         handle.cancel()
         assert not handle.done
         b.source.gate.set()
+        await handle.wait()
+        assert handle.cancelled
+        assert len(b.source.requests) == 1
+        assert b.fetcher.statistics.fetched_stored_bytes == 0
+
+
+@pytest.mark.trio
+async def test_a_cancelled_window_that_a_read_waits_for_goes_on(tmp_path):
+    async with bench(tmp_path, sample=BIG) as b:
+        b.source.gate.clear()
+        handle = b.fetcher.prefetch(plan(b))
+        await b.asked(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.chunk, 20)
+            await trio.testing.wait_all_tasks_blocked()
+            handle.cancel()
+            b.source.gate.set()
         await handle.wait()
         assert len(b.source.requests) == 1
 
@@ -166,6 +187,138 @@ async def test_a_bad_chunk_in_a_window_comes_again_by_itself(tmp_path):
         await b.fetcher.prefetch(plan(b)).wait()
         await b.chunk(0)
         assert b.fetcher.statistics.bad_chunks == 1
+
+
+@pytest.mark.trio
+async def test_a_read_overtakes_a_window_that_would_be_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("lazyfs.fetch.transfer.Transfer._rate", lambda _: 1e6)
+    async with bench(tmp_path, sample=BIG) as b:
+        stopped, go_on = threading.Event(), threading.Event()
+
+        def fault(request: Request) -> None:
+            if request.number == 0:
+                request.piece_bytes = CHUNK
+                request.before_piece = lambda position: position < 4 * CHUNK or stopped.set() or go_on.wait(20)
+
+        b.source.faults.append(fault)
+        handle = b.fetcher.prefetch(plan(b))
+        assert await trio.to_thread.run_sync(stopped.wait, 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.chunk, 5)       # next but one: it waits for the window
+            await b.chunk(30)                    # 1.6 s away
+            assert b.source.requests[1:] == [(int(BIG.table.rows["blob_offset"][30]), CHUNK)]
+            go_on.set()
+        await handle.wait()
+        assert b.device.cached.complete
+        assert sum(size for _, size in b.source.requests) == len(BIG.stored) + CHUNK
+
+
+def test_a_window_is_overtaken_only_where_asking_is_sooner(monkeypatch):
+    _, flights = queue_of(range(80), BIG)
+    transfer = Transfer([flights[index] for index in range(9)], Priority.PREFETCH)
+    assert not transfer.is_overtaken_by_asking(flights[8])     # no rate is known yet
+    monkeypatch.setattr(Transfer, "_rate", lambda _: 1e6)
+    assert [index for index in range(9) if transfer.is_overtaken_by_asking(flights[index])] == [2, 3, 4, 5, 6, 7, 8]
+    transfer.delay_s = 0.15                                    # each request costs that
+    assert [index for index in range(9) if transfer.is_overtaken_by_asking(flights[index])] == [7, 8]
+
+
+@pytest.mark.trio
+async def test_an_image_gets_no_more_ahead_than_its_bound(tmp_path):
+    async with bench(tmp_path, replace(PLAIN, prefetch_bytes_max=10 * CHUNK + 1), sample=BIG) as b:
+        handle = b.fetcher.prefetch(plan(b))
+        await handle.wait()
+        assert sum(size for _, size in b.source.requests) == 10 * CHUNK
+
+
+@pytest.mark.trio
+async def test_several_images_take_turns(tmp_path):
+    small = replace(PLAIN, prefetch_streams=1, window_bytes_first=4 * CHUNK, window_bytes_max=8 * CHUNK)
+    async with bench(tmp_path, small, sample=BIG) as b:
+        other = make_sample(80, seed=4, codec=Codec.NONE)
+        source = MemorySource({other.blob: other.stored})
+        device = other.device(b.cache, source)
+        asked = []
+        b.source.faults.append(lambda _: asked.append("first"))
+        source.faults.append(lambda _: asked.append("second"))
+        b.source.gate.clear()
+        first = b.fetcher.prefetch(plan(b))
+        await b.asked(1)
+        second = b.fetcher.prefetch([(device, index) for index in range(80)])
+        b.source.gate.set()
+        await first.wait()
+        await second.wait()
+        assert asked[1:9] == ["first", "second"] * 4
+        assert all(size <= 4 * CHUNK for _, size in source.requests[:8])
+        await b.settled()
+        device.cached.release()
+
+
+@pytest.mark.trio
+async def test_windows_grow_so_that_a_large_hot_part_is_few_requests(tmp_path):
+    growing = replace(PLAIN, window_bytes_first=2 * CHUNK, window_bytes_max=32 * CHUNK)
+    sample = make_sample(80, seed=4, codec=Codec.NONE)
+    async with bench(tmp_path, growing, sample=sample) as b:
+        await b.fetcher.prefetch(plan(b)).wait()
+        sizes = [size // CHUNK for _, size in sorted(b.source.requests)]
+        assert sizes[:5] == [2, 4, 8, 16, 32]
+
+
+# --- who goes first -----------------------------------------------------------------------------------------------
+
+
+def test_a_window_stands_back_while_reads_are_under_way():
+    brake = Brake()
+    looked = threading.Semaphore(0)
+
+    def goes_first() -> bool:
+        looked.release()
+        return False
+
+    brake.begin()
+    thread = threading.Thread(target=brake.hold, args=(CHUNK, goes_first))
+    thread.start()
+    assert looked.acquire(timeout=20)
+    assert thread.is_alive()
+    brake.end()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert brake.hold(CHUNK, goes_first) < 20
+
+
+def test_a_window_that_is_waited_for_does_not_stand_back_nor_for_ever(monkeypatch):
+    brake = Brake()
+    brake.begin()
+    assert brake.hold(CHUNK, lambda: True) < 20
+    monkeypatch.setattr("lazyfs.fetch.brake.COURTESY_S", 0.0)
+    assert brake.hold(CHUNK, lambda: False) < 20
+
+
+def test_the_rate_of_all_windows_together_is_bounded(monkeypatch):
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            assert 0 < seconds <= 0.1
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr("lazyfs.fetch.brake.time", clock)
+    brake = Brake(rate_bytes_s=1_000_000)
+    for _ in range(100):
+        brake.hold(50_000, lambda: False)
+    assert 4.8 < clock.now - 1000 < 5.2
+    clock.now += 60                                   # idle time is no credit
+    began = clock.now
+    for _ in range(20):
+        brake.hold(50_000, lambda: False)
+    assert 0.8 < clock.now - began < 1.2
+    began = clock.now
+    brake.hold(5_000_000, lambda: True)               # somebody waits for it
+    assert clock.now == began
 
 
 def hot_devices(cache, first, second):
