@@ -19,6 +19,7 @@ from lazyfs.image.blob import FOOTER_BYTES, parse_tail
 from lazyfs.image.codec import Codec
 from lazyfs.image.descriptor import Descriptor
 from lazyfs.image.digest import Digest
+from lazyfs.image.hot import EXTENT, HEAD_BYTES, pack_hot, parse_hot
 from lazyfs.image.manifest import BLOB_TYPE, BOOTSTRAP_TYPE, PREFIX, LazyBootstrap, parse_lazy_manifest
 from lazyfs.image.model import EntryKind, FileType
 from lazyfs.image.oci import Manifest
@@ -69,6 +70,25 @@ def test_blob_by_our_code() -> None:
         (b"old", EntryKind.WHITEOUT, FileType.REGULAR),
     ]
     assert table.device_digest().text in DOCUMENT
+
+
+def test_hot_part_by_the_text_alone_and_by_our_code() -> None:
+    data = bytes.fromhex("".join(example("hot.bin").split()))
+    head = struct.unpack_from("<8sHHIQII32s", data)
+    magic, version, reserved, chunk_size, device_size, chunks, extents, digest = head
+    assert (magic, version, reserved) == (b"LAZYHOT\0", 1, 0)
+    assert (chunk_size, device_size, chunks, extents) == (1 << 20, 4096, 1, 1)
+    assert struct.unpack_from("<QIHBB", data, 64) == (0, 36, 1, 2, 0)
+    content = blake3(lz4.block.decompress(BLOB[:36], uncompressed_size=4096)).digest()
+    assert data[80:112] == content
+    named = b"lazyfs-device-1\0" + struct.pack("<IQ", chunk_size, device_size) + content
+    assert digest == hashlib.sha256(named).digest()
+    assert struct.unpack("<IHH", data[112:]) == (0, 0, 1)
+    part = parse_hot(data, [4096], [len(BLOB), 36 + FOOTER_BYTES], 1)
+    assert pack_hot(part) == data
+    assert f"{HEAD_BYTES} bytes of head" in DOCUMENT
+    for name, (dtype, offset, *_) in EXTENT.fields.items():
+        assert re.search(rf"^\| {offset} \| {dtype.itemsize} \| `{name}`", DOCUMENT, re.MULTILINE)
 
 
 def test_descriptor_and_image_json() -> None:
