@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # A test forks (preexec_fn) while gRPC's threads end: its fork handlers then wait for each other, for ever. Our own
 # programs say the same (cli.snapshotter).
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# A shell's background job ignores SIGINT, and so would all that its tests start, and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _MARK = leaks.mark_environment()
 _WORK_DIRS = ("/tmp/tutorial",)    # where the documents' commands work
 

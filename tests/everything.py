@@ -1,0 +1,102 @@
+"""
+All tests, in as many pytest processes at once as there is room for: most of them wait for containers, not for a processor.
+
+    python -m tests.everything           # scripts/test without words calls it
+
+A part is a pytest process of its own over some of the files: what it marks, mounts and leaves is told from the others' by
+tests/leaks.py. What a part prints appears in one piece when it ends. Exit code: the first of a part that is not 0 (pytest's
+own, so 5 where a part had no test at all).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+LONGEST = ("snapshotter/test_[a-k]*", "snapshotter/test_[l-z]*", "fault/test_m*")    # start first, the rest fills up
+AT_ONCE = 2                      # a machine with one processor waits as much
+PART_S = 3600.0
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|warnings?)\b")
+
+
+@dataclass
+class Part:
+    """`name`: for people; `files`: of one pytest process; `code`: how it ended."""
+
+    name: str
+    files: list[Path]
+    code: int = -1
+    seconds: float = 0.0
+    output: str = ""
+    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    def run(self) -> Part:
+        began = time.monotonic()
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, self.files)]
+        with tempfile.TemporaryFile("w+") as file:
+            self.process = subprocess.Popen(words, cwd=TESTS.parent, stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=subprocess.STDOUT, text=True)
+            try:
+                self.code = self.process.wait(PART_S)
+            except subprocess.TimeoutExpired:
+                self.end()
+                self.code = self.process.wait()
+            file.seek(0)
+            self.output = file.read()
+        self.seconds = time.monotonic() - began
+        return self
+
+    def end(self) -> None:
+        """As ^C does: its fixtures clean up."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+
+
+def parts() -> list[Part]:
+    """Every file of tests in exactly one part."""
+    left = set(TESTS.rglob("test_*.py"))
+    found = []
+    for pattern in LONGEST:
+        files = sorted(left & set(TESTS.glob(f"{pattern}.py")))
+        left -= set(files)
+        found.append(Part(pattern, files))
+    folders = Counter(path.parent for path in left)
+    for folder in sorted(folders, key=lambda path: path.name in ("unit", "fuzz")):      # the quick ones last
+        found.append(Part(folder.name, sorted(path for path in left if path.parent == folder)))
+    return [part for part in found if part.files]
+
+
+def main() -> int:
+    began, counts, code = time.monotonic(), Counter[str](), 0
+    todo = parts()
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for future in as_completed([pool.submit(part.run) for part in todo]):
+            part = future.result()
+            print(f"=== {part.name}: {part.seconds:.0f} s\n{part.output}", flush=True)
+            last = part.output.strip().rpartition("\n")[2]
+            counts.update({kind.rstrip("s"): int(number) for number, kind in _COUNT.findall(last)})
+            code = code or part.code
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for part in todo:
+            part.end()
+        pool.shutdown()
+    told = ", ".join(f"{number} {kind}" for kind, number in counts.most_common())
+    print(f"=== {told} in {time.monotonic() - began:.0f} s", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    os.environ.pop("LAZYFS_TEST_MARK", None)       # each part has its own
+    sys.exit(main())
