@@ -12,6 +12,7 @@ from lazyfs.cli.lazygroup import LazyGroup
 
 _PLACES = {
     "run": ("lazyfs.cli.profile_run:run_command", "Run an image, and list what its start reads."),
+    "record": ("lazyfs.cli.profile_record:record_command", "List what running containers read."),
     "show": ("lazyfs.cli.profile_show:show_command", "Totals, largest files and time line, as text or as a picture."),
     "merge": ("lazyfs.cli.profile_merge:merge_command", "Several runs, or lists, become one list."),
     "diff": ("lazyfs.cli.profile_diff:diff_command", "What two lists have in common, and in which order."),
@@ -22,6 +23,7 @@ _PLACES = {
 _EPILOG = """\b
 Examples:
   lazyfs profile run registry.example/app:lazy --until-port 80 --runs 3 -o start.txt
+  lazyfs profile record registry.example/app:lazy -o start.txt
   lazyfs profile show start.txt
   lazyfs profile show start.json --html start.html
   lazyfs profile merge run1.json run2.json run3.json -o start.txt

@@ -104,6 +104,15 @@ def set_read_ahead(bdi_names: list[str], size_kib: int) -> None:
                 file.write_text(str(size_kib), encoding="ascii")
 
 
+def read_ahead_kib(names: list[str]) -> int:
+    """The largest of some names; 0: none is there."""
+    sizes = [0]
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int((BDI_DIR / name / "read_ahead_kb").read_text(encoding="ascii")))
+    return max(sizes)
+
+
 def _bdi_names() -> list[str]:
     with contextlib.suppress(OSError):
         return [path.name for path in BDI_DIR.iterdir()]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazyfs.node.handed import HandedCredentials
+    from lazyfs.node.touches import Touches
 
 _log = logging.getLogger("lazyfs.node")
 _CREDENTIALS = struct.Struct("3i")   # struct ucred: pid, uid, gid (unix(7))
@@ -47,6 +48,9 @@ class Controlled(Protocol):
     @property
     def credentials(self) -> HandedCredentials: ...
 
+    @property
+    def touches(self) -> Touches: ...
+
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
     async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]: ...
@@ -56,8 +60,6 @@ class Controlled(Protocol):
     def statistics(self) -> dict[str, Any]: ...
 
     def health(self) -> dict[str, Any]: ...
-
-    def touched(self, target: str, start: int = 0) -> dict[str, Any]: ...
 
     def shut_down(self) -> None: ...
 
@@ -95,17 +97,19 @@ async def serve_connection(connection: trio.SocketStream, worker: Controlled, *,
 
     """
     attached: list[str] = []
+    fine: list[str] = []
     try:
         async with connection:
             if not allowed(connection):
                 _log.warning("control connection of a foreign user refused")
                 return
-            await _serve_lines(connection, Asked(worker, attached, starter))
+            await _serve_lines(connection, Asked(worker, attached, starter, fine))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
     except Exception:  # noqa: BLE001 - one bad connection must not end the worker
         _log.exception("control connection failed")
     finally:
+        worker.touches.end_fine(fine)
         if attached:
             with trio.CancelScope(shield=True):
                 await _detach(worker, attached)
@@ -113,11 +117,12 @@ async def serve_connection(connection: trio.SocketStream, worker: Controlled, *,
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Who is asked by one connection, and what that has attached to itself."""
+    """Who is asked by one connection, and what that has attached to itself. `fine`: names of Touches.read_finely()."""
 
     worker: Controlled
     attached: list[str]
     starter: bool
+    fine: list[str]
 
 
 async def _serve_lines(connection: trio.SocketStream, asked: Asked) -> None:
@@ -203,7 +208,7 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await _keep_house(worker.housekeeper, request)
     plain: dict[Any, Callable[[], Any]] = {
         protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
-        protocol.TOUCHED: lambda: worker.touched(str(request["target"]), int(request.get("start", 0))),
+        protocol.TOUCHED: lambda: _touched(asked, request),
         protocol.CREDENTIALS: lambda: worker.credentials.take(request.get("entries"), more=bool(request.get("more"))),
     }
     if operation in plain:
@@ -212,6 +217,14 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         worker.shut_down()
         return True
     raise UsageError(f"unknown control operation {operation!r:.40}")
+
+
+def _touched(asked: Asked, request: dict[str, Any]) -> dict[str, Any]:
+    """`fine`: from now on, and until the connection closes, the kernel reads no more than it is asked for."""
+    target = str(request["target"])
+    if request.get("fine") and not asked.fine:
+        asked.fine.extend(asked.worker.touches.read_finely(target))
+    return asked.worker.touches.touched(target, int(request.get("start", 0)))
 
 
 async def _keep_house(housekeeper: Housekeeper, request: dict[str, Any]) -> dict[str, Any]:

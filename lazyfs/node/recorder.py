@@ -52,6 +52,7 @@ class Recorder:
         token: not the same for any two recorders.
         seen: of each device, one byte a unit of 1 << shifts[device] bytes: 1 once it was asked for.
         truncated: something was not noted.
+        whole: it began with the mount, not with a worker that took it over.
 
     """
 
@@ -72,6 +73,7 @@ class Recorder:
         self._names: dict[str, int] = {}
         self._pids: dict[int, int] = {}
         self.truncated = False
+        self.whole = True
 
     def note(self, device: int, offset: int, size: int, pid: int) -> None:
         """A read of [offset, offset + size) of a device, by a process (0: not known). The range lies in the device."""
@@ -148,6 +150,7 @@ class Recorder:
             "callers": list(self._names),
             "truncated": self.truncated,
             "token": self.token,
+            "whole": self.whole,
             "age_us": self.age_us,
         }
 

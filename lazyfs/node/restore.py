@@ -81,6 +81,7 @@ def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool
             device.device.cached.release()
         opened.close()
         raise
+    mounted.recorder.whole = False
     return mounted
 
 

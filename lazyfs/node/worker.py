@@ -27,6 +27,7 @@ from lazyfs.node.mounted import MountedImage, hot_plan
 from lazyfs.node.mounting import Mounting
 from lazyfs.node.opening import open_image
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
+from lazyfs.node.touches import Touches
 from lazyfs.node.unmount import check_target
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Worker:
             directory, cache, fetcher, served, mounter,
             identity=identity, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
+        self.touches = Touches(self._mounts.get)
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
         self.finished = trio.Event()
@@ -197,19 +199,6 @@ class Worker:
         for broken in self._broken.values():
             found.setdefault(broken.record.bootstrap.rpartition(":")[2], []).append(broken.record.target)
         return found
-
-    def touched(self, target: str, start: int = 0) -> dict[str, Any]:
-        """
-        What was read through a mount: see Recorder.page, which gives the touches from number `start` on.
-
-        `devices`: their digests, in the order in which touches number them. Raises TargetError: not mounted by us.
-
-        """
-        mounted = self._mounts.get(target)
-        if mounted is None:
-            raise TargetError(f"{target} is not mounted by this worker")
-        digests = [str(digest) for digest, _ in mounted.opened.devices]
-        return {"devices": digests, **mounted.recorder.page(max(0, start))}
 
     def shut_down(self) -> None:
         """Begin to end: no new requests."""
