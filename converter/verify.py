@@ -2,8 +2,9 @@
 Reads every blob of a lazy image from end to end and checks every stored chunk in it.
 
 A chunk is known from the blob's own table (in its tail), from the image's tables (in the bootstrap), or both; each
-distinct one is decoded and its digest compared; and the whole blob's digest, too. One thread reads in order, others
-decode. Memory: a few batches of BATCH_BYTES, and some 300 bytes for each chunk of a blob.
+distinct one is decoded and its digest compared; and the whole blob's digest, too. The hot blob comes first, so that its
+blocks can be compared with the layers' (converter.verifyhot). One thread reads in order, others decode. Memory: a few
+batches of BATCH_BYTES, and some 300 bytes for each chunk of a blob.
 
 Layer: converter. Who calls: converter.compare.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.reuse import read_tail
+from converter.verifyhot import HotSums
 from lazyfs import limits
 from lazyfs.errors import FormatError, IntegrityError, NotFoundError
 from lazyfs.image.blob import FOOTER_BYTES, parse_footer, parse_tail
@@ -60,14 +62,17 @@ def verify_blobs(
         SourceError: a blob could not be read (that it is not there is a difference, not an error).
 
     """
+    part = image.bootstrap.hot
     tables = [device.table for device in image.bootstrap.devices]
+    sums = None if part is None else HotSums(part, tables)
     layers = {blob.digest: blob for blob in image.lazy.layers}
     entries: dict[Digest, list[LayerEntry]] = {}
     count = 0
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
-        verifier = _Verifier(pool, jobs, differences, on_bytes)
-        for index, blob in enumerate(image.bootstrap.blobs):
-            chunks = {chunk for table in tables for chunk in stored_chunks(table, index)}
+        verifier = _Verifier(pool, jobs, differences, on_bytes, sums)
+        for index, blob in sorted(enumerate(image.bootstrap.blobs), key=lambda one: not one[1].hot):
+            known = [part.table] if blob.hot and part is not None else tables
+            chunks = {chunk for table in known for chunk in stored_chunks(table, index)}
             layer = layers.get(blob.digest)
             if layer is not None:
                 tail = _read_tail(source, layer, differences)
@@ -77,6 +82,8 @@ def verify_blobs(
                     _compare_tables(image, layer, tail[0], differences)
             count += len(chunks)
             verifier.verify(source, blob.digest, blob.size, sorted(chunks), hot=blob.hot)
+    if sums is not None:
+        verifier.tell_strange("hot blob", sums.compare_zeros())
     if verifier.failures:
         raise verifier.failures[0]
     return count, entries
@@ -115,10 +122,13 @@ class _Verifier:
     """One thread reads, the pool's decode; a semaphore bounds what is between them."""
 
     def __init__(
-        self, pool: ThreadPoolExecutor, jobs: int, differences: Differences, on_bytes: Callable[[int], None]
+        self, pool: ThreadPoolExecutor, jobs: int, differences: Differences, on_bytes: Callable[[int], None],
+        sums: HotSums | None,
     ) -> None:
         self._pool = pool
-        self._slots = threading.Semaphore(jobs * _BATCHES_AHEAD)
+        self._sums = sums
+        self._slot_count = jobs * _BATCHES_AHEAD
+        self._slots = threading.Semaphore(self._slot_count)
         self._differences = differences
         self._on_bytes = on_bytes
         self.failures: list[BaseException] = []     # not of the blobs: ours
@@ -130,7 +140,7 @@ class _Verifier:
             with source.open_blob(digest, size) as stream:
                 reader = _Reader(stream, self._on_bytes)
                 for batch, base, data in reader.batches(chunks):
-                    self._submit(name, batch, base, data)
+                    self._submit(name, batch, base, data, hot=hot)
                 footer = reader.finish()
         except (NotFoundError, IntegrityError) as error:
             self._differences.add("chunk", f"{name}: {error}")
@@ -141,6 +151,19 @@ class _Verifier:
             self._differences.add("chunk", f"{name}: its bytes have the digest {reader.digest().short}")
         else:
             self._check_footer(name, footer, size, hot=hot)
+        if hot:
+            self._drain()    # before any layer is compared with it
+
+    def tell_strange(self, name: str, count: int) -> None:
+        """Hot blocks that the layers do not have."""
+        if count:
+            self._differences.add("chunk", f"{name}: {count} hot blocks hold other bytes than their layers")
+
+    def _drain(self) -> None:
+        """Wait until everything that was submitted is done."""
+        for _ in range(self._slot_count):
+            self._slots.acquire()
+        self._slots.release(self._slot_count)
 
     def _check_footer(self, name: str, footer: bytes, size: int, *, hot: bool) -> None:
         try:
@@ -149,9 +172,9 @@ class _Verifier:
         except FormatError as error:
             self._differences.add("chunk", f"{name}: {error}")
 
-    def _submit(self, name: str, batch: list[StoredChunk], base: int, data: bytes) -> None:
+    def _submit(self, name: str, batch: list[StoredChunk], base: int, data: bytes, *, hot: bool) -> None:
         self._slots.acquire()
-        future = self._pool.submit(_check_batch, batch, base, data)
+        future = self._pool.submit(_check_batch, batch, base, data, self._sums, hot=hot)
 
         def done(_: object) -> None:
             self._slots.release()
@@ -159,8 +182,10 @@ class _Verifier:
             if failure is not None:
                 self.failures.append(failure)
                 return
-            for problem in future.result():
+            problems, strange = future.result()
+            for problem in problems:
                 self._differences.add("chunk", f"{name}: {problem}")
+            self.tell_strange(name, strange)
 
         future.add_done_callback(done)
 
@@ -216,23 +241,31 @@ class _Reader:
         return bool(data)
 
 
-def _check_batch(batch: list[StoredChunk], base: int, data: bytes) -> list[str]:
-    problems = []
+def _check_batch(
+    batch: list[StoredChunk], base: int, data: bytes, sums: HotSums | None, *, hot: bool
+) -> tuple[list[str], int]:
+    """What is wrong, and how many hot blocks are not those of these chunks of a layer."""
+    problems, strange = [], 0
     view = memoryview(data)
     for chunk in batch:
         start = chunk.offset - base
-        problem = check_chunk(chunk, view[start : start + chunk.stored_size])
-        if problem:
-            problems.append(f"chunk at byte {chunk.offset}: {problem}")
-    return problems
+        try:
+            decoded = _decode(chunk, view[start : start + chunk.stored_size])
+        except FormatError as error:
+            problems.append(f"chunk at byte {chunk.offset}: {error}")
+            continue
+        if sums is not None and hot:
+            sums.take(chunk.digest, decoded)
+        elif sums is not None:
+            strange += sums.compare(chunk.digest, decoded)
+    return problems, strange
 
 
-def check_chunk(chunk: StoredChunk, stored: memoryview) -> str:
-    """What is wrong with a stored chunk; "" if nothing is."""
+def _decode(chunk: StoredChunk, stored: memoryview) -> bytes | memoryview:
+    """A stored chunk's content. Raises FormatError: what is wrong with it."""
     if len(stored) != chunk.stored_size:
-        return f"{len(stored)} of {chunk.stored_size} bytes are there"
-    try:
-        data = decompress(stored, chunk.codec, chunk.size)
-    except FormatError as error:
-        return str(error)
-    return "" if chunk_digest(data) == chunk.digest else "its digest is another"
+        raise FormatError(f"{len(stored)} of {chunk.stored_size} bytes are there")
+    data = decompress(stored, chunk.codec, chunk.size)
+    if chunk_digest(data) != chunk.digest:
+        raise FormatError("its digest is another")
+    return data

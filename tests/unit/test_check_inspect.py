@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from converter import differences as differences_module
-from converter import filesums
+from converter import filesums, hot
 from converter.differences import Differences
 from lazyfs.cli.check import check_command
 from lazyfs.cli.inspect import inspect_command
@@ -133,6 +133,19 @@ def test_a_flipped_bit_in_a_blob_is_found(layout: Layout, where: str) -> None:
         assert "hot blob" in lines[0]
 
 
+@pytest.mark.parametrize("with_source", [False, True])
+def test_a_hot_blob_that_is_sound_but_holds_other_bytes_is_found(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, with_source: bool
+) -> None:
+    write = hot._pwrite
+    monkeypatch.setattr(hot, "_pwrite", lambda device, data, place: write(device, b"\7" + bytes(data)[1:], place))
+    reference = converted(layout, prefetch=b"d/late\nd/small")
+    code, lines = run_check(reference, *([layout.reference("a")] if with_source else []))
+    assert code == 51
+    assert sum(int(line.split(": ")[2].split()[0]) for line in lines) == 5     # d/late lies in four chunks
+    assert all("hot blocks hold other bytes than their layers" in line for line in lines)
+
+
 def test_a_cut_and_a_missing_blob_are_found(layout: Layout) -> None:
     reference = converted(layout)
     path = blob_path(reference, described(reference)["layers"][1]["blob"])
@@ -233,12 +246,12 @@ def test_inspect_tells_what_is_there(layout: Layout) -> None:
         assert sum(layer["codecs"].values()) == layer["chunks"]
     assert image["entries"] == {"regular": 4, "directory": 1, "symlink": 1}
     assert image["inodes"] == 6
-    hot = image["hot"]
-    assert hot["uncompressedSize"] % 4096 == 0
-    assert 0 < hot["size"] < hot["uncompressedSize"]
-    assert (hot["chunks"], hot["chunkSize"]) == (1, 1 << 20)
-    assert hot["extents"] >= 2
-    assert 0.9 < hot["share"] < 1.1     # nearly all of it, in chunks of another size
+    part = image["hot"]
+    assert part["uncompressedSize"] % 4096 == 0
+    assert 0 < part["size"] < part["uncompressedSize"]
+    assert (part["chunks"], part["chunkSize"]) == (1, 1 << 20)
+    assert part["extents"] >= 2
+    assert 0.9 < part["share"] < 1.1     # nearly all of it, in chunks of another size
     text = CliRunner().invoke(inspect_command, [reference], catch_exceptions=False).stdout
     for word in ("linux/arm64/v8", image["digest"], image["layers"][1]["blob"][:19], "hot part", "bootstrap",
     "4 regular"):
