@@ -1,11 +1,11 @@
 """
-All tests, in as many pytest processes at once as there is room for: most of them wait for containers, not for a processor.
+All tests, in two pytest processes at once: most of them wait for containers, not for a processor.
 
     python -m tests.everything           # scripts/test without words calls it
 
-A part is a pytest process of its own over some of the files: what it marks, mounts and leaves is told from the others' by
-tests/leaks.py. What a part prints appears in one piece when it ends. Exit code: the first of a part that is not 0 (pytest's
-own, so 5 where a part had no test at all).
+A part is a pytest process of its own over some of the files: what it mounts, starts and leaves is told from the others'
+by tests/leaks.py. What a part prints appears in one piece when it ends. Exit code: the first of a part that is not 0
+(pytest's own, so 5 where a part had no test at all).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def parts() -> list[Part]:
         left -= set(files)
         found.append(Part(pattern, files))
     folders = Counter(path.parent for path in left)
-    for folder in sorted(folders, key=lambda path: path.name in ("unit", "fuzz")):      # the quick ones last
-        found.append(Part(folder.name, sorted(path for path in left if path.parent == folder)))
+    found += [Part(folder.name, sorted(path for path in left if path.parent == folder))
+              for folder in sorted(folders, key=lambda path: (path.name in ("unit", "fuzz"), path.name))]  # quick: last
     return [part for part in found if part.files]
 
 
