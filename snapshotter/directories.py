@@ -6,6 +6,7 @@ The snapshotter's directory: who owns it, and one directory a snapshot in it.
     <root>/snapshots/<id>/    fs: the layer's files, an overlay's upper or lower directory; work: of active ones
     <root>/mapped/<id>/<n>    id-mapped copies of what is below it (snapshotter.idmap)
     <root>/images/            where lazy images are mounted (the hook's)
+    <root>/spare/<n>/         as snapshots/<id>, for the next ones (snapshotter.spares)
 
 Layer: snapshotter, above model. Who calls: core. State: the ids that are being made: their directory is there, their
 record is not yet. A directory without a record that nobody is making is left from a kill, or waits for its removal by
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.errors import BusyError, DiskFullError, HostError, LazyfsError, UsageError
 from snapshotter import idmap
+from snapshotter.spares import Spares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +55,7 @@ class Directories:
         self._last_id = 0
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="remove")
         self._room = threading.Semaphore(_WAITING_MAX)
+        self._spares = Spares(root / "spare", lambda path: self._make_at(path, work=True, owner=None))
 
     @classmethod
     def open(cls, root: Path) -> Directories:
@@ -81,13 +84,18 @@ class Directories:
         except BlockingIOError:
             os.close(lock)
             raise BusyError(f"another snapshotter uses {root}", hint="stop it, or choose another --root") from None
-        return cls(root, lock)
+        try:
+            return cls(root, lock)
+        except OSError as error:
+            os.close(lock)
+            raise HostError(f"cannot use {root}: {error.strerror}", hint="look at that disk") from error
 
     def close(self) -> None:
         """Removals that wait are done, as many as there is time for; the next start does the others."""
         with contextlib.suppress(TimeoutError):
             self._remover.submit(lambda: None).result(_CLOSE_S)
         self._remover.shutdown(wait=True, cancel_futures=True)
+        self._spares.close()
         os.close(self._lock)
 
     def own(self, snapshot_id: int) -> Path:
@@ -135,6 +143,8 @@ class Directories:
         finally:
             with self._mutex:
                 self._making.discard(snapshot_id)
+            if work:
+                self._spares.replenish()   # while nobody waits
 
     def restore(self, snapshot_id: int, *, work: bool, owner: tuple[int, int] | None) -> None:
         """
@@ -193,16 +203,23 @@ class Directories:
         """`again`: a part of it may be there, and stays as it is."""
         own = f"{self._snapshots}/{snapshot_id}"   # no Path: twenty microseconds for each step of each call
         try:
-            _mkdir(own, 0o700, again=again)
-            made = _mkdir(f"{own}/fs", _MODE_FS, again=again)
-            if made and owner and owner != (os.geteuid(), os.getegid()):
-                os.lchown(f"{own}/fs", *owner)
-            if work:
-                _mkdir(f"{own}/work", _MODE_WORK, again=again)
+            if work and not again and self._spares.move_to(own):
+                _give(f"{own}/fs", owner)
+            else:
+                self._make_at(own, work=work, owner=owner, again=again)
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise DiskFullError(f"{own}: disk full", hint="make room there") from error
             raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
+
+    @staticmethod
+    def _make_at(own: str, *, work: bool, owner: tuple[int, int] | None, again: bool = False) -> None:
+        """Raises OSError."""
+        _mkdir(own, 0o700, again=again)
+        if _mkdir(f"{own}/fs", _MODE_FS, again=again):
+            _give(f"{own}/fs", owner)
+        if work:
+            _mkdir(f"{own}/work", _MODE_WORK, again=again)
 
 
 def owner_of(directory: Path) -> tuple[int, int]:
@@ -218,6 +235,11 @@ def owner_of(directory: Path) -> tuple[int, int]:
 def _log_failure(_function: object, path: str, cause: tuple[type, BaseException, object]) -> None:
     if not isinstance(cause[1], FileNotFoundError):   # reclaim() in another thread is at the same directory
         _LOG.warning("cannot remove %s: %s", path, cause[1])
+
+
+def _give(path: str, owner: tuple[int, int] | None) -> None:
+    if owner and owner != (os.geteuid(), os.getegid()):
+        os.lchown(path, *owner)
 
 
 def _mkdir(path: str, mode: int, *, again: bool) -> bool:
