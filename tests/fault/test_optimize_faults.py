@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from converter.optimize import OptimizeOptions, OptimizeReport, optimize
-from lazyfs.errors import NotFoundError, TargetError
+from lazyfs.errors import DiskFullError, NotFoundError, TargetError
 from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.registry import RegistryOptions, open_destination, open_source, parse_reference
 from tests.convertkit import Layout, Lazy, registry_with, run_convert, tar_of
@@ -129,3 +131,33 @@ def test_into_another_repository(registry_image: str, tmp_path: Path) -> None:
 
 def test_under_its_own_tag(registry_image: str, tmp_path: Path) -> None:
     fails_at_each_step(registry_image, registry_image, tmp_path / "scratch")
+
+
+def test_a_disk_that_gets_full_changes_nothing(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "lazyfs-test", str(small)],
+                             check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr!r}")
+    try:
+        layout = Layout(tmp_path / "in")
+        layout.add_image("app", LAYERS)
+        image = f"oci:{small}/lazy:app"
+        run_convert(layout.reference("app"), image)
+        start, filler = named(image), small / "filler"
+        room = os.statvfs(small)
+        filler.write_bytes(bytes((room.f_bavail - 20) * room.f_frsize))      # the hot device needs 26 blocks
+        with pytest.raises(DiskFullError, match="No space left"):
+            run(image, image)
+        assert named(image) == start
+        assert not list((small / "lazy").glob(".lazyfs-staging-*"))
+        filler.unlink()
+        report, _ = run(image, image)
+        assert report is not None
+        with contextlib.closing(Lazy(image)) as lazy:
+            assert lazy.hot_blocks()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
