@@ -28,6 +28,7 @@ READ_AHEAD_STARTING_KIB = 128
 READ_AHEAD_LOCAL_KIB = 4096
 READ_AHEAD_BUFFERED_KIB = 1024
 READ_AHEAD_RECORDING_KIB = 4     # one page: nothing is taken for asked for that was read ahead (docs/profile-run.md)
+READ_AHEAD_HOT_KIB = 4           # while an image with a hot part starts (node.hotstart)
 READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
 
 
@@ -91,16 +92,17 @@ def mount_tree(source: str, target: str) -> list[str]:
     return []
 
 
-def set_read_ahead(bdi_names: list[str], size_kib: int) -> None:
+def set_read_ahead(bdi_names: list[str], size_kib: int, *, ours: bool = False) -> None:
     """
     Set read-ahead; a name that is gone is skipped. A hint, so failure is silent.
 
-    A mount that is recorded keeps its own: a name may be that of somebody else's mount (mount_erofs).
+    A mount of one page keeps it, for it is recorded, or starts: a name may be that of somebody else's mount
+    (mount_erofs). `ours`: it is not.
     """
     for name in bdi_names:
         with contextlib.suppress(OSError):
             file = BDI_DIR / name / "read_ahead_kb"
-            if file.read_text(encoding="ascii").strip() != str(READ_AHEAD_RECORDING_KIB):
+            if ours or file.read_text(encoding="ascii").strip() != str(READ_AHEAD_RECORDING_KIB):
                 file.write_text(str(size_kib), encoding="ascii")
 
 

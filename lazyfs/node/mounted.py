@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cache.inventory import ImageRecord
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.hotview import HotDevice, HotView
+from lazyfs.fs import drivers
 from lazyfs.node.recorder import TOUCH_COUNT_MAX, TOUCH_COUNT_RECORDING_MAX, Recorder
 from lazyfs.node.rundir import MountRecord
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.engine import Fetcher, PrefetchHandle
     from lazyfs.fs.drivers import Driver
     from lazyfs.fs.served import Served
+    from lazyfs.node.hotstart import HotStart
     from lazyfs.node.opening import OpenedImage
     from lazyfs.node.order import MountOrder
     from lazyfs.node.rundir import ProcessIdentity
@@ -84,6 +86,7 @@ class MountedImage:
     Attributes:
         device_indexes: its files dev/<index>, in order; -1: the kernel reads that device directly from the cache.
         hot: its hot device; None: there is none, or all layer devices were complete when it was opened.
+        start: while the kernel is to read nothing ahead, because the image starts from its hot part.
         bdi_names: of its EROFS mount, under /sys/class/bdi.
         detached: taken from its directory while still in use; served until it is not.
         local: everything is cached, and read-ahead was set accordingly.
@@ -98,6 +101,7 @@ class MountedImage:
     devices: list[LazyDevice] = field(default_factory=list)
     recorder: Recorder = field(default_factory=lambda: Recorder(()))
     hot: HotDevice | None = None
+    start: HotStart | None = None
     device_indexes: list[int] = field(default_factory=list)
     bdi_names: list[str] = field(default_factory=list)
     prefetch: PrefetchHandle | None = None
@@ -127,6 +131,23 @@ class MountedImage:
     def fetch_devices(self) -> list[FetchDevice]:
         """Those of its layers, and the hot one."""
         return [*(one.device for one in self.devices), *([] if self.hot is None else [self.hot.device])]
+
+    def tend_read_ahead(self) -> None:
+        """More when its start is over, and more again when all of it is here."""
+        if not self.local and self.complete():
+            self.local, size_kib = True, drivers.READ_AHEAD_LOCAL_KIB
+        elif self._start_is_over():
+            size_kib = drivers.READ_AHEAD_STARTING_KIB
+        else:
+            return
+        drivers.set_read_ahead(self.bdi_names, size_kib, ours=self.start is not None)
+        self.start = None
+
+    def _start_is_over(self) -> bool:
+        if self.start is None or self.hot is None:
+            return False
+        cold_bytes = sum(one.device.touched.count(1) * one.device.table.chunk_size for one in self.devices)
+        return self.start.is_over(self.hot.device.touched.count(1), cold_bytes)
 
     def complete(self) -> bool:
         return all(device.device.cached.complete for device in self.devices)

@@ -18,6 +18,7 @@ import trio
 from lazyfs.errors import HostError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
+from lazyfs.node.hotstart import HotStart
 from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
 
 if TYPE_CHECKING:
@@ -108,13 +109,20 @@ class Mounting:
         mounted.local = all(index < 0 for index in mounted.device_indexes)
         self._note(mounted)
         target = mounted.order.target
+        if mounted.order.prefetch and mounted.hot is not None and not mounted.order.record:
+            mounted.start = HotStart()
+        one_page = mounted.order.record or mounted.start is not None
         for last in (False, False, False, True):
             mounted.bdi_names = await self.call(
                 "mount_erofs", str(mounted.opened.erofs_path), target, paths, not mounted.local)
-            if last or not mounted.order.record or len(mounted.bdi_names) == 1:
+            if last or not one_page or len(mounted.bdi_names) == 1:
                 break
             await self.call("unmount", target, 0)   # whose is whose? others' mounts must not get our read-ahead
+        if len(mounted.bdi_names) != 1 and not mounted.order.record:
+            mounted.start = None
         size_kib = drivers.READ_AHEAD_BUFFERED_KIB if mounted.local else drivers.READ_AHEAD_STARTING_KIB
+        if mounted.start is not None:
+            size_kib = drivers.READ_AHEAD_HOT_KIB
         drivers.set_read_ahead(
             mounted.bdi_names, drivers.READ_AHEAD_RECORDING_KIB if mounted.order.record else size_kib)
 
@@ -135,6 +143,7 @@ class Mounting:
             self._served.remove_device(index)
         mounted.device_indexes.clear()
         mounted.local = False
+        mounted.start = None    # one bdi for all images of this worker: it stays as it is
         mounted.opened = replace(mounted.opened, parsed=await trio.to_thread.run_sync(parse))
         mounted.driver = Driver.FUSE
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.fs import mountapi
 from lazyfs.fs.drivers import Driver
+from lazyfs.node.hotstart import HotStart
 from lazyfs.node.mounted import MountedImage, open_devices
 from lazyfs.node.opening import open_image
 from lazyfs.node.order import MountOrder
@@ -95,3 +96,5 @@ def serve(mounted: MountedImage, record: MountRecord, served: Served) -> None:
         if index >= 0:
             served.restore_device(index, device)
     mounted.local = all(index < 0 for index in record.device_indexes)
+    if mounted.order.prefetch and mounted.hot is not None and not mounted.order.record and len(mounted.bdi_names) == 1:
+        mounted.start = HotStart(begun=True)    # if it was over, its end once more changes nothing

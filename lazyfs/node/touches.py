@@ -3,7 +3,8 @@ What a worker tells of its recorders, and mounts that are read finely for a whil
 connection asks for it.
 
 Layer: node. Who calls: node.control, for TOUCHED. On the trio thread. State: what the read-ahead was before. Nobody
-else changes it meanwhile: drivers.set_read_ahead leaves a mount at one page alone. A worker that dies leaves it so.
+else changes it meanwhile: drivers.set_read_ahead leaves a mount at one page alone, node.worker asks is_fine(). A worker
+that dies leaves it so.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Touches:
                         file.write_text(str(drivers.READ_AHEAD_RECORDING_KIB), encoding="ascii")
                         self._before[name] = before
         return names
+
+    def is_fine(self, names: list[str]) -> bool:
+        """Whether one of these is read finely now: its read-ahead is not to be changed."""
+        return any(self._counts[name] > 0 for name in names)
 
     def end_fine(self, names: list[str]) -> None:
         """One less wants it; after the last one the read-ahead is what it was."""

@@ -230,9 +230,8 @@ class Worker:
                 if mounted.order.target not in self._busy_targets and not self._is_mounted(mounted, entries):
                     _log.info("%s was unmounted by somebody else", mounted.order.target)
                     self._let_go(mounted, in_use=True)
-                elif not mounted.local and not mounted.order.record and mounted.complete():
-                    mounted.local = True
-                    drivers.set_read_ahead(mounted.bdi_names, drivers.READ_AHEAD_LOCAL_KIB)
+                elif not mounted.order.record and not self.touches.is_fine(mounted.bdi_names):
+                    mounted.tend_read_ahead()
             for mounted in [one for one in self._detached if not one.in_use(self._served)]:
                 self._detached.remove(mounted)
                 self._directory.remove_record(mounted.slot)
