@@ -13,6 +13,7 @@ from lazyfs.image.model import DataMap, EntryKind, FileType, LayerEntry
 from lazyfs.image.prefetch import (
     PrefetchHeader,
     PrefetchList,
+    chunks_of,
     exact_pattern,
     find,
     format_entry,
@@ -21,12 +22,13 @@ from lazyfs.image.prefetch import (
     literal_path,
     make_entry,
     parse_prefetch,
-    resolve,
+    wanted_extents,
 )
 from lazyfs.image.table import ROW, ChunkTable
 
 CHUNK = 1 << 16
 BLOCKS = CHUNK // 4096
+Found = tuple[list[tuple[int, int]], list[str]]
 
 
 def file(path: bytes, first_chunk: int, chunks: int = 1, *, holes: tuple[int, ...] = ()) -> LayerEntry:
@@ -58,10 +60,17 @@ for table in TABLES:
 TABLES[0].rows["codec"][14] = Codec.ZERO
 
 
+def lookup(text: str | bytes, image: ErofsImage = IMAGE, tables: list[ChunkTable] = TABLES) -> Found:
+    """(Chunks in order, each once, and lines that name no file)."""
+    unmatched: list[str] = []
+    extents = wanted_extents(parse_prefetch(text), image, tables, unmatched)
+    return list(dict.fromkeys(chunks_of(extents, tables))), unmatched
+
+
 def chunks(text: str | bytes) -> list[tuple[int, int]]:
-    plan = resolve(parse_prefetch(text), IMAGE, TABLES)
-    assert plan.unmatched == []
-    return plan.chunks
+    listed, unmatched = lookup(text)
+    assert unmatched == []
+    return listed
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,14 @@ def test_what_lines_name(text: str, expected: list[tuple[int, int]]) -> None:
     assert chunks(text.encode()) == expected
 
 
+def test_where_the_wanted_bytes_are() -> None:
+    unmatched: list[str] = []
+    wanted = parse_prefetch("lib/b.so 5-9,7-\nnothing\nsparse 1-70000\nbin/sh 4096-4096\nbin/bash 4096-4096\nempty\n")
+    assert list(wanted_extents(wanted, IMAGE, TABLES, unmatched)) == [
+        (1, 5, 5), (1, 7, CHUNK - 7), (0, 10 * CHUNK + 1, CHUNK - 1), (0, 4096, 1), (0, 4096, 1)]
+    assert unmatched == ["nothing"]
+
+
 def test_everything_is_every_chunk_once() -> None:
     found = chunks("**")
     assert len(found) == len(set(found))
@@ -98,8 +115,7 @@ def test_everything_is_every_chunk_once() -> None:
     "usr/*/*/circle/z"]
 )
 def test_lines_that_name_no_file_are_told(line: str) -> None:
-    plan = resolve(parse_prefetch(f"bin/sh\n{line}"), IMAGE, TABLES)
-    assert (plan.chunks, plan.unmatched) == ([(0, 0)], [line])
+    assert lookup(f"bin/sh\n{line}") == ([(0, 0)], [line])
 
 
 @pytest.mark.parametrize(
@@ -131,9 +147,9 @@ def test_formatted_entries_name_exactly_their_file(path: bytes, ranges: tuple[tu
     assert entry.ranges == ranges
     root = merge([[file(path, 0), file(b"other", 1)]], names=["x"])
     image = ErofsImage.parse(write_image(root, SIZES), SIZES)
-    plan = resolve(parse_prefetch(line), image, TABLES)
-    assert plan.unmatched == []
-    assert set(plan.chunks) <= {(0, 0)}
+    listed, unmatched = lookup(line, image)
+    assert unmatched == []
+    assert set(listed) <= {(0, 0)}
 
 
 @pytest.mark.parametrize(
@@ -216,8 +232,7 @@ def test_many_wild_globs_end() -> None:
     sizes = [CHUNK]
     image = ErofsImage.parse(write_image(merge([entries], names=["x"]), sizes), sizes)
     table = ChunkTable(CHUNK, CHUNK, np.ones(1, dtype=ROW))
-    plan = resolve(parse_prefetch("/".join(["**", "a"] * 20 + ["nothing"])), image, [table])
-    assert len(plan.unmatched) == 1
+    assert len(lookup("/".join(["**", "a"] * 20 + ["nothing"]), image, [table])[1]) == 1
     name = b"x" * 255
     star = ErofsImage.parse(write_image(merge([[file(name, 0)]], names=["x"]), sizes), sizes)
-    assert len(resolve(parse_prefetch("*x" * 100 + "y"), star, [table]).unmatched) == 1
+    assert len(lookup("*x" * 100 + "y", star, [table])[1]) == 1

@@ -9,12 +9,13 @@ Prefetch lists: which parts of which files a start needs, in order; text that pe
     "opt/a file with spaces \xff"
 
 Grammar: docs/format.md (grammar.py). Paths count from the image's root; symlinks in them are followed within the image
-(find.py). Layer: lazyfs.image, no I/O. Who calls: the converter (to make the hot blob), lazyfs.profile.
+(find.py). Layer: lazyfs.image, no I/O. Who calls: the converter (to make the hot part), lazyfs.node (a list found
+beside an image), lazyfs.profile.
 """
 
 from __future__ import annotations
 
-from lazyfs.image.prefetch.find import FileFinder, PrefetchPlan, chunks_of, resolve, wanted_extents
+from lazyfs.image.prefetch.find import FileFinder, chunks_of, wanted_extents
 from lazyfs.image.prefetch.grammar import (
     ENTRY_COUNT_MAX,
     LIST_BYTES_MAX,
@@ -34,6 +35,6 @@ from lazyfs.image.prefetch.grammar import (
 
 __all__ = [
     "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "PREFETCH_VERSION", "RUNS_MAX", "FileFinder", "PrefetchEntry",
-    "PrefetchHeader", "PrefetchList", "PrefetchPlan", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
-    "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "resolve", "wanted_extents",
+    "PrefetchHeader", "PrefetchList", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
+    "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "wanted_extents",
 ]

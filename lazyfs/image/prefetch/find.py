@@ -1,5 +1,5 @@
 """
-What the lines of a prefetch list name in one image: files, and the chunks that hold the wanted ranges.
+What the lines of a prefetch list name in one image: files, where their bytes are, and the chunks that hold them.
 
 Layer: lazyfs.image, no I/O. `*`, `?`, `[..]` match within a component, `**` as a component any number of directories.
 Only regular files are matched. Lists are hostile: every step is counted, and there are at most _STEPS_MAX of them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs import limits
@@ -26,32 +25,6 @@ if TYPE_CHECKING:
     from lazyfs.image.table import ChunkTable
 
 _STEPS_MAX = 100_000_000   # directory entries looked at, chunks named: what thousands of `**`, or of huge files, cost
-
-
-@dataclass(frozen=True, slots=True)
-class PrefetchPlan:
-    """`chunks`: (device index, chunk index) in order, each once, no zeros. `unmatched`: lines that name no file."""
-
-    chunks: list[tuple[int, int]]
-    unmatched: list[str]
-
-
-def resolve(prefetch: PrefetchList, image: ErofsImage, tables: Sequence[ChunkTable]) -> PrefetchPlan:
-    """
-    Find a list's files in an image.
-
-    Args:
-        prefetch: what is wanted.
-        image: the merged tree.
-        tables: the chunk table of each device of the image.
-
-    Raises:
-        FormatError: the list's globs or ranges would take too long.
-
-    """
-    unmatched: list[str] = []
-    extents = wanted_extents(prefetch, image, tables, unmatched)
-    return PrefetchPlan(list(dict.fromkeys(chunks_of(extents, tables))), unmatched)
 
 
 def wanted_extents(
