@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.imagekit.build import TAG, build
 from benchmarks.imagekit.layout import read_json
 from benchmarks.imagekit.recipe import ML, WEB, Recipe
+from benchmarks.kit.delay import start_delay
 from benchmarks.kit.lazy import convert
 from benchmarks.kit.link import Link, make_link
 from benchmarks.kit.proc import ToolError, run
@@ -52,7 +53,8 @@ class Session:
         self.place = place
         self.runs = runs
         self._pushed: set[str] = set()
-        self.distant: set[str] = set()    # host:port of proxies to the far registry, kit.delay
+        self.rtt_ms = 0                    # of the far registry, for what asks `far_host` or `at_distance`
+        self._distant: dict[int, str] = {}  # host:port of proxies to the far registry, by round trip
 
     def say(self, text: str) -> None:
         print(f"    {text}", flush=True)
@@ -75,6 +77,20 @@ class Session:
         """The same images behind the link."""
         return start_registry(self.place, link=self.link)
 
+    @property
+    def far_host(self) -> str:
+        """Where the far registry is reached at a round trip of `rtt_ms`; 0: with nothing in between."""
+        if not self.rtt_ms:
+            return self.far.host
+        if self.rtt_ms not in self._distant:
+            port = int(self.far.host.rpartition(":")[2])
+            self._distant[self.rtt_ms] = start_delay(self.place, self.link, port + self.rtt_ms, port, self.rtt_ms)
+        return self._distant[self.rtt_ms]
+
+    def at_distance(self, reference: str) -> str:
+        """A reference to the far registry, as it is reached now."""
+        return reference.replace(self.far.host, self.far_host)
+
     def source(self, subject: Subject, registry: Registry) -> str:
         """The source image's reference in one of the registries."""
         name = subject.recipe.name
@@ -92,6 +108,13 @@ class Session:
             self._pushed.add(name)
         return registry.reference(subject.recipe.name, tag)
 
+    def unpacked(self, subject: Subject) -> Path:
+        """A source image unpacked by umoci, in the workspace; made once. For makers of other images."""
+        bundle = self.place.top / f"unpacked-{subject.recipe.name}"
+        if not bundle.exists():
+            run(["umoci", "unpack", "--image", f"{self.layout(subject)}:{TAG}", bundle], timeout_s=_UNPACK_TIMEOUT_S)
+        return bundle / "rootfs"
+
     @cached_property
     def tree(self) -> Path:
         """The large image unpacked by umoci, on ext4. Raises ToolError where the workspace is on something else."""
@@ -99,9 +122,7 @@ class Session:
         if kind != "ext4":
             raise ToolError(f"{self.place.top} is on {kind}: the rows that compare with ext4 need ext4 there")
         self.say("unpacking the image for comparison")
-        bundle = self.place.top / "unpacked"
-        run(["umoci", "unpack", "--image", f"{self.layout(TENSORFLOW)}:{TAG}", bundle], timeout_s=_UNPACK_TIMEOUT_S)
-        return bundle / "rootfs"
+        return self.unpacked(TENSORFLOW)
 
     @cached_property
     def large_layout(self) -> Path:

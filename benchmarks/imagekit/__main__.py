@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.imagekit.build import build
-from benchmarks.imagekit.recipe import ML, WEB
+from benchmarks.imagekit.recipe import ML, NGINX, REDIS, WEB
 
 if __name__ == "__main__":
-    recipes = {recipe.name: recipe for recipe in (WEB, ML)}
+    recipes = {recipe.name: recipe for recipe in (WEB, ML, NGINX, REDIS)}
     print(build(recipes[sys.argv[1]], Path(sys.argv[2])))

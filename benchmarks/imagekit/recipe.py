@@ -83,5 +83,9 @@ ML = Recipe(
     ("python3", "-c", "import tensorflow as tf; print(float(tf.reduce_sum(tf.ones(4))))"),
 )
 
+NGINX = Recipe("nginx", (_install("nginx"), _CLEAN), ("nginx", "-g", "daemon off;"))
+
+REDIS = Recipe("redis", (_install("redis-server"), _CLEAN), ("redis-server",))
+
 # Row 9: one layer of 2 GB (uncompressed) with files of all sizes, compressible about as a real image is.
 BIG_LAYER_BYTES = 2_000_000_000

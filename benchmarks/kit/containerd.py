@@ -74,11 +74,19 @@ class Containerd:
         """Run a command in a fresh container of a pulled image; returns seconds to the program's end."""
         return run(self.run_words(reference, command, snapshotter), timeout_s=RUN_TIMEOUT_S).wall_s
 
-    def run_words(self, reference: str, command: list[str], snapshotter: str) -> list[str | Path]:
-        """The words of the `ctr run` for a fresh container."""
+    def run_words(
+        self, reference: str, command: list[str], snapshotter: str, netns: str | None = None
+    ) -> list[str | Path]:
+        """The words of the `ctr run` for a fresh container. `netns`: the named network that it shares."""
         self._count += 1
         bare = reference.removeprefix("docker://")
-        return self.command("run", "--rm", "--snapshotter", snapshotter, bare, f"run-{self._count}", *command)
+        shared = ["--with-ns", f"network:/run/netns/{netns}"] if netns else []
+        options = ["--rm", "--snapshotter", snapshotter, *shared]
+        return self.command("run", *options, bare, f"run-{self._count}", *command)
+
+    def kill_words(self) -> list[str | Path]:
+        """The words that end the container of the last `run_words`."""
+        return self.command("task", "kill", "--signal", "SIGKILL", f"run-{self._count}")
 
     def view(self, reference: str, target: Path) -> None:
         """Mount a pulled image's tree read-only at `target` (overlayfs over its layers, on this disk's file system)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import http
 import http.client
 import json
 import re
@@ -42,6 +44,27 @@ class Registry:
         words = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:latest", target]
         run(words, timeout_s=PUSH_TIMEOUT_S)
         return target
+
+    def put_blob(self, repository: str, path: Path) -> str:
+        """Upload a file as a blob, by no manifest referred to; returns the address of what is in it."""
+        with path.open("rb") as file:
+            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            file.seek(0)
+            connection = http.client.HTTPConnection(self.host, timeout=PUSH_TIMEOUT_S)
+            try:
+                connection.request("POST", f"/v2/{repository}/blobs/uploads/")
+                answer = connection.getresponse()
+                answer.read()
+                place = answer.headers["Location"]
+                place = place[place.index("/v2/"):] + ("&" if "?" in place else "?") + f"digest={digest}"
+                size = {"Content-Length": str(path.stat().st_size), "Content-Type": "application/octet-stream"}
+                connection.request("PUT", place, file, size)
+                status = connection.getresponse().status
+            finally:
+                connection.close()
+        if status != http.HTTPStatus.CREATED:
+            raise ToolError(f"docker-registry answered {status} to the upload of {path.name}")
+        return f"/v2/{repository}/blobs/{digest}"
 
     def request_count(self) -> int:
         """How many requests it has answered so far."""

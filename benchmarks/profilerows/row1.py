@@ -54,7 +54,7 @@ def _compare(session: Session, key: str, subject: Subject, hot_bytes: int, bit_s
 
 
 def _hot_bytes(session: Session, subject: Subject) -> int:
-    image = hot_image(session, subject, session.near.host)
+    image = hot_image(session, subject, session.near)
     words: list[str | Path] = [COMMAND, "inspect", "--insecure", "--json", image]
     shown = json.loads(run(words, timeout_s=_TIMEOUT_S, env=environment(session.place)).stdout)
     size: int = shown["images"][0]["hot"]["size"]

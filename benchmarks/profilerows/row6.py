@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.figures import Figure, ratio
-from benchmarks.kit.delay import start_delay
-from benchmarks.profilerows.starts import PROGRAMS, hot_image, start_hot
+from benchmarks.profilerows.starts import PROGRAMS, start_hot
 
 if TYPE_CHECKING:
     from benchmarks.session import Session, Subject
@@ -14,13 +13,15 @@ if TYPE_CHECKING:
 TITLE = "start with a list at 100 ms RTT, less 5 round trips, against 1 ms RTT"
 _ALLOWED_TRIPS = 5
 _RTTS_MS = (1, 20, 100)
-_FIRST_PORT = 5100
 
 
 def measure(session: Session) -> list[Figure]:
     figures = []
-    for letter, subject in PROGRAMS:
-        figures += _measure_one(session, letter, subject)
+    try:
+        for letter, subject in PROGRAMS:
+            figures += _measure_one(session, letter, subject)
+    finally:
+        session.rtt_ms = 0
     return figures
 
 
@@ -28,8 +29,8 @@ def _measure_one(session: Session, letter: str, subject: Subject) -> list[Figure
     times: dict[int, list[float]] = {rtt: [] for rtt in _RTTS_MS}
     for number in range(session.runs):
         for rtt in _RTTS_MS:
-            image = hot_image(session, subject, _host(session, rtt))
-            times[rtt].append(start_hot(session, subject, image=image).total_s)
+            session.rtt_ms = rtt
+            times[rtt].append(start_hot(session, subject).total_s)
         shown = ", ".join(f"{rtt} ms: {found[-1]:.2f} s" for rtt, found in times.items())
         session.say(f"{subject.program} {number + 1}: {shown}")
     figures = []
@@ -38,13 +39,3 @@ def _measure_one(session: Session, letter: str, subject: Subject) -> list[Figure
         key, target = (f"6{letter}", 1.3) if rtt == _RTTS_MS[-1] else (f"6{letter}-{rtt}", None)
         figures.append(ratio(key, f"{subject.program}, {rtt} ms", target, less, times[1], total_s=times[rtt]))
     return figures
-
-
-def _host(session: Session, rtt_ms: int) -> str:
-    """The far registry, at a distance."""
-    port = _FIRST_PORT + rtt_ms
-    host = f"{session.link.address}:{port}"
-    if host not in session.distant:
-        start_delay(session.place, session.link, port, int(session.far.host.rpartition(":")[2]), rtt_ms)
-        session.distant.add(host)
-    return host

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from benchmarks.kit.registry import Registry
     from benchmarks.session import Session, Subject
 
 PROGRAMS = (("a", NUMPY), ("b", TENSORFLOW))     # the letters of the rows
@@ -47,16 +48,14 @@ class HotStart:
     daemon_cpu_s: float
 
 
-def hot_image(session: Session, subject: Subject, host: str = "") -> str:
-    """The image with a hot part, recorded and converted when it is first asked for. `host`: not the far registry's."""
+def hot_image(session: Session, subject: Subject, registry: Registry) -> str:
+    """The image with a hot part, recorded and converted when it is first asked for."""
     listed = str(record_list(session, subject))
-    reference = session.lazy(subject, session.far, "hot", "--prefetch", listed)
-    return reference.replace(session.far.host, host) if host else reference
+    return session.lazy(subject, registry, f"hot-{subject.program}", "--prefetch", listed)
 
 
 def start_hot(
-    session: Session, subject: Subject, *, image: str = "", cache: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    session: Session, subject: Subject, *, cache: Path | None = None, env: Mapping[str, str] | None = None
 ) -> HotStart:
     """
     Mount by a daemon just started, then run by runc on overlayfs; page cache cold.
@@ -64,12 +63,11 @@ def start_hot(
     Args:
         session: which run.
         subject: which program.
-        image: its reference, where it is not the far registry's.
         cache: a cache directory used before; None: an empty one.
         env: added to the daemon's environment.
 
     """
-    image = image or hot_image(session, subject)
+    image = session.at_distance(hot_image(session, subject, session.far))
     daemon = NodeDaemon(session.place, cache, env)
     try:
         target = session.place.folder("node-mount")

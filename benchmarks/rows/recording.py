@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 600.0
 
 
-def record_list(session: Session, subject: Subject, tag: str = "lazy", *convert_options: str) -> Path:
+def record_list(
+    session: Session, subject: Subject, tag: str = "lazy", *convert_options: str, run_options: tuple[str, ...] = ()
+) -> Path:
     """
     Run the program once from a lazy image on loopback, by `lazyfs profile run`.
 
-    Returns: the list's file, in the workspace; made once for each image and tag.
+    `run_options`: for `profile run`. Returns: the list's file, in the workspace; made once for each program and tag.
     """
-    path = session.place.top / f"{subject.recipe.name}-{tag}.prefetch"
+    path = session.place.top / f"{subject.recipe.name}-{tag}-{subject.program}.prefetch"
     if path.exists():
         return path
     image = session.lazy(subject, session.near, tag, *convert_options)
-    words: list[str | Path] = [COMMAND, "profile", "run", "--insecure", "--quiet", "-o", path, image, "--"]
-    run([*words, *subject.command], timeout_s=_TIMEOUT_S, env=environment(session.place))
+    options: list[str | Path] = ["--insecure", "--quiet", *run_options, "-o", path]
+    words = [COMMAND, "profile", "run", *options, image, "--", *subject.command]
+    run(words, timeout_s=_TIMEOUT_S, env=environment(session.place))
     session.say(f"recorded a prefetch list of {len(path.read_text().splitlines()) - 1} lines for {subject.program}")
     return path
