@@ -104,6 +104,11 @@ class MemoryStream:
         self._position += len(piece)
         return piece
 
+    def readinto(self, view: memoryview) -> int:
+        piece = self.read(len(view))
+        view[: len(piece)] = piece[: len(view)]    # a fault may give more than was asked for
+        return len(piece)
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Self:

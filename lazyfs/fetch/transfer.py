@@ -132,8 +132,10 @@ class Transfer:
         with self.source.read_range(self.blob, self.start, self.size, deadline) as stream:
             self._answered_at = time.monotonic()
             self.delay_s = self._answered_at - began
+            buffer = memoryview(bytearray(max(flight.stored_size for flight in self.flights)))
             for flight in self.flights:
-                stored = self._read_exactly(stream, flight.stored_size)
+                stored = buffer[: flight.stored_size]
+                self._fill(stored, stream)
                 if not told and self.priority is Priority.PREFETCH and self.is_nearly_done():
                     told = True
                     wake(nearly_done)
@@ -150,31 +152,32 @@ class Transfer:
         if detour is not None:
             raise detour
 
-    def _read_exactly(self, stream: ByteStream, size: int) -> bytes:
-        pieces: list[bytes] = []
-        left = size
-        while left:
+    def _fill(self, view: memoryview, stream: ByteStream) -> None:
+        done = 0
+        while done < len(view):
             if self.brake is not None:
                 self._held_s += self.brake.hold(self._unpaid_bytes, self._goes_first)
             if self.cancelled:
                 raise SourceError(f"{self.source.name}: transfer cancelled")
-            piece = stream.read(left)
-            if not piece or len(piece) > left:
-                found = "too many bytes" if piece else f"the end after {self.received_bytes} bytes"
+            count = stream.readinto(view[done:])
+            if not 0 < count <= len(view) - done:
+                found = "too many bytes" if count else f"the end after {self.received_bytes} bytes"
                 raise SourceError(
                     f"{self.source.name}: blob {self.blob.short}: expected {self.size} bytes from {self.start}, "
                     f"found {found}"
                 )
-            left -= len(piece)
-            self.received_bytes += len(piece)
-            self._unpaid_bytes = len(piece)
-            self.remaining_bytes -= len(piece)
-            pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            done += count
+            self.received_bytes += count
+            self._unpaid_bytes = count
+            self.remaining_bytes -= count
 
 
-def settle(flight: Flight, stored: bytes) -> bool:
-    """Decode, check and store one chunk. False: the bytes are not the chunk's, and `flight.bad` says why."""
+def settle(flight: Flight, stored: memoryview) -> bool:
+    """
+    Decode, check and store one chunk. False: the bytes are not the chunk's, and `flight.bad` says why.
+
+    `stored` is the caller's again afterwards.
+    """
     try:
         data = decompress(stored, Codec(flight.codec), flight.size)
     except FormatError as error:
@@ -188,6 +191,6 @@ def settle(flight: Flight, stored: bytes) -> bool:
         )
         return False
     if not flight.device.cached.write(flight.index, data):
-        flight.data = data
+        flight.data = bytes(data) if flight.codec == Codec.NONE else data    # not decoded: it lies in `stored` still
     flight.done = True
     return True

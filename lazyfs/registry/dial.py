@@ -16,6 +16,7 @@ from __future__ import annotations
 import http.client
 import io
 import socket
+import ssl
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,6 @@ from lazyfs.registry.addresses import is_private_to_machine
 from lazyfs.registry.names import find_addresses
 
 if TYPE_CHECKING:
-    import ssl
-
     from lazyfs.registry.proxies import Proxy
 
 # Headers and small bodies are read through this; large body reads bypass it (BufferedReader.read1 goes straight to
@@ -86,21 +85,51 @@ class DeadlineSocketIO(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(remaining_s(self.deadline, self.io_timeout_s))
-        return self._sock.recv_into(buffer)
+        sock = self._sock
+        sock.settimeout(remaining_s(self.deadline, self.io_timeout_s))
+        count = sock.recv_into(buffer)
+        if 0 < count < len(buffer) and isinstance(sock, ssl.SSLSocket):
+            return count + _more(sock, memoryview(buffer)[count:])
+        return count
 
     def close(self) -> None:
         super().close()
         self._plain.close()
 
 
+def _more(sock: ssl.SSLSocket, view: memoryview) -> int:
+    """What has come besides, without waiting: TLS gives a record of 16 KiB at a time, and the way up costs as much."""
+    count = 0
+    sock.settimeout(0)
+    try:
+        while count < len(view) and (more := sock.recv_into(view[count:])):
+            count += more
+    except ssl.SSLWantReadError:
+        pass
+    return count
+
+
 class DeadlineResponse(http.client.HTTPResponse):
-    """http.client's response, reading through a DeadlineSocketIO."""
+    """
+    http.client's response, reading through a DeadlineSocketIO.
+
+    `fp`, `length` (of what is left of the body) and `chunked` are http.client's.
+    """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.raw_io = DeadlineSocketIO(sock, self.fp, CURRENT.deadline, CURRENT.io_timeout_s)
         self.fp = io.BufferedReader(self.raw_io, _BUFFER_BYTES)
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """As read1, but into `view` and past urllib3; None: not for this body, whose length is not known."""
+        if self.isclosed() or self.chunked or self.length is None:
+            return None
+        count = self.fp.readinto1(view[: self.length])
+        self.length -= count
+        if not (count and self.length):
+            self.close()    # as urllib3 does: the connection is free for the next request
+        return count
 
 
 class _Dialling(HTTPConnection):

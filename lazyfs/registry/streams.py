@@ -28,13 +28,21 @@ if TYPE_CHECKING:
 PROGRESS_BYTES = 64 * KIB
 
 
-class _Closing:
-    """The context-manager half of ByteStream."""
+class _Stream:
+    """What all have in common of ByteStream."""
 
     __slots__ = ()
 
+    def read(self, size: int) -> bytes:
+        raise NotImplementedError
+
     def close(self) -> None:
         raise NotImplementedError
+
+    def readinto(self, view: memoryview) -> int:
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def __enter__(self) -> Self:
         return self
@@ -44,7 +52,7 @@ class _Closing:
         self.close()
 
 
-class RangeStream(_Closing):
+class RangeStream(_Stream):
     """Exactly `size` bytes out of one answer, whose deadline was set when it was asked for."""
 
     __slots__ = ("_left", "_response", "_size")
@@ -58,15 +66,27 @@ class RangeStream(_Closing):
         if left == 0:
             return b""
         data = self._response.read(min(left, size))
-        if not data:
-            raise self._wrong(f"the body ended after {self._size - left} of {self._size} bytes")
-        self._left = left = left - len(data)
+        self._count(len(data))
+        return data
+
+    def readinto(self, view: memoryview) -> int:
+        left = self._left
         if left == 0:
+            return 0
+        count = self._response.readinto(view[:left])
+        self._count(count)
+        return count
+
+    def _count(self, came: int) -> None:
+        """Note that so many bytes came. Raises SourceError: the body is not as long as it should be."""
+        if not came:
+            raise self._wrong(f"the body ended after {self._size - self._left} of {self._size} bytes")
+        self._left -= came
+        if self._left == 0:
             # A chunked body is only right once its end was seen; one with a length was compared beforehand.
             if self._response.length is None and self._response.read(1):
                 raise self._wrong(f"the body is longer than {self._size} bytes")
             self._response.finish()
-        return data
 
     def _wrong(self, text: str) -> SourceError:
         self._response.close()
@@ -82,7 +102,7 @@ class RangeStream(_Closing):
         self._response.close()
 
 
-class BlobStream(_Closing):
+class BlobStream(_Stream):
     """A whole blob; continues by range request where a connection broke. `reopen(offset)` asks for the rest."""
 
     def __init__(self, reopen: Callable[[int], HttpResponse], size: int, *, io_timeout_s: float, patience_s: float,
@@ -171,7 +191,7 @@ class BlobStream(_Closing):
         self._drop()
 
 
-class FileStream(_Closing):
+class FileStream(_Stream):
     """Bytes [offset, offset + size) of an open file, read with pread; `is_owner`: close the descriptor as well."""
 
     __slots__ = ("_descriptor", "_end", "_is_owner", "_name", "_offset")
@@ -190,11 +210,28 @@ class FileStream(_Closing):
         try:
             data = os.pread(self._descriptor, want, self._offset)
         except OSError as error:
-            raise SourceError(f"{self._name}: {error.strerror}", transient=False) from error
-        if not data:
-            raise SourceError(f"{self._name}: ends {self._end - self._offset} bytes early", transient=False)
-        self._offset += len(data)
+            raise self._failed(error) from error
+        self._count(len(data))
         return data
+
+    def readinto(self, view: memoryview) -> int:
+        want = min(len(view), self._end - self._offset)
+        if want <= 0:
+            return 0
+        try:
+            count = os.preadv(self._descriptor, (view[:want],), self._offset)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._count(count)
+        return count
+
+    def _failed(self, error: OSError) -> SourceError:
+        return SourceError(f"{self._name}: {error.strerror}", transient=False)
+
+    def _count(self, came: int) -> None:
+        if not came:
+            raise SourceError(f"{self._name}: ends {self._end - self._offset} bytes early", transient=False)
+        self._offset += came
 
     def close(self) -> None:
         if self._is_owner:

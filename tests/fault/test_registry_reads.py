@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from lazyfs.registry.place import ByteStream
 
-LAYER = bytes(range(256)) * 2000
+LAYER = random.Random(3).randbytes(512_000)
 OPTIONS = RegistryOptions(request_deadline_s=3.0, io_timeout_s=0.4, connect_timeout_s=1.0)
 SLACK_S = 1.5  # this machine is shared
 BLOBS = "/blobs/"
@@ -61,7 +62,9 @@ def read_range(proxy: FaultProxy, image: SmallImage, seconds: float = 2.0, offse
                size: int = SIZE) -> bytes:
     source = open_source(f"{proxy.host}/app:1", OPTIONS)
     try:
-        return drain(source.read_range(image.digest, offset, size, time.monotonic() + seconds))
+        with source.read_range(image.digest, offset, size, time.monotonic() + seconds) as stream:
+            view = memoryview(bytearray(65_536))    # as fetch threads read
+            return b"".join(bytes(view[:count]) for count in iter(lambda: stream.readinto(view), 0))
     finally:
         source.close()
 

@@ -233,6 +233,15 @@ async def test_without_space_reads_are_served_from_memory_and_it_recovers(tmp_pa
         assert b.device.cached.present(4, 4)
 
 
+async def test_chunks_that_need_no_decoding_do_not_share_the_buffer_they_came_in(tmp_path, monkeypatch):
+    sample = make_sample(6, codec=Codec.NONE)
+    async with bench(tmp_path, sample=sample) as b:
+        monkeypatch.setattr(b.device.cached, "write", lambda index, data: False)
+        await b.read(0, len(sample.data))    # one request: the buffer has held all of them
+        await b.read(0, len(sample.data))
+        assert len(b.source.requests) == 1
+
+
 async def test_a_chunk_that_vanishes_is_fetched_again(tmp_path):
     async with bench(tmp_path) as b:
         await b.read(0, len(SAMPLE.data))

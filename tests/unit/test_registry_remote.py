@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import threading
@@ -28,6 +29,8 @@ from tests.smallimage import SmallImage, make_image, write_image
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from lazyfs.registry.place import ByteStream
 
 LAYERS = [b"first layer " * 100_000, b"second", b""]
 OPTIONS = RegistryOptions(request_deadline_s=20.0, retry_count=2)
@@ -60,8 +63,16 @@ def check(text: str, image: SmallImage, options: RegistryOptions = OPTIONS) -> N
             size = min(len(layer) // 2, 5000)
             with source.read_range(digest, len(layer) // 3, size, time.monotonic() + 5) as stream:
                 assert b"".join(iter(lambda: stream.read(999), b"")) == layer[len(layer) // 3 :][:size]
+            with source.read_range(digest, len(layer) // 3, size, time.monotonic() + 5) as stream:
+                assert read_into(stream, 999) == layer[len(layer) // 3 :][:size]
     finally:
         source.close()
+
+
+def read_into(stream: ByteStream, piece_size: int) -> bytes:
+    """To its end, by readinto()."""
+    view = memoryview(bytearray(piece_size))
+    return b"".join(bytes(view[:count]) for count in iter(lambda: stream.readinto(view), 0))
 
 
 def test_what_is_pushed_can_be_pulled(registry: Registry) -> None:
@@ -279,6 +290,25 @@ def test_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check(text, image, OPTIONS)
 
 
+def ranges_use_one_connection(text: str, options: RegistryOptions) -> None:
+    """Ranges of many TLS records, and of a few bytes, read straight into a buffer: exact, and nothing dialled anew."""
+    data = random.Random(7).randbytes(700_000)
+    push(text, [data], options)
+    source = open_source(text, options)
+    try:
+        for offset, size, piece in ((0, 700_000, 1 << 20), (1, 699_999, 100_000), (5, 3, 2), (16_383, 80_000, 70_000)):
+            with source.read_range(Digest.of(data), offset, size, time.monotonic() + 10) as stream:
+                assert read_into(stream, piece) == data[offset : offset + size]
+        pools = source._client._own.transport._pools[None].pools
+        assert {pools.get(key).num_connections for key in pools.keys()} == {1}    # noqa: SIM118 - no mapping
+    finally:
+        source.close()
+
+
+def test_ranges_use_one_connection(registry: Registry) -> None:
+    ranges_use_one_connection(f"docker://{registry.host}/ranges:v1", OPTIONS)
+
+
 def test_tls(tmp_path: Path) -> None:
     authority = trustme.CA()
     leaf = authority.issue_cert("localhost", "127.0.0.1")
@@ -291,6 +321,7 @@ def test_tls(tmp_path: Path) -> None:
         image = push(text, LAYERS, trusting)
         check(text, image, trusting)
         check(text, image, RegistryOptions(insecure=True))
+        ranges_use_one_connection(text, trusting)
         source = open_source(text, OPTIONS)
         with pytest.raises(SourceError, match="certificate is not trusted") as caught:
             source.root()
