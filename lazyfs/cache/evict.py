@@ -70,7 +70,8 @@ def take_away_images(path: Path, names: Iterable[str]) -> tuple[str, ...]:
         for name in names:
             # The record last: without it the other files would belong to an image of no devices. They go all the same.
             for folder, ending in ((inventory.BOOTSTRAPS, "zst"), (inventory.BOOTSTRAPS, "tar"),
-                                   (inventory.IMAGES, "erofs"), (inventory.IMAGES, "json")):
+                                   (inventory.IMAGES, "erofs"), (inventory.IMAGES, "plan"),
+                                   (inventory.IMAGES, "json")):
                 with contextlib.suppress(FileNotFoundError):
                     move_away(path, path / folder / f"{name}.{ending}")
             gone.append(name)

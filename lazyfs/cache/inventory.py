@@ -4,6 +4,7 @@ What a cache directory holds, and what it takes on the disk: by layer device, by
     <path>/v1/<hex>/                  a layer device (cache.files); its last use is this directory's mtime
     <path>/bootstraps/<hex>.zst|.tar  an image's bootstrap, as it came | as it came unpacked
     <path>/images/<hex>.erofs         its EROFS image
+    <path>/images/<hex>.plan          what to fetch ahead of it, by a list found beside it (node.listed)
     <path>/images/<hex>.json          its name and the devices it is made of: ImageRecord
     <path>/evicted/                   what is being removed (cache.evict)
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 DEVICES, BOOTSTRAPS, IMAGES, EVICTED = f"v{presence.VERSION}", "bootstraps", "images", "evicted"
 _HEX = re.compile(r"[0-9a-f]{64}")
-_IMAGE_FILE = re.compile(r"([0-9a-f]{64})\.(zst|tar|erofs|json)")
+_IMAGE_FILE = re.compile(r"([0-9a-f]{64})\.(zst|tar|erofs|json|plan)")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)(?:-\d+)?\.tmp")
 _BLOCK_BYTES = 512                                        # of st_blocks (stat(2)), whatever the file system's are
 _NAME_CHARS_MAX = 4096
@@ -173,7 +174,8 @@ def take(path: Path) -> Inventory:
 def take_image(path: Path, name: str) -> Inventory:
     """As `take`, of one image (hex of its bootstrap's digest) and its devices only."""
     found = Inventory()
-    for folder, ending in ((BOOTSTRAPS, "zst"), (BOOTSTRAPS, "tar"), (IMAGES, "erofs"), (IMAGES, "json")):
+    for folder, ending in ((BOOTSTRAPS, "zst"), (BOOTSTRAPS, "tar"), (IMAGES, "erofs"), (IMAGES, "json"),
+                           (IMAGES, "plan")):
         _take_image_file(found, path, path / folder / f"{name}.{ending}")
     if name in found.images:
         for device in found.images[name].record.all_devices:

@@ -68,7 +68,19 @@ class Daemon:
                        "How images reach the kernel, where an order does not say: erofs needs Linux 6.12, auto picks.")
     read_timeout_s: float = _key(Number(0.1, 3600), limits.READ_DEADLINE_S,
                                  "A read whose data has not come by then ends with an error.", unit="s")
-    prefetch: bool = _key(Flag(), True, "Fetch the hot blob of an image as soon as it is mounted.")
+    prefetch: bool = _key(Flag(), True, "Fetch what an image's start needs as soon as it is mounted.")
+    prefetch_lists: bool = _key(Flag(), True,
+                                "For an image without a hot part, look in its registry for a prefetch list beside it, "
+                                "after the mount; what was found is kept with the image for a day.")
+    prefetch_streams: int = _key(Number(1, 4, whole=True), 4,
+                                 "Requests of prefetch under way at the same time; one image has as few as fill the "
+                                 "link.")
+    prefetch_rate: int = _key(Size(), 0,
+                              "No more than this a second is fetched ahead, all images together; 0: no bound.",
+                              unit="bytes/s")
+    prefetch_max_bytes: int = _key(Size(), 0,
+                                   "No more than this is fetched ahead of one image, compressed; 0: no bound.",
+                                   unit="bytes")
     start_timeout_s: float = _key(Number(1, 600), 30.0,
                                   "A new worker that has not loaded by then is given up, and started again.", unit="s")
     heartbeat_s: float = _key(Number(0.1, 60), 1.0, "How often a worker gives its keeper a sign of life.", unit="s")

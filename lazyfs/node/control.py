@@ -55,6 +55,8 @@ class Controlled(Protocol):
 
     async def unmount(self, target: str, *, lazy: bool, force: bool) -> dict[str, Any]: ...
 
+    def rest(self, target: str) -> dict[str, Any]: ...
+
     def list_mounts(self) -> list[dict[str, Any]]: ...
 
     def statistics(self) -> dict[str, Any]: ...
@@ -209,6 +211,7 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
     plain: dict[Any, Callable[[], Any]] = {
         protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
         protocol.TOUCHED: lambda: _touched(asked, request),
+        protocol.REST: lambda: worker.rest(str(request["target"])),
         protocol.CREDENTIALS: lambda: worker.credentials.take(request.get("entries"), more=bool(request.get("more"))),
     }
     if operation in plain:

@@ -126,6 +126,7 @@ async def _serve(
     from lazyfs.fs.served import Served  # noqa: PLC0415
     from lazyfs.fs.session import FuseSession  # noqa: PLC0415
     from lazyfs.node import serving  # noqa: PLC0415
+    from lazyfs.node.prefetching import bounds_of  # noqa: PLC0415
     from lazyfs.node.rundir import ProcessIdentity, WorkerDir  # noqa: PLC0415
     from lazyfs.node.unmount import clean_stale  # noqa: PLC0415
     from lazyfs.node.worker import Worker  # noqa: PLC0415
@@ -140,9 +141,10 @@ async def _serve(
     served = Served()
     session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
-    async with Fetcher() as fetcher, trio.open_nursery() as signs:
+    async with Fetcher(bounds_of(place.config.daemon)) as fetcher, trio.open_nursery() as signs:
         signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)
-        worker = Worker(directory, cache, fetcher, served, mounter, lasting=True)
+        worker = Worker(directory, cache, fetcher, served, mounter, lasting=True,
+                        lists=place.config.daemon.prefetch_lists)
         if take_over:
             await worker.restore()
             session.take_over()

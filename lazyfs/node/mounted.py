@@ -90,6 +90,8 @@ class MountedImage:
         bdi_names: of its EROFS mount, under /sys/class/bdi.
         detached: taken from its directory while still in use; served until it is not.
         local: everything is cached, and read-ahead was set accordingly.
+        plan_from: where what is fetched ahead comes from (node.prefetching); "": nothing is, or it is not known yet.
+        resting: no container uses it.
         attempted: the kernel was asked to mount: there may be something to unmount.
 
     """
@@ -109,6 +111,8 @@ class MountedImage:
     attempted: bool = False
     detached: bool = False
     local: bool = False
+    plan_from: str = ""
+    resting: bool = False
 
     def is_for(self, order: MountOrder) -> bool:
         """Whether this is the image that `order` wants."""
@@ -190,6 +194,7 @@ class MountedImage:
             "complete": self.complete(),
             "touched_stored_bytes": sum(device.touched_stored_bytes for device in self.fetch_devices()),
             "device_bytes": sum(device.size for device in self.devices),
+            "prefetch_plan": self.plan_from,
             "prefetched_chunks": self.prefetch.fetched_count if self.prefetch else 0,
         }
 

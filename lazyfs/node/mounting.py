@@ -19,7 +19,7 @@ from lazyfs.errors import HostError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node.hotstart import HotStart
-from lazyfs.node.mounted import MountedImage, hot_plan, open_devices
+from lazyfs.node.mounted import MountedImage, open_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,8 +82,6 @@ class Mounting:
         if order.record and mounted.driver is Driver.FUSE:
             drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
         self._write_record(mounted)
-        if order.prefetch:
-            mounted.prefetch = self._fetcher.prefetch(hot_plan(mounted))
 
     async def call(self, name: str, *arguments: Any) -> Any:
         """

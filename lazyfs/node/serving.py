@@ -31,6 +31,7 @@ from lazyfs.fs.served import Served
 from lazyfs.fs.session import FuseSession
 from lazyfs.limits import MIB
 from lazyfs.node import control
+from lazyfs.node.prefetching import bounds_of
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.worker import Worker
 
@@ -101,8 +102,9 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
     directory.write_worker(identity)
     served = Served()
     with CacheDir.open(Path(cache_dir)) as cache:
-        async with Fetcher() as fetcher, _mounted(directory, served) as nursery:
-            worker = Worker(directory, cache, fetcher, served, mounter)
+        settings = _settings()
+        async with Fetcher(bounds_of(settings)) as fetcher, _mounted(directory, served) as nursery:
+            worker = Worker(directory, cache, fetcher, served, mounter, lists=settings.prefetch_lists)
             listener = control.listen(directory.socket)
             try:
                 nursery.start_soon(_serve_first, _stream(first), worker)
@@ -123,6 +125,15 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
     if lock is not None:   # else another command is about to start a worker here
         directory.remove()
         os.close(lock)
+
+
+def _settings() -> config.Daemon:
+    """What a worker without a daemon is configured to do. Its starter has refused what is wrong; it may be by now."""
+    try:
+        return config.load().daemon
+    except LazyfsError as error:
+        _log.warning("the configuration is left aside: %s", error)
+        return config.Daemon()
 
 
 @contextlib.asynccontextmanager

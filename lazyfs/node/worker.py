@@ -23,9 +23,10 @@ from lazyfs.fs import drivers, mountapi
 from lazyfs.node import restore
 from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
-from lazyfs.node.mounted import MountedImage, hot_plan
+from lazyfs.node.mounted import MountedImage
 from lazyfs.node.mounting import Mounting
 from lazyfs.node.opening import open_image
+from lazyfs.node.prefetching import Prefetching
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.touches import Touches
 from lazyfs.node.unmount import check_target
@@ -51,9 +52,21 @@ class Worker:
 
     def __init__(
         self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient,
-        *, lasting: bool = False,
+        *, lasting: bool = False, lists: bool = True,
     ) -> None:
-        """`lasting`: the daemon's, which goes on without mounts; else it ends with the last one."""
+        """
+        A worker without mounts.
+
+        Args:
+            directory: its run directory; locked.
+            cache: of all its images.
+            fetcher: that reads them.
+            served: what the FUSE session serves.
+            mounter: the process that mounts.
+            lasting: the daemon's, which goes on without mounts; else it ends with the last one.
+            lists: whether to look for prefetch lists beside images.
+
+        """
         self._directory = directory
         self._cache = cache
         self._fetcher = fetcher
@@ -72,6 +85,7 @@ class Worker:
             directory, cache, fetcher, served, mounter,
             identity=identity, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
+        self.prefetching = Prefetching(fetcher, cache.path, lists=lists)
         self.touches = Touches(self._mounts.get)
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
@@ -96,6 +110,7 @@ class Worker:
             raise BusyError(f"{order.target} is being mounted or unmounted by another command")
         known = self._mounts.get(order.target)
         if ensure and known is not None and known.is_for(order) and self._is_mounted(known):
+            self.prefetching.begin(known)
             return known.describe()
         if known is not None and not self._is_mounted(known):
             self._let_go(known, in_use=True)   # somebody else has unmounted it, and tend() has not looked yet
@@ -112,6 +127,7 @@ class Worker:
                     await self._undo(mounted)
                 raise
             self._mounts[order.target] = mounted
+            self.prefetching.begin(mounted)
             return mounted.describe()
         finally:
             self._busy_targets.discard(order.target)
@@ -161,6 +177,13 @@ class Worker:
             self._busy_targets.discard(target)
             self.finish_if_idle()
         return {"target": target, "detached": kept, "ending": self.closing}
+
+    def rest(self, target: str) -> dict[str, Any]:
+        """No container uses it any more: stop fetching ahead. Raises TargetError: not mounted by this worker."""
+        mounted = self._mounts.get(target)
+        if mounted is None:
+            raise TargetError(f"{target} is not mounted by this worker")
+        return {"stopped": self.prefetching.rest(mounted)}
 
     def list_mounts(self) -> list[dict[str, Any]]:
         return [mounted.describe() for mounted in (*self._mounts.values(), *self._detached)]
@@ -218,6 +241,7 @@ class Worker:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._retry_broken)   # by itself: it may wait for a registry
             nursery.start_soon(self._tend_mounts)
+            nursery.start_soon(self.prefetching.run)
 
     async def _tend_mounts(self) -> None:
         """Foreign unmounts, images that are complete, users that have gone."""
@@ -282,10 +306,7 @@ class Worker:
         """Go on with what the worker before this one had not yet fetched ahead. When readers are served again."""
         for mounted in list(self._mounts.values()):
             await trio.lowlevel.checkpoint()
-            if mounted.order.prefetch and mounted.prefetch is None:
-                plan = hot_plan(mounted)
-                if any(not device.cached.present(index, index) for device, index in plan):
-                    mounted.prefetch = self._fetcher.prefetch(plan)
+            self.prefetching.begin(mounted)
 
     async def _restore(self, record: MountRecord, entries: list[MountEntry], *, offline: bool) -> None:
         state = restore.state_of(record, self._directory, entries)

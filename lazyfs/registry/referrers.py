@@ -5,8 +5,8 @@ Where a registry has the referrers API (distribution-spec v1.1 "Listing Referrer
 and in image layouts, the tag sha256-<hex> names an index of what refers to the manifest. Of several lists the newest
 counts.
 
-Layer: registry. Who calls: lazyfs.cli.profile_push, profile_pull. find_list() is made for the moment of a mount, too:
-at most five small requests and one of ARTIFACT_LIST_BYTES_MAX, nothing after its deadline.
+Layer: registry. Who calls: lazyfs.cli.profile_push, profile_pull; node.listed. find_list_text() is made for the moment
+of a mount, too: at most five small requests and one of ARTIFACT_LIST_BYTES_MAX, nothing after its deadline.
 """
 
 from __future__ import annotations
@@ -63,7 +63,19 @@ class PutList:
 
 def find_list(source: ImageSource, subject: Digest, deadline: float) -> PrefetchList | None:
     """
-    The newest prefetch list that refers to a lazy image.
+    The newest prefetch list that refers to a lazy image, parsed: find_list_text().
+
+    Raises:
+        FormatError: it is none. As find_list_text().
+
+    """
+    text = find_list_text(source, subject, deadline)
+    return None if text is None else parse_prefetch(text)
+
+
+def find_list_text(source: ImageSource, subject: Digest, deadline: float) -> bytes | None:
+    """
+    The text of the newest prefetch list that refers to a lazy image; only its digest has been checked.
 
     Args:
         source: the image's place.
@@ -83,8 +95,7 @@ def find_list(source: ImageSource, subject: Digest, deadline: float) -> Prefetch
     if found is None:
         return None
     with source.read_range(found.digest, 0, found.size, deadline) as stream:
-        text = check_blob(read_exactly(stream, found.size), found.digest, found.size, source.name)
-    return parse_prefetch(text)
+        return check_blob(read_exactly(stream, found.size), found.digest, found.size, source.name)
 
 
 def put_list(destination: ImageDestination, subject: Document, text: bytes, created: str, deadline: float) -> PutList:
