@@ -12,7 +12,7 @@ import pytest
 from converter.encode import Encoding
 from lazyfs import limits
 from lazyfs.errors import FormatError, IntegrityError, LazyfsError, NotFoundError, UnsupportedError
-from lazyfs.image.codec import Codec
+from lazyfs.image.codec import Codec, compress, decompress
 from lazyfs.image.prefetch import parse_prefetch
 from tests.convertkit import Layout, Lazy, run_convert
 from tests.tarbuilder import TarBuilder
@@ -176,6 +176,23 @@ def test_the_hot_part_is_the_listed_blocks_in_their_order(layout: Layout, tmp_pa
     codecs = {lazy.tables[device].rows["codec"][block * BLOCK // lazy.tables[device].chunk_size]
               for device, block in blocks}
     assert Codec.ZERO not in codecs
+
+
+@pytest.mark.parametrize(("level", "hot_level"), [(3, 6), (12, 12)])
+def test_the_hot_part_is_compressed_harder_than_the_layers(
+    layout: Layout, tmp_path: Path, level: int, hot_level: int
+) -> None:
+    text = random.Random(2).choices([b"the", b"same", b"words", b"again", b"and", b"once", b"more"], k=60_000)
+    layout.add_image("words", [TarBuilder().file("words", b" ".join(text)).build()])
+    encoding = Encoding(Codec.ZSTD, level, 64 * 1024)
+    convert(layout, tmp_path, "words", encoding=encoding, prefetch=parse_prefetch("words\n"))
+    lazy = Lazy(out(tmp_path))
+    part = lazy.bootstrap.hot
+    assert part is not None
+    (row,) = part.table.rows
+    stored = lazy.blob(int(row["blob_index"]))[: int(row["stored_size"])]
+    data = decompress(stored, Codec.ZSTD, part.table.device_size)
+    assert [other for other in (1, 3, 6, 12) if stored == compress(data, Codec.ZSTD, other)[1]] == [hot_level]
 
 
 def test_a_list_that_names_nothing_makes_no_hot_blob(layout: Layout, tmp_path: Path) -> None:
