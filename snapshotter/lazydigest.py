@@ -45,20 +45,27 @@ def bootstrap_digest(fs_dir: Path) -> str:
             if name == _OPTIONAL and isinstance(error, FileNotFoundError):
                 continue
             raise _not_one(f"{path}: {error.strerror}") from error
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > limits.BOOTSTRAP_BYTES_MAX:
-                raise _not_one(f"{path} is not a file of at most {limits.BOOTSTRAP_BYTES_MAX} bytes")
-            digest.update(header_of(name, status.st_size))
-            size = 0
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-                size += len(part)
-            if size != status.st_size:
-                raise _not_one(f"{path} is being written to")
-            digest.update(padding_of(size))
+        try:
+            _hash_file(digest, name, path, descriptor)
+        finally:
+            os.close(descriptor)
     digest.update(END)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _hash_file(digest: hashlib._Hash, name: str, path: Path, descriptor: int) -> None:
+    """The member `name` as it stands in the archive."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limits.BOOTSTRAP_BYTES_MAX:
+        raise _not_one(f"{path} is not a file of at most {limits.BOOTSTRAP_BYTES_MAX} bytes")
+    digest.update(header_of(name, status.st_size))
+    size = 0
+    while part := os.read(descriptor, _READ_BYTES):
+        digest.update(part)
+        size += len(part)
+    if size != status.st_size:
+        raise _not_one(f"{path} is being written to")
+    digest.update(padding_of(size))
 
 
 def _not_one(reason: str) -> IntegrityError:
