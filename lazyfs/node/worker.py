@@ -54,19 +54,7 @@ class Worker:
         self, directory: WorkerDir, cache: CacheDir, fetcher: Fetcher, served: Served, mounter: MounterClient,
         *, lasting: bool = False, lists: bool = True,
     ) -> None:
-        """
-        A worker without mounts.
-
-        Args:
-            directory: its run directory; locked.
-            cache: of all its images.
-            fetcher: that reads them.
-            served: what the FUSE session serves.
-            mounter: the process that mounts.
-            lasting: the daemon's, which goes on without mounts; else it ends with the last one.
-            lists: whether to look for prefetch lists beside images.
-
-        """
+        """`lasting`: the daemon's, goes on without mounts, else it ends with the last; `lists`: see Prefetching."""
         self._directory = directory
         self._cache = cache
         self._fetcher = fetcher

@@ -23,6 +23,7 @@ from lazyfs.node import control, opening, protocol, rundir, seed
 from lazyfs.node.holders import describe_holders
 from lazyfs.node.order import MountOrder
 from lazyfs.node.rundir import MountRecord, ProcessIdentity, WorkerDir
+from lazyfs.node.touches import Touches
 from lazyfs.node.unmount import check_target, clean_and_remove, resolve_target
 
 
@@ -158,6 +159,7 @@ class FakeWorker:
         self.unmounted: list[str] = []
         self.cancelled = 0
         self.block = False
+        self.touches = Touches(lambda _: None)
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]:
         if self.block:
