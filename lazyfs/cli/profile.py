@@ -13,6 +13,7 @@ from lazyfs.cli.lazygroup import LazyGroup
 _PLACES = {
     "run": ("lazyfs.cli.profile_run:run_command", "Run an image, and list what its start reads."),
     "record": ("lazyfs.cli.profile_record:record_command", "List what running containers read."),
+    "collected": ("lazyfs.cli.profile_collected:collected_command", "Lists made of what nodes have sent."),
     "show": ("lazyfs.cli.profile_show:show_command", "Totals, largest files and time line, as text or as a picture."),
     "merge": ("lazyfs.cli.profile_merge:merge_command", "Several runs, or lists, become one list."),
     "diff": ("lazyfs.cli.profile_diff:diff_command", "What two lists have in common, and in which order."),

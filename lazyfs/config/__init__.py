@@ -16,11 +16,12 @@ from lazyfs.config.table import (
     Daemon,
     Key,
     Log,
+    Profile,
     Registry,
     RegistryHost,
     Snapshotter,
     all_keys,
 )
 
-__all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Registry", "RegistryHost",
-           "Snapshotter", "all_keys", "check", "from_plain", "load", "split_address", "to_plain"]
+__all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Profile", "Registry",
+           "RegistryHost", "Snapshotter", "all_keys", "check", "from_plain", "load", "split_address", "to_plain"]

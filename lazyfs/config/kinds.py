@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGTkmgt]?[Ii]?[Bb]|)"
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGTkmgt][Ii]?[Bb]|[Bb]?)"
 _PERCENT = r"(\d{1,2}(?:\.\d{1,3})?) ?%"
 _HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _SIZE_BYTES_MAX = 2**63 - 1
@@ -187,6 +187,21 @@ class Address(Kind):
         elif re.fullmatch(_HOST_NAME, host) is None:
             raise ValueError(value)
         return f"{host}:{port}"
+
+
+class Url(Kind):
+    """An http or https URL without user name, query and fragment, or nothing."""
+
+    @property
+    def expected(self) -> str:
+        return '"https://host[:port][/path]", or ""'
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if text and re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", text) is None:
+            raise ValueError(value)
+        return text
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -223,6 +223,11 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
         text = (f"daemon.hang_s: expected at least twice daemon.heartbeat_s ({daemon.heartbeat_s:g}), "
                 f"found {daemon.hang_s:g}")
         problems.append(Problem(where, text, "a busy worker would be killed"))
+    profile = config.profile
+    for given, missing in (("collect", "token_file"), ("upload", "token_file"), ("cert_file", "key_file"),
+                           ("key_file", "cert_file")):
+        if getattr(profile, given) and not getattr(profile, missing):
+            problems.append(Problem(where, f"profile.{given}: expected profile.{missing} beside it, found none"))
     for one, other in ((daemon.cache_dir, config.snapshotter.root), (config.snapshotter.root, daemon.cache_dir)):
         if f"{one}/".startswith(f"{other}/"):
             text = (f"daemon.cache_dir and snapshotter.root: expected two directories beside each other, "

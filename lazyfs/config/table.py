@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazyfs import limits
-from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Size
+from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Size, Url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -121,6 +121,28 @@ class Snapshotter:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """[profile]"""
+
+    upload: str = _key(Url(), "",
+                       "Send what the starts of this node's images read, anonymously, to the daemon that collects at "
+                       "this URL (docs/profile-upload.md); empty: nothing is sent.")
+    upload_after_s: float = _key(Number(1, 86400), 60.0,
+                                 "So long after the first read it is sent, or when the image is unmounted; what is "
+                                 "read later is not sent.", unit="s")
+    token_file: str = _key(AbsolutePath(optional=True), "",
+                           "A file with the token on its first line that sender and collector share, readable for root "
+                           "only.")
+    ca_file: str = _key(AbsolutePath(optional=True), "", "Trust this authority's certificates (PEM) for `upload`.")
+    collect: str = _key(Address(), "",
+                        "Where this daemon collects what others send, over HTTP, or HTTPS with `cert_file`; empty: "
+                        "nowhere. A port alone means loopback. Needs `token_file`.")
+    collect_dir: str = _key(AbsolutePath(), "/var/lib/lazyfs/profiles", "Where it keeps that, at most 1 GiB.")
+    cert_file: str = _key(AbsolutePath(optional=True), "", "The certificate of `collect` (PEM); with `key_file`.")
+    key_file: str = _key(AbsolutePath(optional=True), "", "Its key (PEM).")
+
+
+@dataclass(frozen=True)
 class Log:
     """[log]"""
 
@@ -178,6 +200,7 @@ class Config:
     daemon: Daemon = field(default_factory=Daemon)
     cache: Cache = field(default_factory=Cache)
     snapshotter: Snapshotter = field(default_factory=Snapshotter)
+    profile: Profile = field(default_factory=Profile)
     log: Log = field(default_factory=Log)
     registry: Registry = field(default_factory=Registry)
     file: str = ""
@@ -189,7 +212,7 @@ class Config:
 
 
 SECTIONS: dict[str, type[Any]] = {
-    "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "log": Log, "registry": Registry,
+    "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "profile": Profile, "log": Log, "registry": Registry,
 }
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from lazyfs.config import Config
     from lazyfs.fs.mounter import MounterClient
+    from lazyfs.node.rundir import WorkerDir
     from lazyfs.node.worker import Worker
 
 IMPORTED, READY, BEAT = b"imported\n", b"ready\n", b"beat\n"
@@ -157,10 +158,7 @@ async def _serve(
             nursery.start_soon(worker.tend)
             nursery.start_soon(worker.housekeeper.run, place.config.cache)
             nursery.start_soon(_listen, lines, worker)
-            if place.config.daemon.health_address:
-                from lazyfs.node import health  # noqa: PLC0415 - h11 only where it is wanted
-
-                nursery.start_soon(health.serve, place.config.daemon.health_address, worker.health)
+            _start_services(place.config, directory, worker, nursery)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)
             nursery.start_soon(worker.resume_prefetch)
@@ -173,6 +171,24 @@ async def _serve(
         else:
             session.leave()   # no goodbye to the mounts, if any: whoever comes next goes on with the connection
         os._exit(0)   # the fetcher's end would wait for downloads under way
+
+
+def _start_services(config: Config, directory: WorkerDir, worker: Worker, nursery: trio.Nursery) -> None:
+    """What is only there where it was asked for; so are its imports."""
+    if config.daemon.health_address:
+        from lazyfs.node import health  # noqa: PLC0415
+
+        nursery.start_soon(health.serve, config.daemon.health_address, worker.health)
+    if config.profile.collect:
+        from lazyfs.node.collector import Collector  # noqa: PLC0415
+
+        nursery.start_soon(Collector(config.profile).run)
+    if config.profile.upload:
+        from lazyfs.node.uploads import Uploads  # noqa: PLC0415
+
+        uploads = Uploads(config.profile, directory.contributor, worker.mounts)
+        worker.leaving = uploads.leaving
+        nursery.start_soon(uploads.run)
 
 
 async def _beat(channel: socket.socket, every_s: float) -> None:

@@ -9,6 +9,7 @@ The run directory: who serves what, for everybody who comes later (umount, the n
         fuse/                         its FUSE mount
         mounts/<slot>.json            one record a mount
         numbers.json                  the next device index and slot, for a worker that takes over
+        contributor                   of a daemon that sends profiles: a secret (node.uploads)
         keeper.json, keeper.sock      of the daemon: which process keeps the descriptors, where it is asked
 
 Layer: node. Nothing here is trusted further than root is: mode 0700. A record outlives its worker; whether the worker
@@ -138,6 +139,11 @@ class WorkerDir:
         return self.root / "credentials-handed-over"
 
     @property
+    def contributor(self) -> Path:
+        """The secret that names this node to collectors of profiles, another name for each image."""
+        return self.root / "contributor"
+
+    @property
     def fuse(self) -> Path:
         return self.root / "fuse"
 
@@ -237,7 +243,7 @@ class WorkerDir:
                 with contextlib.suppress(FileNotFoundError):   # whoever made the directory was killed over it
                     os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
             for path in (self.socket, self.identity, self.seed, self.log, self.numbers, self.keeper_identity,
-                         self.keeper_socket, self.handed, self.root / "lock"):
+                         self.keeper_socket, self.handed, self.contributor, self.root / "lock"):
                 path.unlink(missing_ok=True)
             self.root.rmdir()
 

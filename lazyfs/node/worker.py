@@ -32,6 +32,7 @@ from lazyfs.node.touches import Touches
 from lazyfs.node.unmount import check_target
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher
@@ -75,6 +76,7 @@ class Worker:
         self.credentials = HandedCredentials(directory.handed)
         self.prefetching = Prefetching(fetcher, cache.path, lists=lists)
         self.touches = Touches(self._mounts.get)
+        self.leaving: Callable[[MountedImage], None] = lambda _: None   # told of every mount that ends
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
         self.finished = trio.Event()
@@ -196,6 +198,10 @@ class Worker:
             "detached": len(self._detached),
             "broken": [broken.describe() for broken in self._broken.values()],
         }
+
+    def mounts(self) -> Iterable[MountedImage]:
+        """Those that are attached."""
+        return self._mounts.values()
 
     @property
     def mounting(self) -> bool:
@@ -389,6 +395,7 @@ class Worker:
     def _let_go(self, mounted: MountedImage, *, in_use: bool) -> None:
         """After it was unmounted: release it, or keep it for those who still use it."""
         del self._mounts[mounted.order.target]
+        self.leaving(mounted)
         if in_use and mounted.in_use(self._served):
             mounted.detached = True
             self._detached.append(mounted)

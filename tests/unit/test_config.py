@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lazyfs import config
 from lazyfs.config import Amount, document, loading
-from lazyfs.config.kinds import AbsolutePath, Address, Choice, Flag, Kind, Number, Size
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, Flag, Kind, Number, Size, Url
 from lazyfs.errors import ConfigError
 
 
@@ -138,12 +138,13 @@ def test_an_oversized_or_binary_file_is_refused(tmp_path: Path) -> None:
 
 
 KINDS = [Kind(), AbsolutePath(), AbsolutePath(optional=True), Choice(("a", "b")), Flag(), Number(0, 9),
-         Number(1, 9, whole=True), Size(), Size(share=True), Address()]
+         Number(1, 9, whole=True), Size(), Size(share=True), Address(), Url()]
 VALUES = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers()),
                    st.dictionaries(st.text(), st.integers()), st.from_regex(r"[0-9.]{1,9} ?[kKMGT%]?i?B?"),
                    st.from_regex(r"[\[\]:0-9a-f]{0,12}:[0-9]{0,6}"))
 
 
+@example(Size(), "0IB")      # once a KeyError
 @given(st.sampled_from(KINDS), VALUES)
 def test_kinds_raise_value_error_and_nothing_else(kind: Kind, value: object) -> None:
     for attempt in (kind.accept, kind.from_text):
