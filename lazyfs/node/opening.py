@@ -170,10 +170,13 @@ def _read_bounded(path: Path) -> bytes | None:
     """A regular file's content; None: there is none, or one that is too large."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                data = file.read(limits.BOOTSTRAP_BYTES_MAX + 1)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):      # first: fdopen() of a directory keeps the descriptor
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    data = file.read(limits.BOOTSTRAP_BYTES_MAX + 1)
                 return data if len(data) <= limits.BOOTSTRAP_BYTES_MAX else None
+        finally:
+            os.close(descriptor)
     return None
 
 
