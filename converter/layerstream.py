@@ -15,7 +15,7 @@ import threading
 import weakref
 from contextlib import contextmanager, suppress
 from queue import Empty, Full, Queue
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from converter.inflate import MAGIC_BYTES, READ_BYTES, Compression, blocks, detect
 from lazyfs.errors import BugError, FormatError, IntegrityError, LazyfsError, UnsupportedError
@@ -26,13 +26,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from lazyfs.registry.place import ByteStream
-
 _READY_COUNT = 6                # blocks waiting for read(): enough that neither side waits for the other
 _HASHING_COUNT = 4              # pieces waiting to be hashed
 _SMALL_BYTES = READ_BYTES       # blocks below it (of many small members) are handed over together
 _JOIN_TIMEOUT_S = 1.0           # close() waits so long; a thread in a network read ends at that read's own deadline
 _DOCKER_PLAIN = ".diff.tar"     # Docker's type without a suffix says nothing about compression (containerd: "unknown")
+
+
+class RawLayer(Protocol):
+    """A layer's blob as it is stored; what a LayerStream needs of a place's ByteStream."""
+
+    def read(self, size: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def expected_compression(media_type: str) -> Compression | None:
@@ -60,7 +72,7 @@ class _Pump:
     and stops them.
     """
 
-    def __init__(self, stream: ByteStream, expected: Compression | None, size: int) -> None:
+    def __init__(self, stream: RawLayer, expected: Compression | None, size: int) -> None:
         self.ready: Queue[bytes | BaseException | None] = Queue(_READY_COUNT)   # None: the end
         self.stopping = threading.Event()
         self.compressed = hashlib.sha256()
@@ -199,7 +211,7 @@ class LayerStream:
 
     """
 
-    def __init__(self, stream: ByteStream, media_type: str, *, size: int, digest: Digest, name: str) -> None:
+    def __init__(self, stream: RawLayer, media_type: str, *, size: int, digest: Digest, name: str) -> None:
         self._name = name
         self._size = size
         self._digest = digest
