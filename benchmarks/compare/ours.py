@@ -8,6 +8,7 @@ from benchmarks.compare.peer import Outcome, Peer, clock, network
 from benchmarks.kit.container import Container
 from benchmarks.kit.daemon import NodeDaemon
 from benchmarks.kit.host import drop_page_cache
+from benchmarks.kit.lazy import trust
 from benchmarks.rows.recording import record_list
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ class Lazy(Peer):
 
     def start(self, session: Session, case: Case) -> Outcome:
         image = session.at_distance(self._image(session, case))
+        trust(session.place, session.far_host)
         daemon = NodeDaemon(session.place)
         try:
             target = session.place.folder("node-mount")
             container = Container(session.place, target)
             drop_page_cache()
             with clock(session, case) as time:
-                daemon.mount(image, target)
+                daemon.ask_mount(image, target)
                 time.image_ready()
                 words = container.words(case.subject.command, network(session, case))
                 outcome = time.run(words, container.kill_words())

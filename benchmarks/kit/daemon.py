@@ -53,6 +53,20 @@ class NodeDaemon:
         words: list[str | Path] = [COMMAND, "mount", "--insecure", *options, image, target]
         run(words, timeout_s=_TOOL_TIMEOUT_S, env=environment(self._place))
 
+    def ask_mount(self, image: str, target: Path) -> None:
+        """
+        Mount by asking the worker, as the snapshotter does: without a process of its own.
+
+        The registry must be known to the node's configuration (kit.lazy.trust) since before the daemon was started.
+        """
+        from lazyfs.node.order import MountOrder  # noqa: PLC0415 - only some rows ask
+        from lazyfs.node.protocol import MOUNT, ControlClient  # noqa: PLC0415
+
+        target.mkdir(parents=True, exist_ok=True)
+        order = MountOrder(image, str(target), by_node=True).to_json()
+        with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
+            client.request(MOUNT, _TOOL_TIMEOUT_S, order=order, attached=False)
+
     def kill_worker(self) -> None:
         """SIGKILL it; returns when another one serves."""
         worker = self.worker

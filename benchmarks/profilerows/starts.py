@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.kit.container import Container
 from benchmarks.kit.daemon import NodeDaemon
 from benchmarks.kit.host import drop_page_cache
+from benchmarks.kit.lazy import trust
 from benchmarks.kit.link import RATE_BIT_S
 from benchmarks.rows.recording import record_list
 from benchmarks.session import NUMPY, TENSORFLOW
@@ -58,7 +59,7 @@ def start_hot(
     session: Session, subject: Subject, *, cache: Path | None = None, env: Mapping[str, str] | None = None
 ) -> HotStart:
     """
-    Mount by a daemon just started, then run by runc on overlayfs; page cache cold.
+    Mount by a daemon just started, asked as the snapshotter asks it, then run by runc on overlayfs; page cache cold.
 
     Args:
         session: which run.
@@ -68,6 +69,7 @@ def start_hot(
 
     """
     image = session.at_distance(hot_image(session, subject, session.far))
+    trust(session.place, session.far_host)
     daemon = NodeDaemon(session.place, cache, env)
     try:
         target = session.place.folder("node-mount")
@@ -75,7 +77,7 @@ def start_hot(
         drop_page_cache()
         cpu_s, link, requests = daemon.cpu_s(), session.link.bytes_total(), session.far.request_count()
         begin = time.perf_counter()
-        daemon.mount(image, target)
+        daemon.ask_mount(image, target)
         ready_s = time.perf_counter() - begin
         container.run(subject.command)
         total_s = time.perf_counter() - begin
