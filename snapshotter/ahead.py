@@ -1,9 +1,9 @@
 """
-What is worth doing before somebody asks for it: one thread, and a queue that takes no more than it can hold.
+What is worth doing though nobody asks for it: one thread, and a queue that takes no more than it can hold.
 
-Layer: snapshotter, above nothing of it. Who calls: core, to have lazy images mounted as soon as they are pulled. Nobody
-waits for it, and nothing depends on it: what fails is logged, what has no room is left out, what hangs is left behind.
-State: the queue; the thread is started by the first work.
+Layer: snapshotter, above nothing of it. Who calls: core, to have lazy images mounted as soon as they are pulled, and
+to say that no container uses one any more. Nobody waits for it, and nothing depends on it: what fails is logged, what
+has no room is left out, what hangs is left behind. State: the queue; the thread is started by the first work.
 """
 
 from __future__ import annotations
@@ -61,6 +61,6 @@ class Ahead:
             try:
                 work()
             except LazyfsError as error:
-                _LOG.info("%s: not done ahead of time: %s", what, error)
+                _LOG.info("%s is left alone: %s", what, error)
             except Exception:   # noqa: BLE001 - the next one may do
-                _LOG.exception("%s: failed unexpectedly", what)
+                _LOG.exception("%s: unexpected", what)

@@ -14,6 +14,7 @@ Keys are taken as they come: namespaces are containerd's affair, and part of the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import replace
@@ -32,9 +33,9 @@ from snapshotter.failures import (
     SnapshotUnavailableError,
 )
 from snapshotter.filters import parse_filters
+from snapshotter.labels import changed_labels, check_labels
 from snapshotter.lazyhook import LayerKind, LazyLayer
 from snapshotter.model import (
-    LABEL_BYTES_MAX,
     LABEL_GID_MAPPING,
     LABEL_REF,
     LABEL_UID_MAPPING,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from snapshotter.lazyhook import LazyHook
 
 _LOG = logging.getLogger("lazyfs.snapshotter")
-_LABEL_SHOWN_CHARS = 64
 _HASH_CHARS = 16
 
 
@@ -104,7 +104,7 @@ class Snapshots:
             SnapshotUnavailableError: the lazy image below cannot be mounted.
 
         """
-        _check_labels(labels)
+        check_labels(labels)
         chain = self._chain_of_parent(parent)
         layer = self._hook.classify(labels)
         if layer is LayerKind.LAZY_BLOB and labels.get(LABEL_REF):
@@ -114,7 +114,7 @@ class Snapshots:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Begin a read-only snapshot. Raises as prepare()."""
-        _check_labels(labels)
+        check_labels(labels)
         return self._begin(Kind.VIEW, key, self._chain_of_parent(parent), labels, LayerKind.ORDINARY)
 
     def mounts(self, key: str) -> list[Mount]:
@@ -150,7 +150,7 @@ class Snapshots:
             SnapshotMissingError, SnapshotExistsError, SnapshotStateError, SnapshotInvalidError.
 
         """
-        _check_labels(labels)
+        check_labels(labels)
         active = self._records.get(key)
         if active.info.kind is not Kind.ACTIVE:
             raise SnapshotStateError(f"snapshot {key} is not active but {active.info.kind.value}")
@@ -183,6 +183,8 @@ class Snapshots:
             self._say_goodbyes(only=record.id)
         else:
             self._directories.discard_soon(record.id)
+        if record.info.kind is not Kind.COMMITTED and record.info.parent:
+            self._ahead.soon(f"what is fetched ahead below {name}", lambda: self._rest(record.info.parent))
 
     def stat(self, name: str) -> SnapshotInfo:
         """Raises SnapshotMissingError."""
@@ -196,20 +198,7 @@ class Snapshots:
             SnapshotMissingError. SnapshotInvalidError: another field; labels that cannot be.
 
         """
-        def change(old: Mapping[str, str]) -> Mapping[str, str]:
-            new = dict(old) if paths else dict(labels)
-            for path in paths:
-                field, _, key = path.partition(".")
-                if path == "labels":
-                    new = dict(labels)
-                elif field == "labels" and key:
-                    new[key] = labels.get(key, "")
-                else:
-                    raise SnapshotInvalidError(f"field {path!r} of snapshot {name} cannot be changed, only labels can")
-            _check_labels(new)
-            return new
-
-        return self._records.set_labels(name, change).info
+        return self._records.set_labels(name, lambda old: changed_labels(name, old, labels, paths)).info
 
     def find(self, filters: Iterable[str] = ()) -> list[SnapshotInfo]:
         """All that any of the filters takes, by name. Raises SnapshotInvalidError: a filter does not parse."""
@@ -328,6 +317,14 @@ class Snapshots:
         self._hook.mount_ahead(self._lazy(bootstrap))
         self._check_there(bootstrap)
 
+    def _rest(self, parent: str) -> None:
+        """A container on it is gone: if it was the last one on its image, nothing more is fetched ahead."""
+        with contextlib.suppress(SnapshotMissingError):   # the image went with it
+            chain = self._records.chain(parent)
+            bootstrap = next((one for one in chain if one.layer is LayerKind.LAZY_BOOTSTRAP), None)
+            if bootstrap is not None:
+                self._hook.rest(self._lazy(bootstrap), self._records.in_use)
+
     def _check_there(self, bootstrap: Record) -> None:
         """After its image was mounted. Raises SnapshotMissingError: removed meanwhile; then it is let go again."""
         if bootstrap.id not in self._records.ids():   # then its goodbye may have been said before we mounted
@@ -397,12 +394,3 @@ def _mapping(chain: list[Record], labels: Mapping[str, str]) -> tuple[str, str] 
     if overlay.mapped_root(labels) is None or not any(record.layer is LayerKind.LAZY_BOOTSTRAP for record in chain):
         return None
     return labels.get(LABEL_UID_MAPPING, ""), labels.get(LABEL_GID_MAPPING, "")
-
-
-def _check_labels(labels: Mapping[str, str]) -> None:
-    """Raises SnapshotInvalidError: as containerd does."""
-    for key, value in labels.items():
-        total = len(key.encode()) + len(value.encode())
-        if total > LABEL_BYTES_MAX:
-            raise SnapshotInvalidError(f"label {key[:_LABEL_SHOWN_CHARS]!r}: key and value have {total} bytes, "
-                                       f"at most {LABEL_BYTES_MAX} may be")

@@ -28,7 +28,7 @@ from snapshotter.lazyrecords import LazyRecord, LazyRecords
 from snapshotter.model import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from lazyfs.node.rundir import ProcessIdentity
@@ -123,6 +123,19 @@ class LazyImages:
             self.forget(bootstrap)
             raise NotFoundError(f"snapshot {bootstrap.name!r:.100} was removed meanwhile", hint="pull the image again")
         return target
+
+    def rest(self, bootstrap: LazyLayer, in_use: Callable[[Iterable[int]], bool]) -> None:
+        """A container that is prepared in this moment, and not on record yet, reads on without what was to come."""
+        record = self._records.of(bootstrap)
+        if record is None or not self._settings.prefetch:
+            return
+        with self._flights.alone(record.digest):
+            if in_use([one.snapshot_id for one in self._records.all() if one.digest == record.digest]):
+                return
+            self._confirmed.pop(record.digest, None)   # so the next container's mount is ordered, which begins it again
+            target = self._records.target(record.digest)
+            if lazymounts.is_mounted(target):
+                self._daemon.rest(str(target))
 
     def forget(self, bootstrap: LazyLayer) -> None:
         record = self._records.of(bootstrap)

@@ -1,5 +1,5 @@
 """
-What the snapshotter asks of the node's daemon, over its control socket: mount, unmount, how much it keeps.
+What the snapshotter asks of the node's daemon, over its control socket: mount, unmount, rest, how much it keeps.
 
 The daemon may be handing over to its next worker at any moment. The keeper holds the socket meanwhile, so requests
 wait or are cut off, and are made again until the deadline: all of them can be made twice. Nobody at the socket at all
@@ -65,6 +65,16 @@ class DaemonLink:
             raise
         except TargetError:   # not mounted by it
             return
+
+    def rest(self, target: str) -> None:
+        """
+        Have it fetch nothing ahead of that image any more, until mount() is said again.
+
+        Raises:
+            LazyfsError: as usage().
+
+        """
+        self._ask(protocol.REST, USAGE_TIMEOUT_S, 0, target=target)
 
     def serves(self, target: str, digest: str) -> bool:
         """Whether the daemon has just that image mounted there. Raises as mount()."""

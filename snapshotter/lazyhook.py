@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from snapshotter.model import Usage
@@ -69,6 +69,19 @@ class LazyHook(Protocol):
 
         Raises:
             LazyfsError: as ensure_mounted(), of which nothing is the worse.
+
+        """
+
+    def rest(self, bootstrap: LazyLayer, in_use: Callable[[Iterable[int]], bool]) -> None:
+        """
+        Fetch nothing ahead of the image any more, if no container uses it, until one is prepared.
+
+        Args:
+            bootstrap: a container on it was removed.
+            in_use: whether there are containers on one of these snapshots, by their ids.
+
+        Raises:
+            LazyfsError: not possible now; of which nothing is the worse.
 
         """
 

@@ -30,7 +30,7 @@ from snapshotter.lazyhook import LayerKind
 from snapshotter.model import Kind, SnapshotInfo, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 NO_USAGE = Usage(0, 0)
@@ -66,6 +66,13 @@ WITH RECURSIVE chain(id, depth) AS (
 SELECT {_COLUMNS} FROM chain JOIN snapshots s ON s.id = chain.id LEFT JOIN snapshots p ON p.id = s.parent
 ORDER BY chain.depth
 """   # noqa: S608 - constants only
+_USED = """
+WITH RECURSIVE above(id) AS (
+    SELECT value FROM json_each(?)
+    UNION
+    SELECT s.id FROM above JOIN snapshots s ON s.parent = above.id)
+SELECT 1 FROM above JOIN snapshots s ON s.id = above.id WHERE s.kind <> ? LIMIT 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,10 @@ class Records:
     def all(self) -> list[Record]:
         """Every snapshot, by name."""
         return [_record(row) for row in self._read(f"SELECT {_COLUMNS}{_FROM}ORDER BY s.name")]
+
+    def in_use(self, ids: Iterable[int]) -> bool:
+        """Whether an active snapshot or a view stands on one of these, or is one."""
+        return bool(self._read(_USED, json.dumps(list(ids)), Kind.COMMITTED.value))
 
     def ids(self) -> set[int]:
         return {row[0] for row in self._read("SELECT id FROM snapshots")}

@@ -25,7 +25,7 @@ from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind
 from snapshotter.model import LABEL_REF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from snapshotter.lazyhook import LazyLayer
     from snapshotter.model import Mount, Usage
@@ -42,6 +42,7 @@ class PlainImages:
     eager: bool = False
     mounted: dict[int, Path] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
+    resting: list[int] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def classify(self, labels: Mapping[str, str]) -> LayerKind:
@@ -59,6 +60,10 @@ class PlainImages:
     def mount_ahead(self, bootstrap: LazyLayer) -> None:
         if self.eager:
             self.ensure_mounted(bootstrap)
+
+    def rest(self, bootstrap: LazyLayer, in_use: Callable[[Iterable[int]], bool]) -> None:
+        if not in_use([bootstrap.snapshot_id]):
+            self.resting.append(bootstrap.snapshot_id)
 
     def forget(self, bootstrap: LazyLayer) -> None:
         self._ask()

@@ -27,7 +27,7 @@ from tests.lazykit import push_lazy, unpack_bootstrap
 from tests.registrykit import require_registry, running_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from tests.mountkit import Machine
@@ -474,6 +474,32 @@ def test_what_is_mounted_ahead_by_the_right_name_stays(rig: Rig, daemon: Daemon)
     assert_right(lazy.ensure_mounted(layer))
     assert mountapi.mount_at(target) == before
     lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
+def test_an_image_that_nobody_uses_rests_until_the_next_container(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    first, second = rig.layer(1), rig.layer(2)
+    target = lazy.ensure_mounted(first)
+    lazy.ensure_mounted(second)
+    asked: list[list[int]] = []
+
+    def in_use(ids: Iterable[int]) -> bool:
+        asked.append(sorted(ids))
+        return len(asked) == 1
+
+    lazy.rest(first, in_use)
+    assert lazy._confirmed, "nothing is said to the daemon while somebody uses it"
+    lazy.rest(first, in_use)
+    assert asked == [[1, 2]] * 2, "both are the one image"
+    assert not lazy._confirmed, "so the next container's mount is ordered"
+    before = mountapi.mount_at(str(target))
+    assert lazy.ensure_mounted(second) == target
+    assert mountapi.mount_at(str(target)) == before
+    assert_right(target)
+    for layer in (first, second):
+        lazy.forget(layer)
+    lazy.rest(first, in_use)
     rig.assert_nothing_left()
 
 

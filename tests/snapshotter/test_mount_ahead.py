@@ -1,4 +1,4 @@
-"""Lazy images that are mounted when they have been pulled, before a container wants them."""
+"""Lazy images that are mounted before a container wants them, and rest when none uses them any more."""
 
 from __future__ import annotations
 
@@ -92,6 +92,26 @@ def test_a_daemon_that_is_down_harms_neither_pull_nor_the_next_image(both: tuple
     commit_layer(snapshots, "other", "", {}, bootstrap_labels("sha256:4", "image"))
     wait(lambda: hook.mounted)
     assert lowers_of(snapshots.prepare("container", top, {})) == [str(hook.images / "image")]
+
+
+def test_an_image_rests_when_its_last_container_is_gone(both: tuple[Snapshots, PlainImages]) -> None:
+    snapshots, hook = both
+    top = pulled(both)
+    (number,) = (record.id for record in snapshots._records.all() if record.info.name == top)
+    commit_layer(snapshots, "above", top)
+    snapshots.prepare("first", "above", {})
+    snapshots.view("second", top, {})
+    commit_layer(snapshots, "ordinary")
+    snapshots.prepare("elsewhere", "ordinary", {})
+    for name in ("elsewhere", "first"):
+        snapshots.remove(name)
+    commit_layer(snapshots, "other", "", {}, bootstrap_labels("sha256:9", "image"))
+    wait(lambda: len(hook.mounted) == 2)     # all before it in the queue is done
+    assert hook.resting == [], "the second is still there"
+    snapshots.remove("second")
+    wait(lambda: hook.resting == [number])
+    snapshots.prepare("third", "above", {})
+    assert snapshots._records.in_use([number])
 
 
 def test_the_end_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
