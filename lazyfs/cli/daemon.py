@@ -171,7 +171,8 @@ def _print_status(status: dict[str, Any]) -> None:
     print(f"version {health['version']}, {health['mounts']} mounts, {health['detached']} detached")
     for mount in status.get("mounts", []):
         done = "complete" if mount["complete"] else f"{mount['touched_stored_bytes'] / 1e6:.1f} MB touched"
-        ahead = f", {mount['prefetched_chunks']} chunks ahead ({mount['prefetch_plan']})" if mount.get("prefetch_plan") else ""
-        print(f"  {mount['target']}  {mount['image']}  {mount['driver']}, {done}{ahead}")
+        if plan := mount.get("prefetch_plan"):
+            done += f", {mount['prefetched_chunks']} chunks ahead ({plan})"
+        print(f"  {mount['target']}  {mount['image']}  {mount['driver']}, {done}")
     for broken in health["broken"]:
         print(f"  broken: {broken['target']}  {broken['image']}: {broken['reason']}")

@@ -191,7 +191,7 @@ async def _mount(asked: Asked, request: dict[str, Any]) -> Any:
     order = MountOrder.from_json(request["order"])
     if not asked.starter:
         layer = order.layer if order.bootstrap_dir is not None else None
-        order = replace(order, seed=None, document=None, layer=layer, checked=False)
+        order = replace(order, seed=None, document=None, layer=layer, checked=False, origin="")
     result = await asked.worker.mount(order, ensure=bool(request.get("ensure")))
     if request.get("attached"):
         asked.attached.append(order.target)

@@ -6,7 +6,7 @@ Layer: node; light to import. It may hold a password: it goes over the control s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from lazyfs import limits
@@ -37,6 +37,7 @@ class MountOrder:
         layer: likewise: digest, size and uncompressed size of the bootstrap layer; sizes of 0: the digest is that of
             the uncompressed layer, which is in `bootstrap_dir` or was mounted before.
         checked: likewise: the EROFS image in it is valid.
+        origin: likewise: where the registry was found (RegistryOptions.origin), "": not at all.
         bootstrap_dir: a directory of root's that holds the unpacked bootstrap layer (the snapshotter's), or None; with
             it, and `layer`, no registry is asked before data is read.
         record: what is read is to be recorded: every read must reach the worker, and little but what was asked for.
@@ -55,6 +56,7 @@ class MountOrder:
     document_type: str = ""
     layer: tuple[str, int, int] | None = None
     checked: bool = False
+    origin: str = ""
     bootstrap_dir: str | None = None
     record: bool = False
     by_node: bool = False
@@ -76,7 +78,8 @@ class MountOrder:
             return node_registry()
         from lazyfs.registry.fields import from_fields  # noqa: PLC0415 - the command line needs it to start a worker
 
-        return from_fields(self.registry)
+        options = from_fields(self.registry)
+        return replace(options, origin=self.origin) if self.origin else options
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -71,7 +71,8 @@ def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool
     """
     order = MountOrder.from_record(record.order)
     layer = (record.bootstrap, record.layer_size, record.raw_size)
-    order = replace(order, layer=layer, checked=True, seed=None, document=None, driver=record.driver)
+    order = replace(order, layer=layer, checked=True, seed=None, document=None, driver=record.driver,
+                    origin="")
     opened = open_image(order, cache.path, offline=offline)
     mounted = MountedImage(order, record.slot, opened, Driver(record.driver), attempted=True)
     mounted.mount_id, mounted.bdi_names = record.mount_id, list(record.bdi_names)

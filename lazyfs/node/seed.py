@@ -62,7 +62,7 @@ def fetch_seed(order: MountOrder, cache_dir: Path, seed_path: Path) -> MountOrde
             _write_private(path, data)
     finally:
         source.close()
-    order = replace(order, seed=str(path))
+    order = replace(order, seed=str(path), origin=getattr(source, "origin", ""))
     if erofs_path(cache_dir, layer.digest).exists():
         return order
     return _check(order, document, data)

@@ -32,7 +32,10 @@ class Endpoint:
         self._transport = transport
         self.is_local = is_loopback_host((origin or origin_of(f"https://{self._netloc}")).host)
         allows_plain = options.insecure or self.is_local
-        self._origin = origin or (None if allows_plain else origin_of(f"https://{self._netloc}"))
+        told = origin_of(options.origin) if options.origin and allows_plain else None
+        if told is not None and told.netloc != origin_of(f"{told.scheme}://{self._netloc}").netloc:
+            told = None                # of another registry
+        self._origin = origin or told or (None if allows_plain else origin_of(f"https://{self._netloc}"))
         self._lock = threading.Lock()
 
     def origin(self, deadline: float) -> Origin:
@@ -46,6 +49,11 @@ class Endpoint:
             finally:
                 self._lock.release()
         return self._origin
+
+    @property
+    def known(self) -> str:
+        """scheme://host:port, or "" as long as it has not been found."""
+        return "" if self._origin is None else f"{self._origin.scheme}://{self._origin.netloc}"
 
     def base(self, deadline: float) -> str:
         origin = self.origin(deadline)

@@ -77,7 +77,8 @@ class RegistryOptions:
     system's authorities. `client_cert` (PEM) is shown to registries that ask for one; its key is in `client_key` or in
     the same file. `auth_file` None: $REGISTRY_AUTH_FILE, $DOCKER_CONFIG/config.json or ~/.docker/config.json.
     `hosts_dir`: containerd's hosts.toml files (hosts.py), None: none. `provider_config`, `provider_bin_dir`: kubelet's
-    credential-provider plugins (kubelet.py). `hosts`: settings by host[:port].
+    credential-provider plugins (kubelet.py). `hosts`: settings by host[:port]. `origin`: scheme://host:port of one
+    registry, as a process just before this one has found it; where plain http is allowed, it need not be found again.
     """
 
     username: str | None = None
@@ -96,6 +97,7 @@ class RegistryOptions:
     io_timeout_s: float = limits.IO_TIMEOUT_S
     request_deadline_s: float = limits.REQUEST_DEADLINE_S
     retry_count: int = limits.RETRY_COUNT_MAX
+    origin: str = ""
 
     def __post_init__(self) -> None:
         """A bare string is wrapped at once, so that repr() of the options never shows it."""

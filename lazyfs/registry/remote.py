@@ -39,6 +39,11 @@ class RegistrySource:
     def name(self) -> str:
         return self._reference.text
 
+    @property
+    def origin(self) -> str:
+        """For RegistryOptions.origin."""
+        return self._client.endpoint.known
+
     def _deadline(self) -> float:
         return time.monotonic() + self._client.options.request_deadline_s
 
