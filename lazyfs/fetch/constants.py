@@ -37,6 +37,8 @@ class FetchLimits:
 
 IN_FLIGHT_BYTES_MAX = 64 * MIB
 SPILL_BYTES_MAX = 16 * MIB       # chunks that could not be stored, kept for the neighbouring reads of 128 KiB
+# A source that asks for a longer pause is asked again all the same: reads that wait meanwhile get their try.
+RETRY_AFTER_MAX_S = limits.READ_DEADLINE_S / 2
 ERROR_MEMORY_S = 2.0             # the kernel repeats a failed read at once, page by page (reference: faults.md §2)
 ERROR_MEMORY_COUNT_MAX = 1024
 BAD_CHUNK_TRY_COUNT = 2          # a digest that does not match: once more from the source, then an error

@@ -6,6 +6,7 @@ import random
 
 from lazyfs import limits
 from lazyfs.errors import LazyfsError, RateLimitedError, SourceError
+from lazyfs.fetch.constants import RETRY_AFTER_MAX_S
 
 
 def is_transient(error: LazyfsError) -> bool:
@@ -15,7 +16,7 @@ def is_transient(error: LazyfsError) -> bool:
 
 def pause_s(error: LazyfsError, attempt_count: int) -> float:
     """
-    How long to wait before the next attempt: doubling with jitter, or what the source asked for.
+    How long to wait before the next attempt: doubling with jitter, or what the source asked for, within bounds.
 
     Args:
         error: of the last attempt.
@@ -24,6 +25,6 @@ def pause_s(error: LazyfsError, attempt_count: int) -> float:
     """
     if isinstance(error, RateLimitedError) and error.retry_after_s is not None:
         # A little later than asked, each at another time: not all nodes at the same moment.
-        return error.retry_after_s + random.uniform(0, limits.RETRY_FIRST_S)    # noqa: S311
+        return min(error.retry_after_s, RETRY_AFTER_MAX_S) + random.uniform(0, limits.RETRY_FIRST_S)    # noqa: S311
     pause = limits.RETRY_FIRST_S * 2.0 ** (attempt_count - 1)
     return float(min(pause * random.uniform(0.5, 1.5), limits.RETRY_PAUSE_MAX_S))    # noqa: S311

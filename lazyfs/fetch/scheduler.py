@@ -125,7 +125,9 @@ class Scheduler:
             flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
             if flights and self._start(Transfer(flights, Priority.FOREGROUND)):
                 lane.running_count += 1
-            self.lanes[key] = self.lanes.pop(key)    # the others' turn
+            del self.lanes[key]
+            if not lane.is_idle(now):
+                self.lanes[key] = lane    # at the end: the others' turn
             return True
         return False
 
@@ -238,9 +240,14 @@ class Scheduler:
             lane.running_count -= 1
         if not self._closed:
             self._try_again(again, transfer)
-        if lane is not None and lane.is_idle(trio.current_time()):
-            del self.lanes[id(transfer.source)]
+        self._sweep_lanes()
         self.dispatch()
+
+    def _sweep_lanes(self) -> None:
+        """A lane holds its source: without work it goes."""
+        now = trio.current_time()
+        for key in [key for key, lane in self.lanes.items() if lane.is_idle(now)]:
+            del self.lanes[key]
 
     def _count(self, transfer: Transfer) -> None:
         statistics = self.statistics
@@ -316,6 +323,7 @@ class Scheduler:
         """Checkpoint: yes; on cancel: the engine is closing and has failed the flights. `until`: trio's clock."""
         await trio.sleep_until(until)
         self._queue(flights)
+        self._sweep_lanes()
         self.dispatch()
 
     def _queue(self, flights: list[Flight]) -> None:
@@ -325,7 +333,8 @@ class Scheduler:
 
     def _fail(self, flight: Flight, error: LazyfsError) -> None:
         self._remove(flight)
-        flight.device.remember_error(flight.index, error)
+        if flight.waiters:    # else nobody was told, and the first who asks gets a try
+            flight.device.remember_error(flight.index, error)
         flight.fail(error)
 
     # --- small helpers --------------------------------------------------------------------------------------------

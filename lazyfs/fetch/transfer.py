@@ -119,8 +119,16 @@ class Transfer:
             _log.exception("transfer from %s failed in an unforeseen way", self.source.name)
             self.error = BugError(f"{self.source.name}: blob {self.blob.short}: {type(error).__name__}")
         finally:
-            for flight in self.flights:
-                flight.device.cached.release()
+            self._release()
+
+    def give_up(self, error: LazyfsError) -> None:
+        """Instead of execute(): it could not be begun."""
+        self.error = error
+        self._release()
+
+    def _release(self) -> None:
+        for flight in self.flights:
+            flight.device.cached.release()
 
     def _receive(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
         deadline = self.attempt_deadline()
@@ -143,6 +151,7 @@ class Transfer:
                     flight.done = True
                 elif settle(flight, stored):
                     self.landed_count += 1
+                if flight.done:
                     if flight.event is not None:
                         wake(flight.wake)
                 elif flight.bad is not None and distrust(stream, flight.bad):

@@ -8,16 +8,21 @@ threads that hang in a source can be left behind when the worker ends (they are 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from typing import TYPE_CHECKING
 
 import trio
 
+from lazyfs.errors import SourceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.fetch.transfer import Transfer
+
+_log = logging.getLogger(__name__)
 
 
 class Workers:
@@ -37,13 +42,25 @@ class Workers:
         self.running: set[Transfer] = set()
 
     def start(self, transfer: Transfer) -> None:
-        """Never more at once than there may be threads: the engine's limits see to that."""
+        """
+        Never more at once than there may be threads: the engine's limits see to that.
+
+        Where the machine gives no further thread it waits for one of those there are; if there is none, it fails.
+        """
         self.running.add(transfer)
         if len(self.running) > self._thread_count:
             assert self._thread_count < self._thread_count_max, "more transfers than threads"
-            self._thread_count += 1
-            name = f"lazyfs-fetch-{self._thread_count}"
-            threading.Thread(target=self._work, name=name, daemon=True).start()
+            try:
+                name = f"lazyfs-fetch-{self._thread_count + 1}"
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+                self._thread_count += 1
+            except RuntimeError as error:    # the limit of a cgroup or a user; it may pass
+                _log.warning("no further thread to fetch with, besides %d: %s", self._thread_count, error)
+                if not self._thread_count:
+                    transfer.give_up(SourceError(f"{transfer.source.name}: no thread to fetch with: {error}",
+                                                 hint="raise the limit of tasks (TasksMax=, pids.max)"))
+                    self._token.run_sync_soon(self._end, transfer)
+                    return
         self._inbox.put(transfer)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs import limits
 from lazyfs.errors import (
     AuthError,
     BugError,
@@ -111,6 +113,73 @@ async def test_asked_to_wait_longer_than_the_deadline_fails_at_once(tmp_path):
         with pytest.raises(RateLimitedError):
             await b.chunk(1)
         assert len(b.source.requests) == 1
+
+
+async def test_a_source_that_asks_for_an_hour_is_asked_again_while_reads_still_wait(tmp_path):
+    async with bench(tmp_path) as b:
+        b.source.faults.append(failing(1, RateLimitedError("slow down", retry_after_s=3600)))
+        with pytest.raises(RateLimitedError):
+            await b.chunk(1)
+        await b.settled()
+        (lane,) = b.fetcher._scheduler.lanes.values()
+        assert 0 < lane.paused_until - trio.current_time() < limits.READ_DEADLINE_S / 2 + 1
+
+
+async def test_a_pause_leaves_no_trace_of_a_source_that_nobody_wants_any_more(tmp_path):
+    async with bench(tmp_path) as b:
+        b.source.faults.append(failing(1, RateLimitedError("slow down", retry_after_s=0.3)))
+        with pytest.raises(RateLimitedError):
+            await b.chunk(1, seconds=0.2)
+        await b.settled()
+        with trio.fail_after(20):
+            while b.fetcher._scheduler.lanes:    # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+
+async def test_what_failed_when_nobody_wanted_it_is_tried_for_the_first_who_does(tmp_path):
+    async with bench(tmp_path) as b:
+        b.source.faults.append(failing(1, NotFoundError("not yet")))
+        with trio.fail_after(20):
+            await b.fetcher.prefetch([(b.device, 0)]).wait()
+        assert not b.device.cached.present(0, 0)
+        await b.chunk(0)
+
+
+class NoThreads(threading.Thread):
+    """A machine at its limit of threads; `room` more can be started."""
+
+    room = 0
+
+    def start(self):
+        if NoThreads.room <= 0:
+            raise RuntimeError("can't start new thread")
+        NoThreads.room -= 1
+        super().start()
+
+
+async def test_without_another_thread_transfers_wait_for_those_there_are(tmp_path, monkeypatch):
+    async with bench(tmp_path) as b:
+        monkeypatch.setattr(NoThreads, "room", 1)
+        monkeypatch.setattr("lazyfs.fetch.workers.threading.Thread", NoThreads)
+        b.source.gate.clear()
+        async with trio.open_nursery() as nursery:
+            for index in (0, 2, 4, 7):
+                nursery.start_soon(b.chunk, index)
+            await b.asked(1)
+            b.source.gate.set()
+        await b.settled()
+        assert b.source.running_max == 1
+
+
+async def test_without_any_thread_reads_are_tried_again_until_there_is_one(tmp_path, monkeypatch):
+    async with bench(tmp_path) as b:
+        monkeypatch.setattr(NoThreads, "room", 0)
+        monkeypatch.setattr("lazyfs.fetch.workers.threading.Thread", NoThreads)
+        with pytest.raises(SourceError, match="thread"):
+            await b.chunk(1, seconds=0.3)
+        await b.settled()
+        monkeypatch.setattr(NoThreads, "room", 1)
+        await b.chunk(2)
 
 
 async def test_a_stream_that_breaks_keeps_what_arrived(tmp_path):
