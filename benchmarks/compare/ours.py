@@ -37,16 +37,15 @@ class Lazy(Peer):
         image = session.at_distance(self._image(session, case))
         trust(session.place, session.far_host)
         daemon = NodeDaemon(session.place)
+        target = session.place.folder("node-mount")
+        container = Container(session.place, target)
         try:
-            target = session.place.folder("node-mount")
-            container = Container(session.place, target)
             drop_page_cache()
             with clock(session, case) as time:
                 daemon.ask_mount(image, target)
                 time.image_ready()
                 words = container.words(case.subject.command, network(session, case))
-                outcome = time.run(words, container.kill_words())
-            container.close()
-            return outcome
+                return time.run(words, container.kill_words())
         finally:
+            container.close()
             daemon.close()

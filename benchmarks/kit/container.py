@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from typing import TYPE_CHECKING
 
 from benchmarks.kit.proc import attempt, run
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 RUN_TIMEOUT_S = 300.0
 _TIMEOUT_S = 30.0
+_UMOUNT_TIMEOUT_S = 20.0
+_POLL_S = 0.05
 _CAPABILITIES = [  # as containerd gives them: services change owners and users
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
     "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
@@ -68,7 +71,9 @@ class Container:
             return
         if (self._top / "runc" / self._name).exists():
             attempt([*self._runc(), "delete", "--force", self._name])
-        if (self._top / "rootfs").is_mount():
-            attempt(["umount", self._top / "rootfs"])
+        limit = time.monotonic() + _UMOUNT_TIMEOUT_S
+        while (self._top / "rootfs").is_mount() and time.monotonic() < limit:
+            if not attempt(["umount", self._top / "rootfs"]):    # its last process is still being taken apart
+                time.sleep(_POLL_S)
         if not (self._top / "rootfs").is_mount():
             shutil.rmtree(self._top)

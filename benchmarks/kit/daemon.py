@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _READY_TIMEOUT_S = 60.0
 _TOOL_TIMEOUT_S = 60.0
 _POLL_S = 0.005
+_END_TIMEOUT_S = 10.0
 
 
 class NodeDaemon:
@@ -122,14 +123,20 @@ class NodeDaemon:
             time.sleep(_POLL_S)
 
     def close(self) -> None:
-        """Unmount everything and end it; idempotent."""
+        """Unmount everything and end it, its worker too; idempotent."""
         if self._closed:
             return
         self._closed = True
+        members = [self._daemon.pid, *descendants(self._daemon.pid)]
         settings = [f"{key}={value}" for key, value in environment(self._place).items()]
         attempt(["env", *settings, str(COMMAND), "umount", "--all", "--lazy"])   # the snapshotter's too
         attempt(["env", *settings, str(COMMAND), "daemon", "stop"])
         self._daemon.close()
+        limit = time.monotonic() + _END_TIMEOUT_S
+        while any(map(_lives, members)) and time.monotonic() < limit:
+            time.sleep(_POLL_S)
+        for pid in filter(_lives, members):    # its mounts are in use: the next daemon would take it over
+            os.kill(pid, signal.SIGKILL)
 
 
 def ask_keeper(path: Path) -> dict[str, Any] | None:
@@ -144,6 +151,13 @@ def ask_keeper(path: Path) -> dict[str, Any] | None:
                 return found
         except (OSError, ValueError, LookupError, TypeError):
             return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def cpu_s(pid: int) -> float:

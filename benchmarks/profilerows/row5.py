@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.figures import Figure, ratio
 from benchmarks.kit.lazy import LazyMount
-from benchmarks.profilerows.starts import PROGRAMS, start_hot
+from benchmarks.profilerows.starts import PROGRAMS, fast_starts
 from benchmarks.rows.recording import record_list
 from converter.hot import ZSTD_LEVEL_MIN
 from lazyfs.image.codec import Codec, compress
@@ -31,7 +31,7 @@ _PIECE_BYTES = 1 << 20     # the default chunk size
 def measure(session: Session) -> list[Figure]:
     figures = []
     for letter, subject in PROGRAMS:
-        starts = [start_hot(session, subject) for _ in range(session.runs)]
+        starts = fast_starts(session, letter)
         raw, stored = _working_set(session, subject)
         fetched = [start.fetched_bytes / 1e6 for start in starts]
         link = [start.link_bytes / 1e6 for start in starts]
