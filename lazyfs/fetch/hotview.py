@@ -42,6 +42,8 @@ class HotDevice:
     The hot device of one mounted image.
 
     State: when it may be asked again after a failure, and whether that was said.
+
+    :read_count: reads of the layer devices, but for those of thread `warmer_id` (node.warming).
     """
 
     def __init__(self, device: FetchDevice, extents: Extents, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,6 +53,13 @@ class HotDevice:
         self._clock = clock
         self._asked_again_at = 0.0
         self._said = False
+        self.read_count = 0
+        self.warmer_id = 0
+
+    def count_read(self, pid: int) -> None:
+        """A read of a layer device, by a thread; 0: one that was counted already."""
+        if pid and pid != self.warmer_id:
+            self.read_count += 1
 
     @property
     def failing(self) -> bool:

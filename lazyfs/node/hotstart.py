@@ -19,7 +19,7 @@ from lazyfs.limits import MIB
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-QUIET_S = 10.0                   # so long after the last first touch of a hot chunk the start is over
+QUIET_S = 10.0                   # so long after the last read the start is over: what it wants now is in the page cache
 # So much of the layers' chunks (uncompressed) and the list is of another start, or the start is over: what is read now
 # is not hot. A start that the list fits touches a few.
 COLD_BYTES_MAX = 64 * MIB
@@ -30,22 +30,22 @@ class HotStart:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, begun: bool = False) -> None:
         self._clock = clock
-        self._touched_count = 0
-        self._last_touch: float | None = clock() if begun else None
+        self._read_count = 0
+        self._last_read: float | None = clock() if begun else None
 
-    def is_over(self, hot_touched_count: int, cold_bytes: int) -> bool:
+    def is_over(self, read_count: int, cold_bytes: int) -> bool:
         """
         Whether the start is over now.
 
         Args:
-            hot_touched_count: chunks of the hot device that were read so far. Until the first one there is no start:
-                an image may be mounted long before its container.
+            read_count: of reads so far that reached us. Until the first one there is no start: an image may be mounted
+                long before its container.
             cold_bytes: of the layers' chunks that were read so far, uncompressed.
 
         """
         now = self._clock()
-        if hot_touched_count != self._touched_count:
-            self._touched_count, self._last_touch = hot_touched_count, now
+        if read_count != self._read_count:
+            self._read_count, self._last_read = read_count, now
         if cold_bytes > COLD_BYTES_MAX:
             return True
-        return self._last_touch is not None and now - self._last_touch >= QUIET_S
+        return self._last_read is not None and now - self._last_read >= QUIET_S

@@ -62,6 +62,8 @@ class LazyDevice:
         """The short way for what was read before: the fetcher itself counts first touches and sees to misses."""
         device = self.device
         end = offset + size
+        if device.hot is not None:
+            device.hot.hot.count_read(pid)
         if self.seen.find(b"\0", offset >> self.seen_shift, ((end - 1) >> self.seen_shift) + 1) >= 0:
             self.recorder.note(self.number, offset, size, pid)
         # asked even if the recorder knows it: a read that has to wait comes here twice
@@ -151,7 +153,7 @@ class MountedImage:
         if self.start is None or self.hot is None:
             return False
         cold_bytes = sum(one.device.touched.count(1) * one.device.table.chunk_size for one in self.devices)
-        return self.start.is_over(self.hot.device.touched.count(1), cold_bytes)
+        return self.start.is_over(self.hot.read_count, cold_bytes)
 
     def complete(self) -> bool:
         return all(device.device.cached.complete for device in self.devices)

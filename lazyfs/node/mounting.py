@@ -20,6 +20,7 @@ from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node.hotstart import HotStart
 from lazyfs.node.mounted import MountedImage, open_devices
+from lazyfs.node.warming import Warming
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class Mounting:
         self._on_lost = on_lost
         self._one_call = trio.CapacityLimiter(1)
         self._identity = identity
+        self.warming = Warming()
 
     async def attach(self, mounted: MountedImage) -> None:
         """
@@ -82,6 +84,12 @@ class Mounting:
         if order.record and mounted.driver is Driver.FUSE:
             drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
         self._write_record(mounted)
+        self.warming.begin(mounted)
+
+    async def unmount(self, mounted: MountedImage, flags: int) -> None:
+        """Have its target unmounted, with none of our own files open below it. Raises as call()."""
+        await self.warming.stop(mounted)
+        await self.call("unmount", mounted.order.target, flags)
 
     async def call(self, name: str, *arguments: Any) -> Any:
         """

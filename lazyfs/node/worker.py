@@ -235,6 +235,7 @@ class Worker:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._retry_broken)   # by itself: it may wait for a registry
             nursery.start_soon(self._tend_mounts)
+            nursery.start_soon(self._mounting.warming.run)
             nursery.start_soon(self.prefetching.run)
 
     async def _tend_mounts(self) -> None:
@@ -300,6 +301,7 @@ class Worker:
         """Go on with what the worker before this one had not yet fetched ahead. When readers are served again."""
         for mounted in list(self._mounts.values()):
             await trio.lowlevel.checkpoint()
+            self._mounting.warming.begin(mounted)
             self.prefetching.begin(mounted)
 
     async def _restore(self, record: MountRecord, entries: list[MountEntry], *, offline: bool) -> None:
@@ -366,7 +368,7 @@ class Worker:
                 nursery.start_soon(self._abort_once_detached, mounted)
             flags = mountapi.MNT_DETACH if lazy or force else 0
             try:
-                await self._mounting.call("unmount", mounted.order.target, flags)
+                await self._mounting.unmount(mounted, flags)
             except LazyfsError as raised:   # kept: out of a nursery it would come as a group
                 error = raised
             nursery.cancel_scope.cancel()
@@ -386,7 +388,7 @@ class Worker:
         entry = mountapi.mount_at(target) if mounted.attempted and not mounted.detached else None
         if entry is not None and mounted.mount_id in {0, entry.mount_id}:
             try:
-                await self._mounting.call("unmount", target, mountapi.MNT_DETACH)
+                await self._mounting.unmount(mounted, mountapi.MNT_DETACH)
             except LazyfsError as error:
                 _log.error("%s stays mounted: %s", target, error)
         self._directory.remove_record(mounted.slot)

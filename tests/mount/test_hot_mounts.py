@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import random
 import signal
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from lazyfs.fs import drivers
@@ -142,3 +145,52 @@ def test_a_worker_that_takes_over_serves_the_hot_part_too(machine: Machine, imag
         machine.umount(target)
         daemon.stop()
     machine.assert_clean()
+
+
+def resident_pages(path: Path) -> set[int]:
+    """Which pages of a file are in the page cache."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        vector = (ctypes.c_ubyte * -(-size // PAGE))()
+        assert ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), vector) == 0
+        del view
+    return {page for page, state in enumerate(vector) if state & 1}
+
+
+def test_hot_pages_are_in_the_page_cache_before_anybody_reads_them(machine: Machine, image: str) -> None:
+    target = machine.target()
+    machine.mount(image, target, "--driver", "erofs")
+    deadline = time.monotonic() + 20
+    while resident_pages(target / "lib") < set(HOT_PAGES):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    while not resident_pages(target / "start") >= set(range(-(-len(FILES["start"]) // PAGE))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert resident_pages(target / "lib") == set(HOT_PAGES)
+    assert not resident_pages(target / "cold")
+    reads = machine.statistics()["fetch"]["hits"]
+    read_hot(target)
+    statistics = machine.statistics()["fetch"]
+    assert statistics["hits"] == reads
+    assert statistics["requests"] <= 2
+    machine.umount(target)
+
+
+def test_a_mount_is_unmounted_while_it_is_warmed(machine: Machine, image: str) -> None:
+    for number in range(6):
+        target = machine.target(f"mnt{number}")
+        machine.mount(image, target, "--driver", "erofs")
+        machine.umount(target)
+    machine.assert_clean()
+
+
+def test_nothing_is_warmed_without_prefetch(machine: Machine, image: str) -> None:
+    target = machine.target()
+    machine.mount(image, target, "--driver", "erofs", "--no-prefetch")
+    with (target / "start").open("rb") as file:
+        assert file.read(PAGE) == FILES["start"][:PAGE]
+    assert not resident_pages(target / "lib")
+    machine.umount(target)

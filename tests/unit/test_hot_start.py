@@ -19,7 +19,7 @@ def test_a_start_that_has_not_begun_is_not_over() -> None:
     assert not start.is_over(0, 0)
 
 
-def test_it_is_over_when_nothing_hot_was_touched_for_a_while() -> None:
+def test_it_is_over_when_nothing_was_read_for_a_while() -> None:
     clock = Clock()
     start = HotStart(clock)
     for count in range(1, 10):
@@ -36,7 +36,7 @@ def test_it_is_over_when_the_program_reads_what_is_not_hot() -> None:
     assert start.is_over(0, COLD_BYTES_MAX + 1)
 
 
-def test_after_a_takeover_it_ends_even_if_nothing_hot_is_read_any_more() -> None:
+def test_after_a_takeover_it_ends_even_if_nothing_is_read_any_more() -> None:
     clock = Clock()
     start = HotStart(clock, begun=True)
     assert not start.is_over(0, 0)

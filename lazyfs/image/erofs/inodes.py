@@ -62,7 +62,7 @@ def check_inodes(views: Views, tree: Tree, device_sizes: Sequence[int], inode_co
     nids, inverse, name_counts = np.unique(named, return_inverse=True, return_counts=True)
     if len(nids) != inode_count:
         raise FormatError(f"EROFS superblock states {inode_count} inodes, the tree has {len(nids)}")
-    inodes = _columns(views, nids)
+    inodes = inode_columns(views, nids)
     _check_fields(inodes)
     claimed = np.concatenate([[FileType.DIRECTORY], tree.entry_types])
     _refuse(inodes.types[inverse] != claimed, named, "is not of the type that a directory entry says")
@@ -75,7 +75,8 @@ def check_inodes(views: Views, tree: Tree, device_sizes: Sequence[int], inode_co
     return inodes
 
 
-def _columns(views: Views, nids: Int64s) -> Inodes:
+def inode_columns(views: Views, nids: Int64s) -> Inodes:
+    """The inodes as they are stored. Raises FormatError: a size that nothing can have."""
     rows: Records = views.inodes[nids]
     if (rows["size"] > limits.FILE_BYTES_MAX).any():
         raise FormatError("EROFS inode states a negative size")

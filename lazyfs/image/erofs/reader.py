@@ -21,6 +21,7 @@ from lazyfs.errors import BugError
 from lazyfs.image.erofs import ondisk, xattr
 from lazyfs.image.erofs.inodes import check_inodes
 from lazyfs.image.erofs.ondisk import BLOCK_BYTES, BLOCK_SHIFT, INODE_BYTES, INODE_STRUCT, SLOT_BYTES, Int64s, Views
+from lazyfs.image.erofs.runs import FileRuns, file_runs
 from lazyfs.image.erofs.superblock import parse_superblock
 from lazyfs.image.erofs.tree import Tree, TreeWalk
 from lazyfs.image.model import EMPTY_MAP, Attributes, DataMap, FileType, Inode
@@ -166,6 +167,10 @@ class ErofsImage:
             place = 0 if device == HOLE_DEVICE else (block << BLOCK_SHIFT) + start - (unit << shift)
             found.append((device, place, length))
         return found
+
+    def file_runs(self) -> FileRuns | None:
+        """Which blocks of the devices are which files'. None: too many runs to be worth it."""
+        return file_runs(self._views, self._nids)
 
     def walk(self) -> Iterator[tuple[bytes, int]]:
         """(path, inode) of the root (b"") and of each name, parents first, entries in order."""
