@@ -159,6 +159,7 @@ def _gather(extents: Extents, layers: Sequence[LayerContent], read: BlobReader, 
             raise IntegrityError(f"blob {blob.digest.short} gave {len(stored)} bytes, not {size}")
         for chunk in run:
             data = _decode(stored[chunk.offset - run[0].offset :][: chunk.size], layers[chunk.device], chunk)
+            work.check()     # a read that hung while everything was given up must not write: the file is closed
             for start, end, place in places.pieces(chunk, layers[chunk.device].table.chunk_size):
                 _pwrite(device, data[start:end], place)
 

@@ -109,7 +109,7 @@ def optimize(
     source: ImageSource, destination: ImageDestination, options: OptimizeOptions, events: CopyEvents
 ) -> OptimizeReport:
     """
-    Give a lazy image, or the lazy images of an index, another hot blob. The caller closes both places.
+    Give a lazy image, or the lazy images of an index, another hot part. The caller closes both places.
 
     Raises:
         LazyfsError: of all kinds. The destination's reference names then what it named before.

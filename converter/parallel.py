@@ -2,7 +2,7 @@
 A few long tasks side by side in threads of our own, first error wins.
 
 Unlike an executor's, these threads are daemons and joined only for a moment after an error: neither a ^C nor an error
-must wait for a registry that has stopped answering. Who calls: converter.build. Layer: converter.
+must wait for a registry that has stopped answering. Who calls: converter.build, converter.hot. Layer: converter.
 """
 
 from __future__ import annotations

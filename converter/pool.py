@@ -9,7 +9,7 @@ With codec lz4 runs come in *groups*, whose first run finds out by trial how all
 (converter.encode). The others are held until the next group's first run is handed over, so that its outcome is there
 when they are taken up, and no thread waits.
 
-Who calls: converter.layer (and converter.device through the Sink protocol). Layer: converter.
+Who calls: converter.layer, converter.hot (and converter.device through the Sink protocol). Layer: converter.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter import hot, parallel
 from converter.encode import Encoding
 from converter.hot import HOT_CHUNK_BYTES, write_hot_blob
 from converter.reuse import LayerContent
@@ -66,13 +68,14 @@ def test_what_comes_out(
     footer = parse_footer(data[-FOOTER_BYTES:], len(data))
     table = part.table
     assert (footer.hot, footer.device_size, footer.chunk_count) == (True, table.device_size, table.chunk_count)
-    hot = b""
+    content = b""
     for index, row in enumerate(table.rows):
         stored = data[int(row["blob_offset"]) :][: int(row["stored_size"])]
         chunk = bytes(decompress(stored, Codec(int(row["codec"])), table.chunk_bytes(index)))
         assert chunk_digest(chunk) == bytes(row["digest"])
-        hot += chunk
-    assert hot == b"".join(devices[device][first * BLOCK : (first + count) * BLOCK] for first, device, count in wanted)
+        content += chunk
+    assert content == b"".join(
+        devices[device][first * BLOCK : (first + count) * BLOCK] for first, device, count in wanted)
     packed = pack_hot(part)
     assert pack_hot(parse_hot(packed, [len(device) for device in devices], [0] * 7 + [len(data)], 7)) == packed
 
@@ -99,3 +102,31 @@ def test_a_damaged_layer_leaves_nothing(tmp_path: Path, damage: str) -> None:
         write_hot_blob(np.array([(0, 0, 1)], dtype=EXTENT), [layer], Encoding(Codec.ZSTD, 1, 1 << 16), 2, hot_index=1,
                        read=read, path=tmp_path / "hot")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_read_that_comes_back_after_all_was_given_up_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, blob = layer_of(np.random.default_rng(1).bytes(48 * BLOCK), Codec.NONE)
+    hangs, goes_on = threading.Event(), threading.Event()
+    written: list[object] = []
+    readers: list[threading.Thread] = []
+    monkeypatch.setattr(hot, "_pwrite", lambda *words: written.append(words))
+    monkeypatch.setattr(parallel, "STOP_WAIT_S", 0.0)
+
+    def read(_: Digest, offset: int, size: int) -> bytes:
+        if offset:
+            assert hangs.wait(20)
+            raise IntegrityError("the other one")
+        readers.append(threading.current_thread())
+        hangs.set()
+        assert goes_on.wait(20)
+        return blob[offset : offset + size]
+
+    with pytest.raises(IntegrityError, match="the other one"):
+        write_hot_blob(np.array([(0, 0, 1), (40, 0, 1)], dtype=EXTENT), [layer], Encoding(Codec.ZSTD, 1, 1 << 16), 2,
+                       hot_index=1, read=read, path=tmp_path / "hot")
+    goes_on.set()
+    readers[0].join(20)
+    assert not readers[0].is_alive()
+    assert not written
