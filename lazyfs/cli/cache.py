@@ -192,7 +192,8 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
             users.setdefault(device, []).extend(mounts.get(image.name, ()))
     hot = {image.record.hot for image in found.images.values()}
     devices: list[dict[str, Any]] = [
-        {"digest": f"sha256:{one.name}", "hot": one.name in hot, "bytes": one.use.size_bytes, "lastUse": one.last_use_ns / 1e9,
+        {"digest": f"sha256:{one.name}", "hot": one.name in hot, "bytes": one.use.size_bytes,
+         "lastUse": one.last_use_ns / 1e9,
          "present": inventory.present_share(path, one.name, boot_id),
          "mountedOn": sorted(set(users.get(one.name, ())))}
         for one in sorted(found.devices.values(), key=lambda one: -one.last_use_ns)
