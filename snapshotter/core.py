@@ -230,6 +230,10 @@ class Snapshots:
         return {record.id: record.info.name for record in self._records.all()
                 if record.layer is LayerKind.LAZY_BOOTSTRAP and record.info.kind is Kind.COMMITTED}
 
+    def check(self) -> None:
+        """Read the records, and nothing else: whether somebody could be answered."""
+        self._records.last_id()
+
     def cleanup(self) -> None:
         """Remove what a kill has left, and let go of lazy images that could not be let go before."""
         reclaimed = self._directories.reclaim(self._records.ids)

@@ -8,7 +8,8 @@ systemd keeps the socket over our own death.
 
 Layer: snapshotter. `python -m snapshotter.door SETTINGS`; cli.snapshotter becomes it. SETTINGS: JSON, see `Door`.
 State: all in the one Door. The server: `words`, with `--behind NUMBER`; it listens at SERVER_SOCKET in the root, says
-"ready" in a line on descriptor NUMBER, and ends by SIGTERM, with its requests answered.
+"ready" in a line on descriptor NUMBER, then "alive" every `beat_s`, and ends by SIGTERM, with its requests answered.
+One that says nothing for _SILENT_BEATS of these is hung: it is killed, and followed by another.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _PROBE_S: Final = 1.0
 _FAILED_COUNT_MAX: Final = 5     # servers in a row that die before they answer: then we end as the last of them did
 _DELAY_S_MAX: Final = 5.0
 _DEATHS_PERIOD_S, _DEATHS_COUNT_MAX = 60.0, 30   # of servers that did answer: more often, and starts are delayed too
+_SILENT_BEATS: Final = 12        # two minutes: a disk may hold up the records for a while
 _STOP_S: Final = 25.0            # for a server to end; then it is killed. systemd waits 30 s
 _STORED: Final = "snapshotter"   # name of the socket in systemd's descriptor store
 _PR_SET_PDEATHSIG: Final = 1     # linux/prctl.h
@@ -45,12 +47,14 @@ class Door:
     """
     See the module.
 
-    Settings: `address` (of the socket), `root` (the snapshotter's, absolute, made), `words` (of the server's command).
+    Settings: `address` (of the socket), `root` (the snapshotter's, absolute, made), `words` (of the server's command),
+    `beat_s` (of its signs of life).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._address: str = settings["address"]
         self._words: list[str] = settings["words"]
+        self._beat_s: float = settings["beat_s"]
         self._root = os.open(settings["root"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll = select.epoll()
@@ -62,7 +66,8 @@ class Door:
         self._pid = 0
         self._pidfd = self._said = -1
         self._ready = self._answered = False
-        self._start_at = self._stop_by = 0.0
+        self._start_at = self._stop_by = self._look_at = 0.0
+        self._silent: int | None = None   # looks in a row at which the server had said nothing; None: not ready yet
         self._failed = 0
         self._deaths: list[float] = []
         self._asked = self._stopping = False
@@ -105,7 +110,7 @@ class Door:
 
     def _wait_s(self) -> float | None:
         """Seconds until something is to be done by the clock."""
-        until = self._stop_by if self._stopping else 0.0 if self._pid else self._start_at
+        until = self._stop_by if self._stopping else self._look_at if self._pid else self._start_at
         return max(0.0, until - time.monotonic()) if until else None
 
     def _on_time(self) -> None:
@@ -117,6 +122,21 @@ class Door:
             self._stop_by = now + _STOP_S
         elif not self._stopping and not self._pid and now >= self._start_at:
             self._start()
+        elif not self._stopping and self._pid and now >= self._look_at:
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        """Whether the server lives, and tell systemd that we do. Looks are counted: a machine that slept looks once."""
+        notify.watchdog(now)
+        self._look_at = now + self._beat_s
+        if self._silent is None:
+            return
+        self._silent += 1
+        if self._silent > _SILENT_BEATS:
+            self._silent = None
+            _say(f"the server {self._pid} has shown no sign of life for {_SILENT_BEATS * self._beat_s:g} s: killed")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -181,7 +201,7 @@ class Door:
         if not os.read(self._said, 64):
             self._epoll.unregister(self._said)   # closed: its end is next
             return
-        self._ready, self._failed = True, 0
+        self._ready, self._failed, self._silent = True, 0, 0
         while self._waiting and self._pass_on(*self._waiting[0], greeted=True):
             del self._waiting[0]
         if not self._answered:
@@ -195,6 +215,7 @@ class Door:
         for descriptor in (self._pidfd, self._said):
             os.close(descriptor)     # which takes it out of epoll
         pid, was_ready, self._pid, self._pidfd, self._said, self._ready = self._pid, self._ready, 0, -1, -1, False
+        self._silent = None
         if self._stopping:
             self._code = max(code, 0)
             return

@@ -32,6 +32,7 @@ Examples:
   lazyfs snapshotter install --print      what containerd's configuration needs
   ctr image pull --snapshotter lazyfs REF     (containerd 2.x; with 1.6: lazyfs pull REF)
 """
+BEAT_S = 10.0                    # of the server's signs of life; the door waits for several
 # name -> (module:attribute, one line for the overview), as in cli.main
 _COMMANDS = {
     "install": ("lazyfs.cli.snapshotter_install:install_command", "Write lazyfs into containerd's configuration."),
@@ -46,9 +47,10 @@ _COMMANDS = {
 @click.option("--address", metavar="SOCKET", help="Where containerd asks.")
 @click.option("--containerd-address", metavar="SOCKET", help="Where containerd answers.")
 @click.option("--behind", type=int, hidden=True, metavar="NUMBER")
+@click.option("--beat", type=float, hidden=True, default=BEAT_S, metavar="SECONDS")
 @click.pass_context
 def snapshotter_command(context: click.Context, *, file: str | None, root: str | None, address: str | None,
-                        containerd_address: str | None, behind: int | None) -> None:
+                        containerd_address: str | None, behind: int | None, beat: float) -> None:
     """Serve containerd's snapshots: ordinary images as overlayfs does, lazy images without downloading them."""
     if context.invoked_subcommand is not None:
         return
@@ -59,11 +61,11 @@ def snapshotter_command(context: click.Context, *, file: str | None, root: str |
                               address=str(Path(address or found.snapshotter.address).absolute()),
                               containerd_address=containerd_address or found.snapshotter.containerd_address)
     if behind is None:
-        _become_door(own, file)
-    _serve(dataclasses.replace(found, snapshotter=own), behind)
+        _become_door(own, file, beat)
+    _serve(dataclasses.replace(found, snapshotter=own), behind, beat)
 
 
-def _become_door(own: Snapshotter, file: str | None) -> NoReturn:
+def _become_door(own: Snapshotter, file: str | None, beat_s: float) -> NoReturn:
     """Raises HostError: the root cannot be made."""
     root = Path(own.root)
     try:
@@ -72,19 +74,21 @@ def _become_door(own: Snapshotter, file: str | None) -> NoReturn:
         text = f"cannot use {root}: {error.strerror}"
         raise HostError(text, hint="it must be a local disk, writable by root") from error
     server = [sys.executable, "-m", "lazyfs", "snapshotter", "--root", own.root, "--address", own.address,
-              "--containerd-address", own.containerd_address, *(["--config", file] if file else [])]
-    door = {"address": own.address, "root": own.root, "words": server}
+              "--containerd-address", own.containerd_address, "--beat", str(beat_s),
+              *(["--config", file] if file else [])]
+    door = {"address": own.address, "root": own.root, "words": server, "beat_s": beat_s}
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "snapshotter.door", json.dumps(door)])   # noqa: S606
 
 
-def _serve(settings: config.Config, behind: int) -> None:
-    """Until SIGTERM or SIGINT; says "ready" on descriptor `behind`. Raises LazyfsError."""
+def _serve(settings: config.Config, behind: int, beat_s: float) -> None:
+    """Until SIGTERM or SIGINT; says "ready" on descriptor `behind`, then "alive" now and then. Raises LazyfsError."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")   # we fork nothing that could use it
     os.set_inheritable(behind, False)
     from snapshotter.core import Snapshots  # noqa: PLC0415 - gRPC is heavy: not for --help
     from snapshotter.credentials.make import credential_proxy  # noqa: PLC0415
     from snapshotter.door import SERVER_SOCKET  # noqa: PLC0415
+    from snapshotter.heartbeat import Heartbeat  # noqa: PLC0415
     from snapshotter.lazymake import make_lazy_images  # noqa: PLC0415
     from snapshotter.service import serve  # noqa: PLC0415
 
@@ -104,7 +108,8 @@ def _serve(settings: config.Config, behind: int) -> None:
     directory = os.open(own.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)   # sockets' paths must be short
     try:
         lazy.reconcile(snapshots.bootstraps())
-        with credential_proxy(settings) as proxy:
+        beat = Heartbeat(snapshots.check, lambda: os.write(behind, b"alive\n"), beat_s)
+        with credential_proxy(settings) as proxy, beat:
             serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, lambda: os.read(told, 1),
                   ready=ready, extra=proxy)
     finally:

@@ -74,6 +74,9 @@ StartLimitIntervalSec=0
 ExecStart={program} snapshotter
 # The socket is kept here while no process of ours is alive: containerd is not refused, its requests wait.
 FileDescriptorStoreMax=4
+# Of the door; it looks after the server behind it by itself.
+WatchdogSec=120s
+WatchdogSignal=SIGKILL
 {common}
 [Install]
 WantedBy=multi-user.target

@@ -65,6 +65,20 @@ def test_a_killed_server_is_followed_by_another_and_nobody_is_refused(tmp_path: 
     assert "died: signal 9" in (tmp_path / "log").read_text()
 
 
+def test_a_server_that_hangs_is_followed_by_another(tmp_path: Path) -> None:
+    with running(tmp_path, more=("--beat", "0.25")) as found:
+        commit(found.stub, "base")
+        before = server_of(found.process.pid)
+        for _ in range(2):
+            assert ask(found.address) == api.COMMITTED
+            assert server_of(found.process.pid) == before, "one that lives is left alone"
+        os.kill(before, signal.SIGSTOP)
+        wait_until(lambda: server_of(found.process.pid) != before, "it hangs on")
+        assert ask(found.address) == api.COMMITTED
+        assert found.stop() == 0
+    assert "no sign of life for 3 s" in (tmp_path / "log").read_text()
+
+
 def test_a_client_is_greeted_while_no_server_can_answer(tmp_path: Path) -> None:
     with running(tmp_path) as found:
         commit(found.stub, "base")

@@ -26,7 +26,7 @@ from tests.mountkit import LAZYFS
 from tests.snapkit import blob_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the snapshotter needs root")
 WAIT_S = 20.0
@@ -43,19 +43,20 @@ class Running:
         return self.process.wait(WAIT_S)
 
 
-def start(directory: Path, address: Path | None = None, **environment: str) -> Running:
+def start(directory: Path, address: Path | None = None, more: Sequence[str] = (), **environment: str) -> Running:
     address = address or directory / "s.sock"
     words = [*LAZYFS, "snapshotter", "--root", str(directory / "root"), "--address", str(address),
-             "--containerd-address", str(directory / "none.sock")]
+             "--containerd-address", str(directory / "none.sock"), *more]
     with (directory / "log").open("a") as log:
         process = subprocess.Popen(words, env={**os.environ, **environment}, stdout=log, stderr=log, text=True)
     return Running(process, address)
 
 
 @contextlib.contextmanager
-def running(directory: Path, address: Path | None = None, **environment: str) -> Iterator[Running]:
-    """One that answers, with a client."""
-    found = start(directory, address, **environment)
+def running(directory: Path, address: Path | None = None, more: Sequence[str] = (),
+            **environment: str) -> Iterator[Running]:
+    """One that answers, with a client. `more`: options."""
+    found = start(directory, address, more, **environment)
     channel = grpc.insecure_channel(f"unix:{found.address}")
     try:
         grpc.channel_ready_future(channel).result(WAIT_S)
