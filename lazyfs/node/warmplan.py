@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Int64s = NDArray[np.int64]
 
 _BLOCK_SHIFT = limits.BLOCK_SIZE_BYTES.bit_length() - 1
+EXTENT_COUNT_MAX = 1 << 18       # a start of tensorflow has 29,000; rows take 150 bytes each
 _DEVICE_SHIFT = 32               # block addresses have 32 bits
 
 
@@ -45,8 +46,8 @@ class WarmPlan:
 
 
 def make_warm_plan(extents: Extents, chunk_size: int, tree: ErofsImage) -> WarmPlan:
-    """Of a hot device in chunks of so many bytes. Empty where the image's map is too large to be worth it."""
-    runs = tree.file_runs()
+    """Of a hot device in chunks of so many bytes. Empty where there are too many extents, or runs of files."""
+    runs = tree.file_runs() if len(extents) <= EXTENT_COUNT_MAX else None
     if runs is None or not len(runs.nid):
         return WarmPlan([], [], [], [], {})
     chunk, key, end = _pieces(extents, chunk_size.bit_length() - 1 - _BLOCK_SHIFT)
