@@ -26,6 +26,7 @@ TESTS = Path(__file__).resolve().parent
 LONGEST = ("snapshotter/test_[a-k]*", "snapshotter/test_[l-z]*", "fault/test_m*")    # start first, the rest fills up
 AT_ONCE = 2                      # a machine with one processor waits as much
 PART_S = 3600.0
+_SUMMARY = re.compile(r"^\d+ .* in \d[\d.]*s.*$", re.MULTILINE)      # pytest's last line
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|warnings?)\b")
 
 
@@ -77,6 +78,8 @@ def parts() -> list[Part]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # a background job begins with ignoring it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, counts, code = time.monotonic(), Counter[str](), 0
     todo = parts()
     pool = ThreadPoolExecutor(AT_ONCE)
@@ -84,8 +87,8 @@ def main() -> int:
         for future in as_completed([pool.submit(part.run) for part in todo]):
             part = future.result()
             print(f"=== {part.name}: {part.seconds:.0f} s\n{part.output}", flush=True)
-            last = part.output.strip().rpartition("\n")[2]
-            counts.update({kind.rstrip("s"): int(number) for number, kind in _COUNT.findall(last)})
+            for last in _SUMMARY.findall(part.output)[-1:]:
+                counts.update({kind.rstrip("s"): int(number) for number, kind in _COUNT.findall(last)})
             code = code or part.code
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
