@@ -65,7 +65,6 @@ class Scheduler:
         """The flight of a missing chunk that a read wants: the one under way, or a new one. Call dispatch() after."""
         flight = self.flights.get((device.cached, index))
         if flight is not None and flight.window is not None and flight.window.is_overtaken_by_asking(flight):
-            flight.overtaken = True
             flight = None
         if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
             flight = self._new_flight(device, index, deadline)
@@ -179,7 +178,9 @@ class Scheduler:
 
     def _wanted(self, device: FetchDevice, index: int) -> tuple[object, int, int] | None:
         """See PrefetchHandle.next_window."""
-        if device.cached.present(index, index) or (device.cached, index) in self.flights:
+        flight = self.flights.get((device.cached, index))
+        given_up = flight is not None and flight.window is not None and flight.window.cancelled
+        if device.cached.present(index, index) or (flight is not None and not given_up):
             return None
         start, size, blob_index, codec, *_ = device.table.rows[index].item()
         if codec == Codec.ZERO:
@@ -345,6 +346,9 @@ class Scheduler:
             device.cached.mark_zeros([index])
             flight.done = True
         else:
+            old = self.flights.get((device.cached, index))
+            if old is not None:
+                old.overtaken = True
             self.flights[device.cached, index] = flight
         return flight
 

@@ -79,7 +79,9 @@ class Transfer:
         return any(flight.waiters for flight in self.flights if not flight.done)
 
     def is_overtaken_by_asking(self, flight: Flight) -> bool:
-        """Whether a request for one of its chunks alone, begun now, is done well before this reaches it."""
+        """Whether a request for one of its chunks alone, begun now, is done well before this reaches it, if ever."""
+        if self.cancelled:
+            return True
         rate = self._rate()
         if not rate:
             return False

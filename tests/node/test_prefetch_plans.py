@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lazyfs import config
 from lazyfs.errors import FormatError, LazyfsError, TargetError
+from lazyfs.fetch.engine import FetchLimits
 from lazyfs.image.prefetch import parse_prefetch
 from lazyfs.node import listed, protocol
 from lazyfs.node.opening import open_image
 from lazyfs.node.order import MountOrder
+from lazyfs.node.prefetching import bounds_of
 from lazyfs.registry import RegistryOptions
 from tests.convertkit import Layout, run_convert
 from tests.daemonkit import Daemon, running_daemon
@@ -235,3 +238,10 @@ def test_a_kept_plan_is_used_until_it_is_old_and_when_nobody_answers(opened: Ope
     with pytest.raises(LazyfsError):
         listed.find_plan(gone, opened, tmp_path)
     assert listed.find_plan(MountOrder(opened.source.name, "/nowhere"), opened, tmp_path) == []
+
+
+def test_the_bounds_are_those_of_the_configuration() -> None:
+    settings = config.Daemon(prefetch_streams=2, prefetch_rate=3_000_000, prefetch_max_bytes=5_000_000)
+    bounds = bounds_of(settings)
+    assert (bounds.prefetch_streams, bounds.prefetch_rate, bounds.prefetch_bytes_max) == (2, 3_000_000, 5_000_000)
+    assert bounds_of(config.Daemon()) == FetchLimits()

@@ -190,6 +190,26 @@ async def test_a_bad_chunk_in_a_window_comes_again_by_itself(tmp_path):
 
 
 @pytest.mark.trio
+async def test_what_a_cancelled_window_still_hangs_in_is_wanted_again(tmp_path):
+    async with bench(tmp_path, sample=BIG) as b:
+        hanging = threading.Event()
+        b.source.faults.append(lambda request: hanging.wait(20) if request.number == 0 else None)
+        first = b.fetcher.prefetch(plan(b))
+        await b.asked(1)
+        first.cancel()
+        await b.chunk(3)
+        second = b.fetcher.prefetch(plan(b))
+        with trio.fail_after(20):
+            await second.wait()
+        assert b.device.cached.complete
+        assert not first.done
+        hanging.set()
+        await first.wait()
+        assert sum(size for _, size in b.source.requests[1:]) == len(BIG.stored)
+        assert b.device.remembered_error(0) is None
+
+
+@pytest.mark.trio
 async def test_a_read_overtakes_a_window_that_would_be_later(tmp_path, monkeypatch):
     monkeypatch.setattr("lazyfs.fetch.transfer.Transfer._rate", lambda _: 1e6)
     async with bench(tmp_path, sample=BIG) as b:
