@@ -21,6 +21,7 @@ _WIDTH: Final = 900
 _LABEL_WIDTH: Final = 430        # of bars that lie: the file's name
 _ROW: Final = 20
 _TIME_HEIGHT: Final = 160
+_TICK_COUNT: Final = 5           # of the time axis
 _FILE_COUNT: Final = 20
 _TABLE_COUNT: Final = 1000
 _LABEL_CHARS: Final = 58
@@ -30,8 +31,11 @@ _STYLE: Final = """
 .profile .value { fill: #666; }
 .profile .bar { fill: #3b78b5; }
 .profile .axis { stroke: #999; }
+.profile .sum { stroke: #c4572c; stroke-width: 2; fill: none; }
+.profile .sumvalue { fill: #c4572c; }
 @media (prefers-color-scheme: dark) {
   .profile { fill: #ddd; } .profile .value { fill: #aaa; } .profile .bar { fill: #6ea8dc; }
+  .profile .sum { stroke: #ee8b60; } .profile .sumvalue { fill: #ee8b60; }
 }
 """
 _PAGE_STYLE: Final = """
@@ -62,7 +66,7 @@ def svg(summary: Summary, size: Size) -> str:
         parts.append(_heading(top, "By layer"))
         top = _bars(parts, top + 12, [
             _Bar(f"{one.number}  {one.digest[:19]}", one.size_bytes,
-                 f"{size(one.size_bytes)}, {size(one.chunks.stored_bytes)} stored") for one in summary.layers])
+                 f"{size(one.size_bytes)} in chunks of {size(one.chunks.stored_bytes)}") for one in summary.layers])
     height = top - 10
     place = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     return "\n".join([
@@ -104,7 +108,7 @@ def _heading(top: float, text: str) -> str:
 
 
 def _times(parts: list[str], top: int, summary: Summary, size: Size) -> int:
-    """Standing bars; returns where to go on."""
+    """Standing bars, and over them the line of all that was wanted by then; returns where to go on."""
     if not summary.times:
         parts.append(f'<text x="10" y="{top + 16}" class="value">The list tells no times.</text>')
         return top + 60
@@ -115,11 +119,30 @@ def _times(parts: list[str], top: int, summary: Summary, size: Size) -> int:
         about = f"{one.start_ms:.0f} to {one.end_ms:.0f} ms: {size(one.size_bytes)}"
         parts.append(f'<rect class="bar" x="{10 + number * step:.1f}" y="{base - height:.1f}" '
                      f'width="{step - 2:.1f}" height="{height:.1f}"><title>{_text(about)}</title></rect>')
+    parts.append(_sums(summary, base, step))
     parts.append(f'<path class="axis" d="M10 {base}.5 H{_WIDTH - 10}"/>')
-    parts.append(f'<text x="10" y="{base + 16}" class="value">0 ms</text>')
-    parts.append(f'<text x="{_WIDTH - 10}" y="{base + 16}" class="value" text-anchor="end">'
-                 f"{summary.times[-1].end_ms:.0f} ms; highest bar {_text(size(largest))}</text>")
-    return base + 56
+    end_ms = summary.times[-1].end_ms
+    digits = 0 if end_ms >= _TICK_COUNT else 2
+    for number in range(_TICK_COUNT + 1):
+        anchor = "start" if number == 0 else "end" if number == _TICK_COUNT else "middle"
+        parts.append(f'<text x="{10 + (_WIDTH - 20) * number / _TICK_COUNT:.1f}" y="{base + 16}" class="value" '
+                     f'text-anchor="{anchor}">{end_ms * number / _TICK_COUNT:.{digits}f} ms</text>')
+    parts.append(f'<text x="10" y="{base + 36}" class="value">Bars: first wanted in that time, the highest '
+                 f"{_text(size(largest))}.</text>")
+    total = sum(one.size_bytes for one in summary.times)
+    parts.append(f'<text x="{_WIDTH - 10}" y="{base + 36}" class="sumvalue" text-anchor="end">'
+                 f"Line: wanted until then, {_text(size(total))} at the end.</text>")
+    return base + 76
+
+
+def _sums(summary: Summary, base: int, step: float) -> str:
+    """The line: at each bar's end, the share of all bytes that was wanted until then."""
+    total = sum(one.size_bytes for one in summary.times) or 1
+    points, wanted = [f"10,{base}"], 0
+    for number, one in enumerate(summary.times, 1):
+        wanted += one.size_bytes
+        points.append(f"{10 + number * step:.1f},{base - (_TIME_HEIGHT - 20) * wanted / total:.1f}")
+    return f'<polyline class="sum" points="{" ".join(points)}"/>'
 
 
 def _bars(parts: list[str], top: int, bars: Sequence[_Bar]) -> int:

@@ -60,8 +60,12 @@ def test_pictures_show_files_layers_and_times() -> None:
     found = cover(parse_prefetch("bin/sh 0-99 ms=1\nlib/a.so 0-9999 ms=7\netc/y 0-0 ms=9"), FILES)
     root = ET.fromstring(svg(summarize(found.profile, FILES), format_bytes))
     texts = [node.text for node in root.iter(f"{SVG}text")]
-    for wanted in ("lib/a.so", "bin/sh", "10.0 kB", "By layer", "9 ms; highest bar 10.0 kB"):
+    for wanted in ("lib/a.so", "bin/sh", "10.0 kB", "By layer", "9 ms", "the highest 10.0 kB", "10.1 kB at the end"):
         assert any(text and wanted in text for text in texts), wanted
+    (line,) = root.iter(f"{SVG}polyline")
+    heights = [float(point.partition(",")[2]) for point in line.get("points").split()]
+    assert heights == sorted(heights, reverse=True), "what was wanted once stays wanted"
+    assert heights[0] - heights[-1] == 140
     bars = list(root.iter(f"{SVG}rect"))
     assert len(bars) == 20 + 3 + 2
     assert all(float(bar.get("width")) >= 0 and float(bar.get("x")) + float(bar.get("width")) <= 900 for bar in bars)
