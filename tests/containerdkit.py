@@ -308,7 +308,8 @@ def write_network(directory: Path) -> Path:
         pytest.skip(f"there is no {CNI_DIR}/ptp (apt-get install containernetworking-plugins)")
     path = directory / "cni"
     path.mkdir()
-    ipam = {"type": "host-local", "dataDir": str(directory / "ipam"), "ranges": [[{"subnet": "10.211.0.0/16"}]],
+    subnet = f"10.211.{os.getpid() % 256}.0/24"      # each address is a route of the host: not those of tests beside us
+    ipam = {"type": "host-local", "dataDir": str(directory / "ipam"), "ranges": [[{"subnet": subnet}]],
             "routes": [{"dst": "0.0.0.0/0"}]}
     (path / "10-test.conflist").write_text(json.dumps({
         "cniVersion": "0.4.0", "name": f"t{uuid.uuid4().hex[:8]}",
