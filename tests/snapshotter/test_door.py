@@ -48,8 +48,8 @@ def kill_server(found: Running) -> int:
 
 
 def ask(address: Path, name: str = "base") -> int:
-    """As a client does that never waits for a server that is not there."""
-    with grpc.insecure_channel(f"unix:{address}") as channel:
+    """As a client does that never waits for a server that is not there, on a connection of its own."""
+    with grpc.insecure_channel(f"unix:{address}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         kind: int = SnapshotsStub(channel).Stat(api.StatSnapshotRequest(key=name), timeout=WAIT_S).info.kind
         return kind
 
