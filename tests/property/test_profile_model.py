@@ -14,12 +14,13 @@ from lazyfs.image.model import FileType
 from lazyfs.image.prefetch import (
     PrefetchHeader,
     PrefetchList,
+    chunks_of,
     exact_pattern,
     format_prefetch,
     literal_path,
     make_entry,
     parse_prefetch,
-    resolve,
+    wanted_extents,
 )
 from lazyfs.profile.coverage import cover
 from lazyfs.profile.diff import compare
@@ -73,7 +74,7 @@ def test_a_list_names_the_touched_bytes_of_files_and_no_others(rng: random.Rando
     named = pages(tree, [(tree_nid(tree, path), start, end) for path, start, end in ranges(prefetch)])
     assert named == touched
     chunks = {(device, page * 4096 // CHUNK) for device, page in named}
-    assert set(resolve(prefetch, tree, files.tables).chunks) == chunks
+    assert set(chunks_of(wanted_extents(prefetch, tree, files.tables, []), files.tables)) == chunks
     found = cover(prefetch, files)
     assert (found.missing, found.cut, found.share) == ((), (), 1.0)
     assert found.matched_bytes == profile.size_bytes

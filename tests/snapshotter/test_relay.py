@@ -7,6 +7,7 @@ import random
 import select
 import socket
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -14,9 +15,13 @@ from hypothesis import strategies as st
 
 from snapshotter.relay import GREETING, PAIRS_MAX, Acknowledged, Relay
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 ACK = b"\0\0\0\4\1\0\0\0\0"
 WAIT_S = 20.0
+_END, _ADD = b".", b"+"
 
 
 def frame(kind: int, payload: bytes, flags: int = 0) -> bytes:
@@ -32,6 +37,7 @@ class Running:
         self.relay = Relay(self.epoll, lambda *found: self.given_back.put(found))
         self.ended, self.wakes = socket.socketpair()
         self.epoll.register(self.ended, select.EPOLLIN)
+        self.adding: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.spins = 0
         self.thread = threading.Thread(target=self.run)
 
@@ -46,11 +52,19 @@ class Running:
         while True:
             for number, events in self.epoll.poll(WAIT_S):
                 self.spins += 1
-                if not self.relay.handle(number, events):
+                if self.relay.handle(number, events):
+                    continue
+                if self.ended.recv(1) == _END:
                     return
+                self.adding.get_nowait()()
+
+    def add(self, client: socket.socket, server: socket.socket, *, greeted: bool, early: bytes) -> None:
+        """On the thread that runs: a relay has one."""
+        self.adding.put(lambda: self.relay.add(client, server, greeted=greeted, early=early))
+        self.wakes.send(_ADD)
 
     def finish(self) -> None:
-        self.wakes.send(b".")
+        self.wakes.send(_END)
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
         self.relay.close()
@@ -119,7 +133,7 @@ def test_a_client_that_was_not_answered_is_given_back_with_what_it_said(*, greet
     assert running.relay.count == 0
     one, other = socket.socketpair()
     other.settimeout(WAIT_S)
-    running.relay.add(again, one, greeted=greeted, early=early)
+    running.add(again, one, greeted=greeted, early=early)
     client.sendall(frame(0, b"more"))
     wanted = heard + frame(0, b"more")
     assert receive(other, len(wanted)) == wanted
