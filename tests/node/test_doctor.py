@@ -41,7 +41,8 @@ def subject(tmp_path: Path, image: str = "", **sections: Any) -> Subject:
                           containerd_address=str(tmp_path / "c.sock"))
     cache = replace(found.cache, **sections.get("cache", {}))
     own = replace(found.registry, hosts_dir="", **sections.get("registry", {}))
-    return Subject(config.Config(daemon, cache, snapshotter, found.log, own), image, str(tmp_path / "containerd.toml"))
+    whole = replace(found, daemon=daemon, cache=cache, snapshotter=snapshotter, registry=own)
+    return Subject(whole, image, str(tmp_path / "containerd.toml"))
 
 
 def statuses(results: Iterator[Result]) -> dict[str, str]:
