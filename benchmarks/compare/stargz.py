@@ -1,53 +1,36 @@
 """
 stargz 0.18: its snapshotter's file system in a small program of ours (benchmarks/go/stargz), then runc on overlayfs.
 
-The program is built when it is first needed, into $LAZYFS_STARGZ_DIR or /var/tmp/lazyfs-stargz, where there is Go.
+The program is built when it is first needed, where there is Go (kit/goprogram.py).
 The list of layers is fetched by curl, as containerd fetches a manifest. Background fetch is off: it only costs a start
 time. With a list, a layer's files that a recorded start touches come first in it, and are prefetched.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.compare.peer import Outcome, Peer, clock, listed_files, network
 from benchmarks.imagekit.build import TAG
 from benchmarks.imagekit.layout import blob_path
 from benchmarks.kit.container import Container
+from benchmarks.kit.goprogram import go_program, missing_go
 from benchmarks.kit.host import drop_page_cache
 from benchmarks.kit.proc import ToolError, attempt, run
 from benchmarks.session import layer_digests
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benchmarks.compare.cases import Case
     from benchmarks.session import Session
 
-_SOURCES = Path(__file__).resolve().parents[1] / "go" / "stargz"
-_FOLDER = "/var/tmp/lazyfs-stargz"
-_BUILD_TIMEOUT_S = 900.0
 _LAYER_TIMEOUT_S = 900.0
 _FETCH_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 20.0
-
-
-def _program() -> Path:
-    """The built program: named after its sources, so that a change of them builds another one. Raises ToolError."""
-    names = sorted(_SOURCES.iterdir())
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()[:12]
-    target = Path(os.environ.get("LAZYFS_STARGZ_DIR", _FOLDER), f"stargz-{key}")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        words = ["go", "build", "-trimpath", "-ldflags=-s -w", "-o", str(part), "."]
-        run(words, timeout_s=_BUILD_TIMEOUT_S, cwd=_SOURCES)
-        part.rename(target)
-    return target
 
 
 class Stargz(Peer):
@@ -60,7 +43,7 @@ class Stargz(Peer):
         self._addresses: dict[str, str] = {}
 
     def missing(self) -> str | None:
-        return None if shutil.which("go") else "there is no Go to build it with"
+        return missing_go()
 
     def prepare(self, session: Session, case: Case) -> None:
         if case.name in self._addresses:
@@ -72,7 +55,7 @@ class Stargz(Peer):
         layers: list[Any] = []
         for digest in layer_digests(layout, TAG):
             blob, out = blob_path(layout, digest), folder / "layer"
-            words: list[str | Path] = [_program(), "build", blob, out, folder / "first"]
+            words: list[str | Path] = [go_program("stargz"), "build", blob, out, folder / "first"]
             layers.append(json.loads(run(words, timeout_s=_LAYER_TIMEOUT_S).stdout))
             session.near.put_blob(repository, out)
         (folder / "spec").write_text(json.dumps(layers))
@@ -103,7 +86,7 @@ class Stargz(Peer):
         """Returns when all layers are mounted, and what is to be prefetched is there."""
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [_program(), "mount", folder / "root", folder / "spec", tree], stdin=subprocess.PIPE,
+                [go_program("stargz"), "mount", folder / "root", folder / "spec", tree], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
             )  # fmt: skip
         assert process.stdout is not None
