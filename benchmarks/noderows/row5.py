@@ -1,8 +1,8 @@
 """
 Row 5: Prepare, Mounts and Remove of an ordinary snapshot over gRPC; containerd's overlayfs beside it.
 
-The client is containerd's own, in Go (benchmarks/go/snapshotrpc), as containerd calls a snapshotter. One in Python is
-measured as well: its own share of the three calls is about a millisecond.
+The client is containerd's own, in Go (benchmarks/go/snapshotrpc), as containerd calls a snapshotter. One in Python, in
+turns with it, shows what of the time is the client's: on a noisy machine nothing that could be told.
 """
 
 from __future__ import annotations
