@@ -23,9 +23,9 @@ from isal import isal_zlib
 from benchmarks.fetchload import Spec
 from benchmarks.figures import FOLDER
 from benchmarks.imagekit.layout import read_json
-from benchmarks.kit.proc import ToolError, run
+from benchmarks.kit.proc import run
 from benchmarks.kit.stacks import flame_svg
-from benchmarks.kit.workspace import Interrupted, Workspace, exit_by_signal, workspace
+from benchmarks.kit.workspace import Workspace, measured
 from benchmarks.session import TENSORFLOW, Session
 from lazyfs.image.codec import LEVEL_DEFAULTS, Codec, compress
 from lazyfs.image.digest import Digest, chunk_digest
@@ -51,25 +51,21 @@ def main() -> int:
     parser.add_argument("--flame", action="store_true", help="draw the flame graph of the first codec")
     parser.add_argument("--trees", nargs="*", default=[""], help="checkouts to compare, in turns; empty: this one")
     options = parser.parse_args()
-    try:
-        with workspace() as place:
-            session = Session(place, options.runs)
-            specs = {name: prepare(session, CODECS[name], name, options.mb) for name in options.codecs}
-            found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-            for _ in range(options.runs):
-                for name, spec in specs.items():
-                    for tree in options.trees:
-                        found.setdefault((name, tree), []).append(fetch(place, spec, tree))
-            for (name, tree), runs in found.items():
-                print(f"{name:5} {show(runs)}  {tree}", flush=True)
-            if options.flame:
-                draw(place, specs[options.codecs[0]], options.codecs[0])
-    except ToolError as error:
-        print(f"fetchcpu: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        exit_by_signal(error)
-    return 0
+
+    def measure_all(place: Workspace) -> None:
+        session = Session(place, options.runs)
+        specs = {name: prepare(session, CODECS[name], name, options.mb) for name in options.codecs}
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for _ in range(options.runs):
+            for name, spec in specs.items():
+                for tree in options.trees:
+                    found.setdefault((name, tree), []).append(fetch(place, spec, tree))
+        for (name, tree), runs in found.items():
+            print(f"{name:5} {show(runs)}  {tree}", flush=True)
+        if options.flame:
+            draw(place, specs[options.codecs[0]], options.codecs[0])
+
+    return measured("fetchcpu", measure_all)
 
 
 def prepare(session: Session, codec: Codec, name: str, megabytes: int) -> dict[str, Any]:

@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING
 from benchmarks.kit.host import drop_page_cache
 from benchmarks.kit.lazy import LazyMount
 from benchmarks.kit.proc import ToolError, run
-from benchmarks.kit.workspace import Interrupted, exit_by_signal, workspace
+from benchmarks.kit.workspace import measured
 from benchmarks.session import NUMPY, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from benchmarks.kit.workspace import Workspace
 
 BDI = Path("/sys/class/bdi")
 READ_AHEADS_KIB = {"erofs": (4, 32, 128, 512, 1024, 4096), "fuse": (4, 64, 128, 256, 1024)}
@@ -63,16 +65,12 @@ def main() -> int:
     parser.add_argument("what", choices=["readahead", "background"])
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    try:
-        with workspace() as place:
-            session = Session(place, options.runs)
-            (read_ahead if options.what == "readahead" else background)(session)
-    except ToolError as error:
-        print(f"readpath: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        exit_by_signal(error)
-    return 0
+
+    def measure_all(place: Workspace) -> None:
+        session = Session(place, options.runs)
+        (read_ahead if options.what == "readahead" else background)(session)
+
+    return measured("readpath", measure_all)
 
 
 def read_ahead(session: Session) -> None:

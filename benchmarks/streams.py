@@ -25,7 +25,7 @@ from benchmarks.kit.delay import start_delay
 from benchmarks.kit.link import make_link
 from benchmarks.kit.proc import ToolError
 from benchmarks.kit.registry import start_registry
-from benchmarks.kit.workspace import Interrupted, exit_by_signal, workspace
+from benchmarks.kit.workspace import measured
 from lazyfs.cache.store import CacheDir
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.engine import Fetcher, FetchLimits
@@ -38,6 +38,7 @@ from lazyfs.registry import RegistryOptions, open_source
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from benchmarks.kit.workspace import Workspace
     from lazyfs.registry.place import ImageSource
 
 _READ_PAUSE_S = 0.25
@@ -131,30 +132,29 @@ def upload(host: str, data: bytes) -> None:
         connection.close()
 
 
-def measure(rates: list[int], rtts: list[float], runs: int, megabytes: int) -> None:
+def measure(place: Workspace, rates: list[int], rtts: list[float], runs: int, megabytes: int) -> None:
     """All links, one after another. Raises ToolError, LazyfsError."""
     samples = Sample.make(round(megabytes * 1e6 / (0.4 * MIB)), 1), Sample.make(60, 2)
-    with workspace() as place:
-        link = make_link(place)
-        registry = start_registry(place, link=link)
-        for sample in samples:
-            upload(registry.host, sample.stored)
-        to_port = int(registry.host.rpartition(":")[2])
-        for port, rtt_ms in enumerate(rtts, 6000):
-            host = start_delay(place, link, port, to_port, rtt_ms)
-            for rate in rates:
-                link.set_rate(rate * 1_000_000)
-                found: dict[str, list[Outcome]] = {"alone": [], "with_reads": [], "reads": []}
-                for _ in range(runs):
-                    for name, (ahead, reads) in (("alone", (True, False)), ("with_reads", (True, True)),
-                                                 ("reads", (False, True))):  # fmt: skip
-                        cache = place.folder("cache")
-                        found[name].append(trio.run(_run, host, cache, samples, ahead, reads))
-                least_s = len(samples[0].stored) * 8 / rate / 1e6
-                print(
-                    json.dumps({"mbit_s": rate, "rtt_ms": rtt_ms, "least_s": round(least_s, 2), **_row(found)}),
-                    flush=True,
-                )
+    link = make_link(place)
+    registry = start_registry(place, link=link)
+    for sample in samples:
+        upload(registry.host, sample.stored)
+    to_port = int(registry.host.rpartition(":")[2])
+    for port, rtt_ms in enumerate(rtts, 6000):
+        host = start_delay(place, link, port, to_port, rtt_ms)
+        for rate in rates:
+            link.set_rate(rate * 1_000_000)
+            found: dict[str, list[Outcome]] = {"alone": [], "with_reads": [], "reads": []}
+            for _ in range(runs):
+                for name, (ahead, reads) in (("alone", (True, False)), ("with_reads", (True, True)),
+                                             ("reads", (False, True))):  # fmt: skip
+                    cache = place.folder("cache")
+                    found[name].append(trio.run(_run, host, cache, samples, ahead, reads))
+            least_s = len(samples[0].stored) * 8 / rate / 1e6
+            print(
+                json.dumps({"mbit_s": rate, "rtt_ms": rtt_ms, "least_s": round(least_s, 2), **_row(found)}),
+                flush=True,
+            )
 
 
 async def _run(host: str, cache: Path, samples: tuple[Sample, Sample], ahead: bool, reads: bool) -> Outcome:
@@ -183,14 +183,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=55)
     options = parser.parse_args()
     rates, rtts = ([*map(int, options.rates.split(","))], [*map(float, options.rtts.split(","))])
-    try:
-        measure(rates, rtts, options.runs, options.megabytes)
-    except ToolError as error:
-        print(f"streams: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        exit_by_signal(error)
-    return 0
+    return measured("streams", lambda place: measure(place, rates, rtts, options.runs, options.megabytes))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import FOLDER
 from benchmarks.kit.host import commit, describe
-from benchmarks.kit.proc import ToolError
-from benchmarks.kit.workspace import Interrupted, exit_by_signal, workspace
+from benchmarks.kit.workspace import measured
 from benchmarks.rows.row7 import convert_fresh
 from benchmarks.rows.starts import start_lazy
 from benchmarks.session import NUMPY, TENSORFLOW, Session, layers_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from benchmarks.kit.workspace import Workspace
 
 LEVELS = {"lz4": (1, 3, 6, 9), "zstd": (1, 3, 6, 9)}
 CHUNK_SIZES = ("64k", "128k", "256k", "512k", "1m")
@@ -71,18 +72,14 @@ def main() -> int:
     levels: dict[str, tuple[int, ...]] = {codec: LEVELS[codec] for codec in options.codecs}
     path = FOLDER / f"{time.strftime('%Y-%m-%d')}-sweep-{options.what}.json"
     kept: dict[str, Any] = {"machine": describe(), "commit": commit(), "rows": []}
-    try:
-        with workspace() as place:
-            for row in SWEEPS[options.what](Session(place, options.runs), levels, tuple(options.chunks)):
-                print(json.dumps(row), flush=True)
-                kept["rows"].append(row)
-                path.write_text(json.dumps(kept, indent=1) + "\n")
-    except ToolError as error:
-        print(f"sweep: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        exit_by_signal(error)
-    return 0
+
+    def measure_all(place: Workspace) -> None:
+        for row in SWEEPS[options.what](Session(place, options.runs), levels, tuple(options.chunks)):
+            print(json.dumps(row), flush=True)
+            kept["rows"].append(row)
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+
+    return measured("sweep", measure_all)
 
 
 if __name__ == "__main__":

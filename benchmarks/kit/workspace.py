@@ -20,10 +20,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.kit.proc import attempt
+from benchmarks.kit.proc import ToolError, attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 BASE = Path("/var/tmp")  # a real disk: overlayfs wants an upper directory that is not on overlayfs or in memory
@@ -110,6 +110,19 @@ def exit_by_signal(error: Interrupted) -> None:
     sys.stdout.flush()
     signal.signal(error.signum, signal.SIG_DFL)
     os.kill(os.getpid(), error.signum)
+
+
+def measured(name: str, measure: Callable[[Workspace], object]) -> int:
+    """Measure in a place of its own; returns the exit code. `name`: of the command, for its message."""
+    try:
+        with workspace() as place:
+            measure(place)
+    except ToolError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        exit_by_signal(error)
+    return 0
 
 
 def sweep() -> None:
