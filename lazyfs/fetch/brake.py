@@ -1,10 +1,10 @@
 """
-What keeps a prefetch from being in the way: reads go first on the link, and a configured rate is not exceeded.
+What keeps windows from being in the way: those who wait go first on the link, and a configured rate is not exceeded.
 
-Layer: fetch. Who calls: fetch.scheduler on the loop (`begin`, `end`), the threads of prefetch windows (`hold`).
+Layer: fetch. Who calls: fetch.scheduler on the loop (`begin`, `end`), the threads of windows (`hold`).
 A window's thread that does not read lets its connection's receive buffer fill, and then the sender stops: so the link
-is free for the reads after at most one round trip's bytes, and nothing has to be asked for again.
-State: since when reads are under way, and how far the rate's allowance is used up; both under one lock.
+is free for the others after at most one round trip's bytes, and nothing has to be asked for again.
+State: since when others are under way (Traffic), and how far a rate's allowance is used up (Brake), under a lock.
 """
 
 from __future__ import annotations
@@ -19,26 +19,44 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Brake:
-    """One for all windows of a fetcher. `rate_bytes_s`: of all of them together; 0: no bound."""
+class Traffic:
+    """
+    Transfers under way that windows make way for. Changed on the loop, read by threads.
 
-    def __init__(self, rate_bytes_s: int = 0) -> None:
-        self._rate = rate_bytes_s
-        self._lock = threading.Lock()
-        self._paid_until = 0.0                # time.monotonic(): when what has come so far was due
-        self._busy_since: float | None = None
-        self._free = threading.Event()
-        self._free.set()
+    :busy_since: time.monotonic() seconds; None: there are none.
+    """
+
+    def __init__(self) -> None:
+        self.busy_since: float | None = None
+        self.free = threading.Event()
+        self.free.set()
+        self._count = 0
 
     def begin(self) -> None:
-        """The first read asks for something of its own."""
-        self._busy_since = time.monotonic()
-        self._free.clear()
+        """One more asks for something."""
+        self._count += 1
+        if self._count == 1:
+            self.busy_since = time.monotonic()
+            self.free.clear()
 
     def end(self) -> None:
-        """None does any more."""
-        self._busy_since = None
-        self._free.set()
+        """One less does."""
+        self._count -= 1
+        if not self._count:
+            self.busy_since = None
+            self.free.set()
+
+
+class Brake:
+    """For windows that share a rate. `rate_bytes_s`: of all of them together; 0: no bound."""
+
+    def __init__(self, traffic: Traffic, rate_bytes_s: int = 0, courtesy_s: float = COURTESY_S) -> None:
+        """`courtesy_s`: others that go on and on are given way for so long, then they get a share of the link."""
+        self._traffic = traffic
+        self._rate = rate_bytes_s
+        self._courtesy_s = courtesy_s
+        self._lock = threading.Lock()
+        self._paid_until = 0.0                # time.monotonic(): when what has come so far was due
 
     def hold(self, count: int, goes_first: Callable[[], bool]) -> float:
         """
@@ -56,13 +74,12 @@ class Brake:
         return time.monotonic() - began
 
     def _give_way(self, goes_first: Callable[[], bool]) -> None:
-        """Reads that go on and on get their share of the link, not all of it: COURTESY_S after they began."""
-        since = self._busy_since
+        since = self._traffic.busy_since
         while since is not None and not goes_first():
-            left_s = since + COURTESY_S - time.monotonic()
-            if left_s <= 0 or self._free.wait(min(left_s, PACE_SLICE_S)):
+            left_s = since + self._courtesy_s - time.monotonic()
+            if left_s <= 0 or self._traffic.free.wait(min(left_s, PACE_SLICE_S)):
                 return
-            since = self._busy_since
+            since = self._traffic.busy_since
 
     def _slow_down(self, count: int, goes_first: Callable[[], bool]) -> None:
         with self._lock:

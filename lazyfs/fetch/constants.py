@@ -23,6 +23,7 @@ class FetchLimits:
     prefetch_rate: int = 0             # bytes/s of all windows together; 0: no bound
     prefetch_bytes_max: int = 0        # stored bytes fetched ahead of one image; 0: no bound
     background_streams: int = 2        # read-ahead of sequential readers
+    copy_streams: int = 2              # windows of background copies: one to receive, one that is about to answer
     merge_bytes_max: int = 4 * MIB     # one range request of queued chunks that are neighbours, stored bytes
     # One range request of the hot blob. The first one is small, for nothing is known of the link; each is twice as
     # large as the one before: few requests.
@@ -32,7 +33,7 @@ class FetchLimits:
 
     @property
     def thread_count(self) -> int:
-        return self.foreground_total + self.prefetch_streams + self.background_streams
+        return self.foreground_total + self.prefetch_streams + self.background_streams + self.copy_streams
 
 
 IN_FLIGHT_BYTES_MAX = 64 * MIB
@@ -56,6 +57,10 @@ OVERTAKE_FACTOR = 2.0
 OVERTAKE_MARGIN_S = 0.05
 COURTESY_S = 0.5                 # windows stand back so long from when reads began; then they take their share again
 PACE_SLICE_S = 0.1               # how soon a waiting window notices that it is waited for, or given up
+# A window of a background copy. Two at most are under way: what a killed worker fetches again is below 8 MiB; and a
+# read that comes in between waits for 34 ms of it at 1 Gbit/s, if the whole of it is in the link's buffers already.
+COPY_WINDOW_BYTES = 4 * MIB
+COPY_WINDOW_BYTES_MIN = 256 * KIB    # of a slow one: a request costs the registry something too
 PREFETCH_SCAN_COUNT_MAX = 2048   # plan entries looked at before the loop gets a turn
 PREFETCH_FAILURE_COUNT_MAX = 6   # consecutive; then chunks come when they are read
 READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
@@ -67,4 +72,5 @@ READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between 
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
 
 assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES + SPILL_BYTES_MAX <= IN_FLIGHT_BYTES_MAX
+assert FetchLimits().copy_streams * COPY_WINDOW_BYTES <= 8 * MIB    # the promise above
 assert FetchLimits().merge_bytes_max <= FetchLimits().window_bytes_max <= limits.RANGE_REQUEST_BYTES_MAX

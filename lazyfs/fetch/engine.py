@@ -15,8 +15,10 @@ import trio
 
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError
 from lazyfs.fetch.constants import CLOSE_GRACE_S, ERROR_MEMORY_S, READ_ROUND_COUNT_MAX, FetchLimits
+from lazyfs.fetch.copying import CopyHandle, CopyTerms
 from lazyfs.fetch.hotview import HOT_DEADLINE_SHARE
 from lazyfs.fetch.prefetch import PrefetchHandle
+from lazyfs.fetch.readtrace import CURRENT
 from lazyfs.fetch.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     Memory = dict[int, bytes | memoryview]
 
-__all__ = ["FetchLimits", "Fetcher", "PrefetchHandle"]
+__all__ = ["CopyHandle", "CopyTerms", "FetchLimits", "Fetcher", "PrefetchHandle"]
 
 
 class Fetcher:
@@ -103,9 +105,26 @@ class Fetcher:
             plan: (device, chunk index); those present are skipped.
 
         """
-        handle = PrefetchHandle(plan, self._bounds)
+        handle = PrefetchHandle(plan, self._bounds, self._scheduler.brake)
         self._scheduler.add_prefetch(handle)
         return handle
+
+    def copy(self, plan: Sequence[tuple[FetchDevice, int]], terms: CopyTerms) -> CopyHandle:
+        """
+        Fetch chunks in the background, below everything else, as gently as `terms` say.
+
+        Args:
+            plan: (device, chunk index), best in the order of their blobs; those present are skipped.
+            terms: of this copy; several at once have a rate each.
+
+        """
+        handle = CopyHandle(plan, terms, self._scheduler.copies.traffic)
+        self._scheduler.add_copy(handle)
+        return handle
+
+    def nudge(self) -> None:
+        """A copy was held, or is not any more: look what may start."""
+        self._scheduler.dispatch()
 
     # --- the hot device -------------------------------------------------------------------------------------------
 
@@ -203,6 +222,9 @@ class Fetcher:
             flights.append(self._scheduler.join(device, index, deadline))
         for flight in flights:
             flight.waiters += 1
+        trace = CURRENT.get()
+        if trace is not None:
+            trace.joined(flights)
         self._scheduler.dispatch()
         try:
             for flight in flights:    # grows: see _instead

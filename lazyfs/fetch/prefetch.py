@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs.fetch.constants import PREFETCH_FAILURE_COUNT_MAX, PREFETCH_SCAN_COUNT_MAX
+from lazyfs.fetch.constants import PREFETCH_FAILURE_COUNT_MAX, PREFETCH_RATE_MIN, PREFETCH_SCAN_COUNT_MAX
+from lazyfs.fetch.transfer import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lazyfs.errors import LazyfsError
+    from lazyfs.fetch.brake import Brake
     from lazyfs.fetch.constants import FetchLimits
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.transfer import Transfer
@@ -36,11 +38,16 @@ class PrefetchHandle:
     :running: windows under way.
     :error: why it gave up, if it did; its chunks then come when they are read.
     :cancelled: it was; so it may be done without having fetched all.
+    :priority: of its windows.
     """
 
-    def __init__(self, plan: Sequence[Entry], bounds: FetchLimits) -> None:
+    priority = Priority.PREFETCH
+
+    def __init__(self, plan: Sequence[Entry], bounds: FetchLimits, brake: Brake) -> None:
+        """`brake`: what makes its windows wait for others."""
         self._plan = plan
         self._bounds = bounds
+        self.brake = brake
         self._window_bytes = bounds.window_bytes_first
         self._left_bytes = bounds.prefetch_bytes_max or sys.maxsize
         self._cursor = 0
@@ -85,9 +92,21 @@ class PrefetchHandle:
             self._ended.set()
 
     @property
+    def rate_min(self) -> float:
+        """Bytes/s: a window slower than that is cut off."""
+        if not self._bounds.prefetch_rate:
+            return PREFETCH_RATE_MIN
+        return min(PREFETCH_RATE_MIN, self._bounds.prefetch_rate / (2 * self._bounds.prefetch_streams))
+
+    @property
     def is_hungry(self) -> bool:
         """Whether another window may start."""
         return all(window.is_nearly_done() for window in self.running)
+
+    def window_ended(self, transfer: Transfer) -> None:
+        """Account for it."""
+        self.running.remove(transfer)
+        self.fetched_count += transfer.landed_count
 
     def next_window(
         self, handle_count: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]

@@ -1,7 +1,8 @@
 """
 Which transfer starts next, and what becomes of its flights. All on the loop, all synchronous but `_later`.
 
-Order: foreground (oldest first, the sources in turn), then prefetch windows, then read-ahead; each within its bound.
+Order: foreground (oldest first, the sources in turn), then prefetch windows, then read-ahead, then background copies;
+each within its bound.
 Invariants: a chunk that is wanted has exactly one flight in `flights`, from its making until it landed or failed; a
 flight is in at most one of: a queue, a transfer, a pause. Who calls: fetch.engine. See docs/concurrency.md.
 """
@@ -9,18 +10,21 @@ flight is in at most one of: a queue, a transfer, a pause. Who calls: fetch.engi
 from __future__ import annotations
 
 import logging
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 from lazyfs import limits
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
-from lazyfs.fetch.brake import Brake
-from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, PREFETCH_RATE_MIN, SPILL_BYTES_MAX, FetchLimits
+from lazyfs.fetch.brake import Brake, Traffic
+from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, FetchLimits
+from lazyfs.fetch.copying import Copies
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lane import Lane
+from lazyfs.fetch.prefetch import PrefetchHandle
 from lazyfs.fetch.spill import Spill
 from lazyfs.fetch.statistics import FetchStatistics
 from lazyfs.fetch.transfer import Priority, Transfer
@@ -31,9 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lazyfs.cache.store import CachedDevice
+    from lazyfs.fetch.copying import CopyHandle
     from lazyfs.fetch.device import FetchDevice
-    from lazyfs.fetch.prefetch import Entry, PrefetchHandle
+    from lazyfs.fetch.prefetch import Entry
 
+H = TypeVar("H", bound=PrefetchHandle)
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +58,10 @@ class Scheduler:
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
         self._running = dict.fromkeys(Priority, 0)
-        self._brake = Brake(bounds.prefetch_rate)
+        self.copies = Copies()
+        self._copies_wake_at = math.inf    # trio's clock
+        self._reads = Traffic()
+        self.brake = Brake(self._reads, bounds.prefetch_rate)    # of all prefetch windows together
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
         self._closed = False
@@ -91,11 +100,15 @@ class Scheduler:
         self.prefetches.append(handle)
         self.dispatch()
 
+    def add_copy(self, handle: CopyHandle) -> None:
+        self.copies.handles.append(handle)
+        self.dispatch()
+
     def dispatch(self) -> None:
         """Start what may start."""
         if self._closed:
             return
-        while self._start_foreground() or self._start_window() or self._start_background():
+        while self._start_foreground() or self._start_window() or self._start_background() or self._start_copy():
             pass
 
     def close(self) -> None:
@@ -107,7 +120,7 @@ class Scheduler:
                 flight.fail(SourceError(f"{flight.source.name}: the worker is stopping"))
         self.flights.clear()
         self.lanes.clear()
-        for handle in self.prefetches:
+        for handle in (*self.prefetches, *self.copies.handles):
             handle.cancel()
 
     # --- what starts ----------------------------------------------------------------------------------------------
@@ -145,31 +158,44 @@ class Scheduler:
         if self._running[Priority.PREFETCH] >= self.bounds.prefetch_streams:
             return False
         now = trio.current_time()
-        for handle in self.prefetches:
-            if handle.paused_until > now or not handle.is_hungry:
-                continue
-            window, stopped = handle.next_window(len(self.prefetches), self._wanted)
+        ready = [handle for handle in self.prefetches if handle.paused_until <= now and handle.is_hungry]
+        return self._start_next_window(ready, self.prefetches)
+
+    def _start_copy(self) -> bool:
+        if self._running[Priority.COPY] >= self.bounds.copy_streams or not self.copies.handles:
+            return False
+        now = trio.current_time()
+        ready, later = self.copies.ready(now)
+        if self._start_next_window(ready, self.copies.handles):
+            return True
+        if later < self._copies_wake_at or self._copies_wake_at <= now:
+            self._copies_wake_at = later
+            if later < math.inf:
+                self._nursery.start_soon(self._later, later, [])
+        return False
+
+    def _start_next_window(self, ready: list[H], handles: list[H]) -> bool:
+        """Of the first of `ready` that has one; `handles`: all of their kind, in turn."""
+        for handle in ready:
+            window, stopped = handle.next_window(len(handles), self._wanted)
             if stopped:
                 self._workers.wake(self.dispatch)    # scan on after the others had a turn
                 return False
             if window:
-                self._start_prefetch(handle, window)
-                self.prefetches.remove(handle)    # the others' turn
-                self.prefetches.append(handle)
+                self._start_handles_window(handle, window)
+                handles.remove(handle)    # the others' turn
+                handles.append(handle)
                 return True
             handle.check_end()
-        self.prefetches = [handle for handle in self.prefetches if not handle.done]
+        handles[:] = [handle for handle in handles if not handle.done]
         return False
 
-    def _start_prefetch(self, handle: PrefetchHandle, window: list[Entry]) -> None:
+    def _start_handles_window(self, handle: PrefetchHandle, window: list[Entry]) -> None:
         flights = [self._new_flight(*entry, time.monotonic()) for entry in window]
-        transfer = Transfer(flights, Priority.PREFETCH, self._brake)
-        rate_min: float = PREFETCH_RATE_MIN
-        if self.bounds.prefetch_rate:
-            rate_min = min(rate_min, self.bounds.prefetch_rate / (2 * self.bounds.prefetch_streams))
+        transfer = Transfer(flights, handle.priority, handle.brake)
         for flight in flights:
             flight.window = transfer
-            flight.deadline += limits.READ_DEADLINE_S + transfer.size / rate_min
+            flight.deadline += limits.READ_DEADLINE_S + transfer.size / handle.rate_min
         if self._start(transfer):
             handle.running.add(transfer)
             self._windows[transfer] = handle
@@ -210,8 +236,9 @@ class Scheduler:
                     self._fail(failed, error)
                 return False
         self._running[transfer.priority] += 1
-        if transfer.priority is Priority.FOREGROUND and self._running[Priority.FOREGROUND] == 1:
-            self._brake.begin()
+        self.copies.begin(transfer.priority)
+        if transfer.priority is Priority.FOREGROUND:
+            self._reads.begin()
         self.statistics.requests += 1
         self._workers.start(transfer)
         return True
@@ -221,8 +248,9 @@ class Scheduler:
     def _finished(self, transfer: Transfer) -> None:
         """The thread is through with it."""
         self._running[transfer.priority] -= 1
-        if transfer.priority is Priority.FOREGROUND and not self._running[Priority.FOREGROUND]:
-            self._brake.end()
+        self.copies.end(transfer.priority, trio.current_time())
+        if transfer.priority is Priority.FOREGROUND:
+            self._reads.end()
         self._count(transfer)
         again: list[Flight] = []
         for flight in transfer.flights:
@@ -232,8 +260,7 @@ class Scheduler:
                 again.extend(self._not_landed(flight, transfer))
         handle = self._windows.pop(transfer, None)
         if handle is not None:
-            handle.running.remove(transfer)
-            handle.fetched_count += transfer.landed_count
+            handle.window_ended(transfer)
             again = self._give_back(handle, transfer, again)
             handle.check_end()
         lane = self.lanes.get(id(transfer.source))
@@ -253,11 +280,15 @@ class Scheduler:
     def _count(self, transfer: Transfer) -> None:
         statistics = self.statistics
         statistics.fetched_stored_bytes += transfer.received_bytes
+        statistics.count_source(transfer.server, transfer.received_bytes)
         statistics.chunks_fetched += transfer.landed_count
         if transfer.priority is Priority.PREFETCH:
             statistics.chunks_prefetched += transfer.landed_count
         elif transfer.priority is Priority.BACKGROUND:
             statistics.chunks_read_ahead += transfer.landed_count
+        elif transfer.priority is Priority.COPY:
+            statistics.chunks_copied += transfer.landed_count
+            statistics.copied_stored_bytes += transfer.received_bytes
 
     def _land(self, flight: Flight) -> None:
         self._remove(flight)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+SOURCE_COUNT_MAX = 32            # told apart; a node has a registry or three, and their mirrors
+OTHER = "other"
 
 
 @dataclass(slots=True)
@@ -17,12 +20,22 @@ class FetchStatistics:
     chunks_fetched: int = 0         # chunks that landed
     chunks_prefetched: int = 0      # of these: by a window of the hot blob
     chunks_read_ahead: int = 0      # of these: for a sequential reader
+    chunks_copied: int = 0          # of these: by a background copy
+    copied_stored_bytes: int = 0    # received for background copies, repetitions and bad chunks included
     fetched_stored_bytes: int = 0   # received from sources, repetitions and bad chunks included
     touched_stored_bytes: int = 0   # of the chunks that reads asked for, each once a device
     retries: int = 0                # transfers that are tried again
     bad_chunks: int = 0             # arrived with another digest or undecodable
     not_stored: int = 0             # landed, but only in memory: disk full
     errors: int = 0                 # reads that failed
+    bytes_by_source: dict[str, int] = field(default_factory=dict)   # fetched_stored_bytes by the server that gave them
+
+    def count_source(self, server: str, size_bytes: int) -> None:
+        """So many bytes came from that server."""
+        if size_bytes:
+            if server not in self.bytes_by_source and len(self.bytes_by_source) >= SOURCE_COUNT_MAX:
+                server = OTHER
+            self.bytes_by_source[server] = self.bytes_by_source.get(server, 0) + size_bytes
 
     @property
     def bytes_from_source(self) -> int:

@@ -12,6 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from lazyfs import requestid
 from lazyfs.errors import BugError, DeadlineError, FormatError, IntegrityError, LazyfsError, SourceError
 from lazyfs.fetch.constants import (
     ATTEMPT_SHARE,
@@ -24,7 +25,7 @@ from lazyfs.fetch.constants import (
 )
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import chunk_digest
-from lazyfs.registry.streams import distrust
+from lazyfs.registry.streams import distrust, server_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ class Priority(enum.IntEnum):
     FOREGROUND = 0    # a read waits
     PREFETCH = 1      # a window of the hot blob
     BACKGROUND = 2    # read-ahead
+    COPY = 3          # a window of a background copy
 
 
 class Transfer:
@@ -47,8 +49,10 @@ class Transfer:
     :flights: neighbours in one blob of one source, in its order.
     :received_bytes, remaining_bytes: stored bytes; written by the thread.
     :cancelled: set by the loop; the thread gives up at the next piece.
-    :brake: of a prefetch window: what makes it wait for others.
+    :brake: of a window: what makes it wait for others.
     :delay_s: from the request to the answer's header; 0.0: it has not come.
+    :server: who answered; empty: nobody yet.
+    :request: the read that it is for, or one of them; empty: none.
     """
 
     def __init__(self, flights: list[Flight], priority: Priority, brake: Brake | None = None) -> None:
@@ -64,6 +68,8 @@ class Transfer:
         self.cancelled = False
         self.error: LazyfsError | None = None
         self.delay_s = 0.0
+        self.server = ""
+        self.request = next((flight.request for flight in flights if flight.request), "")
         self._answered_at = 0.0      # time.monotonic()
         self._held_s = 0.0           # by the brake, since then
         self._unpaid_bytes = 0       # received, and the brake not told
@@ -113,6 +119,7 @@ class Transfer:
             nearly_done: called on the loop when PREFETCH_OVERLAP_BYTES are left.
 
         """
+        requestid.begin(self.request)
         try:
             self._receive(wake, nearly_done)
         except LazyfsError as error:
@@ -142,11 +149,14 @@ class Transfer:
         with self.source.read_range(self.blob, self.start, self.size, deadline) as stream:
             self._answered_at = time.monotonic()
             self.delay_s = self._answered_at - began
+            self.server = server_of(stream)
             buffer = memoryview(bytearray(max(flight.stored_size for flight in self.flights)))
             for flight in self.flights:
                 stored = buffer[: flight.stored_size]
+                flight.begun_at, flight.answered_at, flight.server = began, self._answered_at, self.server
                 self._fill(stored, stream)
-                if not told and self.priority is Priority.PREFETCH and self.is_nearly_done():
+                flight.received_at = time.monotonic()
+                if not told and self.brake is not None and self.is_nearly_done():
                     told = True
                     wake(nearly_done)
                 if flight.overtaken and flight.device.cached.present(flight.index, flight.index):
@@ -201,7 +211,9 @@ def settle(flight: Flight, stored: memoryview) -> bool:
             hint="the registry or something on the way damages data; lazyfs check finds all such chunks",
         )
         return False
+    flight.decoded_at = time.monotonic()
     if not flight.device.cached.write(flight.index, data):
         flight.data = bytes(data) if flight.codec == Codec.NONE else data    # not decoded: it lies in `stored` still
+    flight.settled_at = time.monotonic()
     flight.done = True
     return True

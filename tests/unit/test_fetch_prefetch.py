@@ -16,7 +16,7 @@ from lazyfs import limits
 from lazyfs.cache.store import CacheDir
 from lazyfs.errors import NotFoundError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
-from lazyfs.fetch.brake import Brake
+from lazyfs.fetch.brake import Brake, Traffic
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.engine import FetchLimits
 from lazyfs.fetch.flight import Flight
@@ -288,30 +288,33 @@ async def test_windows_grow_so_that_a_large_hot_part_is_few_requests(tmp_path):
 
 
 def test_a_window_stands_back_while_reads_are_under_way():
-    brake = Brake()
+    traffic = Traffic()
+    brake = Brake(traffic)
     looked = threading.Semaphore(0)
 
     def goes_first() -> bool:
         looked.release()
         return False
 
-    brake.begin()
+    traffic.begin()
+    traffic.begin()
     thread = threading.Thread(target=brake.hold, args=(CHUNK, goes_first))
     thread.start()
     assert looked.acquire(timeout=20)
+    traffic.end()
+    assert looked.acquire(timeout=20)
     assert thread.is_alive()
-    brake.end()
+    traffic.end()
     thread.join(20)
     assert not thread.is_alive()
     assert brake.hold(CHUNK, goes_first) < 20
 
 
-def test_a_window_that_is_waited_for_does_not_stand_back_nor_for_ever(monkeypatch):
-    brake = Brake()
-    brake.begin()
-    assert brake.hold(CHUNK, lambda: True) < 20
-    monkeypatch.setattr("lazyfs.fetch.brake.COURTESY_S", 0.0)
-    assert brake.hold(CHUNK, lambda: False) < 20
+def test_a_window_that_is_waited_for_does_not_stand_back_nor_for_ever():
+    traffic = Traffic()
+    traffic.begin()
+    assert Brake(traffic, courtesy_s=1e9).hold(CHUNK, lambda: True) < 20
+    assert Brake(traffic, courtesy_s=0.0).hold(CHUNK, lambda: False) < 20
 
 
 def test_the_rate_of_all_windows_together_is_bounded(monkeypatch):
@@ -327,7 +330,7 @@ def test_the_rate_of_all_windows_together_is_bounded(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr("lazyfs.fetch.brake.time", clock)
-    brake = Brake(rate_bytes_s=1_000_000)
+    brake = Brake(Traffic(), rate_bytes_s=1_000_000)
     for _ in range(100):
         brake.hold(50_000, lambda: False)
     assert 4.8 < clock.now - 1000 < 5.2
