@@ -171,6 +171,9 @@ class RegistryHost:
 
 @dataclass(frozen=True)
 class Registry:
+    allow_private: bool = _key(Flag(), False,
+                               "It may send us to private addresses (redirects to its blob store, its token server) "
+                               "though its own is public.")
     """[registry]. `host`: by host[:port]."""
 
     hosts_dir: str = _key(AbsolutePath(optional=True), "/etc/containerd/certs.d",
@@ -190,6 +193,7 @@ class Registry:
 class Config:
     """
     The whole configuration.
+    allow_private: bool = _key(Flag(), False, "The same for all registries.")
 
     Attributes:
         file: what was read; empty: the default file is not there.

@@ -34,6 +34,7 @@ from lazyfs.registry.transport import Call
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from lazyfs.registry.addresses import Reach
     from lazyfs.registry.endpoint import Endpoint
     from lazyfs.registry.options import RegistryOptions
     from lazyfs.registry.transport import Transport
@@ -240,7 +241,7 @@ class Authenticator:
 
     def _ask(self, bearer: Challenge, scope: str, credentials: Credentials | None, deadline: float) -> _Grant:
         realm = bearer.parameters.get("realm", "")
-        guarded = self._check_realm(realm, deadline)
+        reach = self._check_realm(realm, deadline)
         fields = [("service", bearer.parameters["service"])] if "service" in bearer.parameters else []
         scopes = merge_scopes(scope, bearer.parameters.get("scope", ""))
         asked_at = time.monotonic()
@@ -249,17 +250,17 @@ class Authenticator:
                     ("refresh_token", credentials.identity_token.reveal())]
             body = urlencode(form).encode()
             call = Call("POST", realm, {"Content-Type": "application/x-www-form-urlencoded"}, body, len(body),
-                        guarded=guarded)
+                        reach=reach)
         else:
             query = urlencode([*fields, *(("scope", one) for one in scopes.split())])
             headers = {}
             if credentials is not None and credentials.username:
                 headers["Authorization"] = credentials.basic().reveal()
-            call = Call("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", headers, guarded=guarded)
+            call = Call("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", headers, reach=reach)
         return self._read_token(call, asked_at, deadline)
 
-    def _check_realm(self, realm: str, deadline: float) -> bool:
-        """Whether the realm's address must be looked at when dialling. Raises AuthError if it may not be asked."""
+    def _check_realm(self, realm: str, deadline: float) -> Reach:
+        """The most private address that it may be at. Raises AuthError if it may not be asked at all."""
         try:
             target = origin_of(realm)
         except SourceError as error:
@@ -267,12 +268,12 @@ class Authenticator:
         if urlsplit(realm).username is not None:
             raise AuthError(f"{self._endpoint.host}: its token server's address holds a user name")
         own = self._endpoint.origin(deadline)
-        is_same_host = target.host == own.host
-        if is_same_host and target.scheme in {own.scheme, "https"}:
-            return False
-        local = self._endpoint.is_local
-        if target.scheme == "https" or self._options.insecure or (local and is_loopback_host(target.host)):
-            return not local
+        reach = self._endpoint.may_send_to(target)
+        if target.host == own.host and target.scheme in {own.scheme, "https"}:
+            return reach
+        local = self._endpoint.is_local and is_loopback_host(target.host)
+        if target.scheme == "https" or self._options.insecure or local:
+            return reach
         raise AuthError(f"{self._endpoint.host}: its token server {printable(realm)} would get credentials in clear",
                         hint="if this network is to be trusted, --insecure allows it")
 

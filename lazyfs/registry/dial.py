@@ -3,8 +3,9 @@ Connections whose every wait ends at an absolute deadline, under urllib3's pool.
 
 Layer: registry; used by transport.py alone. urllib3 and http.client know timeouts per system call only, so a server
 that drips one byte a second would hold a reader for ever. Here each recv() of headers and body is given
-min(io timeout, deadline - now), looking a name up and connecting share one budget, and a look at the resolved address
-keeps foreign servers from sending us to this machine's own services (redirects, token realms). Where a proxy is asked
+min(io timeout, deadline - now), looking a name up and connecting share one budget, and a look at the resolved address,
+before anything is sent there, keeps servers from sending us to networks that are closed to them (redirects, token
+realms; a name that resolves differently the next time is looked at each time). Where a proxy is asked
 (proxies.py) it resolves the name; its own address may be anywhere.
 
 The limits of the request being sent travel in a thread-local (`CURRENT`), since urllib3 makes connections and
@@ -13,6 +14,7 @@ responses deep inside; a response keeps its own copy, so another thread may read
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import socket
@@ -27,7 +29,7 @@ from urllib3.exceptions import NameResolutionError, NewConnectionError
 
 from lazyfs.errors import DeadlineError, SourceError
 from lazyfs.limits import CONNECT_TIMEOUT_S, IO_TIMEOUT_S
-from lazyfs.registry.addresses import is_private_to_machine
+from lazyfs.registry.addresses import Reach, reach_of
 from lazyfs.registry.names import find_addresses
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class RequestLimits(threading.local):
     deadline: float = float("inf")      # time.monotonic()
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     io_timeout_s: float = IO_TIMEOUT_S
-    guarded: bool = False               # refuse addresses of this machine
+    reach: Reach = Reach.MACHINE        # the most private address that may be asked
 
 
 CURRENT = RequestLimits()
@@ -97,6 +99,19 @@ class DeadlineSocketIO(io.RawIOBase):
         self._plain.close()
 
 
+def check_reach(host: str, address: str, allowed: Reach) -> None:
+    """Raises SourceError: `host`, at `address`, is more private than whoever sent us there may send us."""
+    found = reach_of(address)
+    if found <= allowed:
+        return
+    if found is Reach.MACHINE:
+        raise SourceError(f"{host} is an address of this machine or its link: a server elsewhere may not send us there",
+                          transient=False)
+    raise SourceError(f"{host} is a private address ({address}): a server outside may not send us there",
+                      transient=False, hint='if this registry may: allow_private in [registry.host."NAME"] '
+                                            "(docs/credentials.md)")
+
+
 def _more(sock: ssl.SSLSocket, view: memoryview) -> int:
     """What has come besides, without waiting: TLS gives a record of 16 KiB at a time, and the way up costs as much."""
     count = 0
@@ -109,15 +124,23 @@ def _more(sock: ssl.SSLSocket, view: memoryview) -> int:
     return count
 
 
+def _peer(sock: socket.socket) -> str:
+    """The address that answers; "": it has gone already."""
+    with contextlib.suppress(OSError):
+        return str(sock.getpeername()[0])
+    return ""
+
+
 class DeadlineResponse(http.client.HTTPResponse):
     """
     http.client's response, reading through a DeadlineSocketIO.
 
-    `fp`, `length` (of what is left of the body) and `chunked` are http.client's.
+    `fp`, `length` (of what is left of the body) and `chunked` are http.client's. `peer`: the address that answers.
     """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        self.peer = _peer(sock)
         self.raw_io = DeadlineSocketIO(sock, self.fp, CURRENT.deadline, CURRENT.io_timeout_s)
         self.fp = io.BufferedReader(self.raw_io, _BUFFER_BYTES)
 
@@ -155,11 +178,8 @@ class _Dialling(HTTPConnection):
             raise NameResolutionError(self.host, self, reason) from error
         last: OSError = OSError("no address")
         for family, kind, protocol, _, address in found:
-            if CURRENT.guarded and self.proxy is None and is_private_to_machine(str(address[0])):
-                raise SourceError(
-                    f"{self.host} is an address of this machine or its link: a server elsewhere may not send us there",
-                    transient=False,
-                )
+            if self.proxy is None:
+                check_reach(self.host, str(address[0]), CURRENT.reach)
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import SourceError
-from lazyfs.registry.addresses import Origin, is_loopback_host, origin_of
+from lazyfs.registry.addresses import Origin, Reach, is_loopback_host, origin_of
 from lazyfs.registry.transport import Call, is_untrusted
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Endpoint:
             told = None                # of another registry
         self._origin = origin or told or (None if allows_plain else origin_of(f"https://{self._netloc}"))
         self._lock = threading.Lock()
+        self._allows_private = options.allow_private
+        self.reach = Reach.PUBLIC         # of the address that gave its last answer
 
     def origin(self, deadline: float) -> Origin:
         """Raises SourceError if the registry does not answer at all."""
@@ -55,6 +57,19 @@ class Endpoint:
         """scheme://host:port, or "" as long as it has not been found."""
         return "" if self._origin is None else f"{self._origin.scheme}://{self._origin.netloc}"
 
+    def may_send_to(self, target: Origin) -> Reach:
+        """
+        The most private address that it may send us to (redirects, token realms): none more private than its own.
+
+        To this machine and its link only a registry that is called so may send us, or one to another port of its own
+        host. [registry] allow_private says that it may send us to private addresses whatever its own is.
+        """
+        if self.is_local or target == self._origin:
+            return Reach.MACHINE
+        if self._origin is not None and target.host == self._origin.host:
+            return max(self.reach, Reach.PRIVATE) if self._allows_private else self.reach
+        return Reach.PRIVATE if self._allows_private else min(self.reach, Reach.PRIVATE)
+
     def base(self, deadline: float) -> str:
         origin = self.origin(deadline)
         return f"{origin.scheme}://{origin.netloc}"
@@ -68,6 +83,7 @@ class Endpoint:
                 with self._transport.send(Call("GET", url), min(deadline, time.monotonic() + _PROBE_S)) as answer:
                     # Go and nginx answer 400 to http on a TLS port; others redirect.
                     if scheme == "https" or not (answer.status == 400 or 300 <= answer.status < 400):
+                        self.reach = answer.reach
                         answer.finish()
                         return origin_of(url)
             except SourceError as error:

@@ -73,14 +73,15 @@ def from_config(config: RegistryConfig) -> RegistryOptions:
 
     hosts = {
         name: HostSettings(username=one.username, password_file=path(one.password_file), insecure=one.insecure,
-                           ca_file=path(one.ca_file), client_cert=path(one.client_cert),
-                           client_key=path(one.client_key))
+                           allow_private=one.allow_private, ca_file=path(one.ca_file),
+                           client_cert=path(one.client_cert), client_key=path(one.client_key))
         for name, one in config.host.items()
     }
     return RegistryOptions(
         auth_file=path(config.docker_config) or default_auth_file(), hosts_dir=path(config.hosts_dir),
         provider_config=path(config.credential_provider_config),
         provider_bin_dir=path(config.credential_provider_bin_dir), hosts=hosts,
+        allow_private=config.allow_private,
     )
 
 

@@ -108,9 +108,10 @@ class HostClient:
                 all_headers["Authorization"] = authorization.reveal()
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
-            guarded = origin.host != own.host and not self.endpoint.is_local
-            call = Call(method, url, all_headers, body, body_size, io_timeout_s, guarded)
+            call = Call(method, url, all_headers, body, body_size, io_timeout_s, self.endpoint.may_send_to(origin))
             answer = self.transport.send(call, deadline)
+            if origin == own:
+                self.endpoint.reach = answer.reach
             if answer.status == 401 and origin == own:
                 challenges = answer.headers.getlist("WWW-Authenticate")
                 answer.finish()

@@ -63,6 +63,7 @@ class HostSettings:
     username: str = ""
     password_file: Path | None = None
     insecure: bool = False
+    allow_private: bool = False
     ca_file: Path | None = None
     client_cert: Path | None = None
     client_key: Path | None = None
@@ -73,7 +74,8 @@ class RegistryOptions:
     """
     How to speak to registries. Without username, credentials come from the sources of keychain.py.
 
-    `insecure` allows plain http and certificates that nobody vouches for. `ca_file` (PEM) is trusted besides the
+    `insecure` allows plain http and certificates that nobody vouches for. `allow_private`: a registry outside may send
+    us to private addresses (endpoint.py). `ca_file` (PEM) is trusted besides the
     system's authorities. `client_cert` (PEM) is shown to registries that ask for one; its key is in `client_key` or in
     the same file. `auth_file` None: $REGISTRY_AUTH_FILE, $DOCKER_CONFIG/config.json or ~/.docker/config.json.
     `hosts_dir`: containerd's hosts.toml files (hosts.py), None: none. `provider_config`, `provider_bin_dir`: kubelet's
@@ -84,6 +86,7 @@ class RegistryOptions:
     username: str | None = None
     password: Secret | str | None = None
     insecure: bool = False
+    allow_private: bool = False
     ca_file: Path | None = None
     auth_file: Path | None = None
     client_cert: Path | None = None
@@ -114,5 +117,6 @@ class RegistryOptions:
         if own is None:
             return self
         certificate = (own.client_cert, own.client_key) if own.client_cert else (self.client_cert, self.client_key)
-        return replace(self, insecure=self.insecure or own.insecure, ca_file=own.ca_file or self.ca_file,
+        return replace(self, insecure=self.insecure or own.insecure,
+                       allow_private=self.allow_private or own.allow_private, ca_file=own.ca_file or self.ca_file,
                        client_cert=certificate[0], client_key=certificate[1])

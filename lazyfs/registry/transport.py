@@ -21,8 +21,8 @@ import urllib3.exceptions as u3
 
 from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError
 from lazyfs.limits import KIB
-from lazyfs.registry.addresses import is_private_to_machine, origin_of, printable
-from lazyfs.registry.dial import CURRENT, DeadlineResponse, make_pool
+from lazyfs.registry.addresses import Reach, origin_of, printable, reach_of
+from lazyfs.registry.dial import CURRENT, DeadlineResponse, check_reach, make_pool
 from lazyfs.registry.proxies import Proxies
 from lazyfs.registry.trust import Trust, tls_context
 
@@ -49,7 +49,7 @@ class Call:
     body: bytes | IO[bytes] | None = None
     body_size: int = 0
     io_timeout_s: float | None = None  # None: the options'
-    guarded: bool = False              # see dial.py
+    reach: Reach = Reach.MACHINE       # the most private address that it may go to
 
     @property
     def where(self) -> str:
@@ -61,10 +61,12 @@ class HttpResponse:
     An answer whose body is read as it comes. Use as a context manager, or call finish() or close().
 
     `on_failure`: told when the body did not come, or was not what it should be; says whether there is another server
-    to ask.
+    to ask. `server`: which of the registry's servers this is, where that was chosen; for statistics.
+    `reach`: of the address that answered; through a proxy nobody knows, and it counts as public.
     """
 
-    __slots__ = ("_body", "_open", "_raw", "_raw_io", "headers", "on_failure", "status", "url", "where")
+    __slots__ = ("_body", "_open", "_raw", "_raw_io", "headers", "on_failure", "reach", "server", "status", "url",
+                 "where")
 
     def __init__(self, raw: urllib3.BaseHTTPResponse, call: Call) -> None:
         body = getattr(raw, "_fp", None)
@@ -73,6 +75,8 @@ class HttpResponse:
         self._raw_io: DeadlineSocketIO | None = self._body.raw_io if self._body is not None else None
         self._open = True
         self.on_failure: Callable[[LazyfsError], bool] | None = None
+        self.reach = reach_of(self._body.peer) if direct and self._body is not None else Reach.PUBLIC
+        self.server = ""
         self.status = raw.status
         self.headers = raw.headers
         self.url = call.url
@@ -202,10 +206,9 @@ class Transport:
         options = self._options
         origin = origin_of(call.url)
         proxy = self._proxies.find(origin)
-        if proxy is not None and call.guarded and is_private_to_machine(origin.host):
-            raise SourceError(f"{call.where}: an address of the proxy's machine or its link: a server elsewhere may "
-                              "not send us there", transient=False)
-        CURRENT.deadline, CURRENT.guarded = deadline, call.guarded
+        if proxy is not None:     # which resolves names by itself: only of addresses we know where they are
+            check_reach(origin.host, origin.host, call.reach)
+        CURRENT.deadline, CURRENT.reach = deadline, call.reach
         CURRENT.connect_timeout_s = options.connect_timeout_s
         CURRENT.io_timeout_s = call.io_timeout_s or options.io_timeout_s
         headers = {"User-Agent": options.user_agent, "Accept-Encoding": "identity", **call.headers}

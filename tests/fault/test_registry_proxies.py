@@ -10,7 +10,7 @@ import trustme
 
 from lazyfs.errors import DeadlineError, LazyfsError, SourceError, UsageError
 from lazyfs.registry import RegistryOptions, open_destination, open_source
-from lazyfs.registry.addresses import origin_of
+from lazyfs.registry.addresses import Reach, origin_of
 from lazyfs.registry.proxies import Proxies
 from lazyfs.registry.transport import Call, Transport
 from tests.registrykit import free_port, running_registry
@@ -162,10 +162,10 @@ def test_a_silent_proxy_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> 
         assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("host", ["169.254.169.254", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["169.254.169.254", "0.0.0.0", "10.1.2.3"])
 def test_a_redirect_does_not_reach_the_proxys_own_machine(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     with WebProxy({host: "127.0.0.1:1"}) as proxy:
         monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.host}")
         with pytest.raises(SourceError, match="may not send us there"):
-            Transport(RegistryOptions()).send(Call("GET", f"http://{host}/", guarded=True), time.monotonic() + 5)
+            Transport(RegistryOptions()).send(Call("GET", f"http://{host}/", reach=Reach.PUBLIC), time.monotonic() + 5)
         assert not proxy.requests

@@ -11,7 +11,7 @@ import trustme
 
 from lazyfs.errors import AuthError, NotFoundError, SourceError
 from lazyfs.registry import RegistryOptions, open_destination, open_source
-from lazyfs.registry.addresses import is_private_to_machine, origin_of, printable
+from lazyfs.registry.addresses import Reach, origin_of, printable, reach_of
 from lazyfs.registry.client import RegistryClient
 from lazyfs.registry.transport import Call, Transport
 from tests.faultproxy import Fault, FaultProxy, Kind
@@ -196,7 +196,7 @@ def test_guarded_calls_do_not_even_connect(world: World, host: str) -> None:
     transport = Transport(RegistryOptions())
     url = f"http://{world.store.host.replace('127.0.0.1', host)}/v2/"
     with pytest.raises(SourceError, match="may not send us there"):
-        transport.send(Call("GET", url, guarded=True), time.monotonic() + 3)
+        transport.send(Call("GET", url, reach=Reach.PRIVATE), time.monotonic() + 3)
     assert not world.store.requests
     transport.send(Call("GET", url), time.monotonic() + 3).close()
     transport.close()
@@ -225,12 +225,21 @@ def test_what_is_shown_of_urls() -> None:
     assert printable("x" * 1000) == "x" * 300
     assert origin_of("HTTP://Host:80/x") == origin_of("http://host")
     assert origin_of("https://[::1]:5000/x").netloc == "[::1]:5000"
-    for address, is_private in [("127.8.9.1", True), ("::1", True), ("169.254.169.254", True), ("fe80::1%eth0", True),
-                                ("::ffff:127.0.0.1", True), ("0.0.0.0", True), ("10.1.2.3", False), ("1.1.1.1", False)]:
-        assert is_private_to_machine(address) == is_private
     for url in ("", "host", "ftp://host", "http://"):
         with pytest.raises(SourceError):
             origin_of(url)
+
+
+@pytest.mark.parametrize(("reach", "addresses"), [
+    (Reach.MACHINE, ["127.8.9.1", "::1", "169.254.169.254", "fe80::1%eth0", "::ffff:127.0.0.1", "0.0.0.0", "::",
+                     "224.0.0.1", "ff02::1", "localhost", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe",
+                     "2002:7f00:1::", "::127.0.0.1", "fd00:ec2::254", "100.100.100.200"]),
+    (Reach.PRIVATE, ["10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "198.18.0.1", "fd12::1", "fec0::1",
+                     "::ffff:10.0.0.1", "64:ff9b::c0a8:101", "64:ff9b:1::1", "2002:a00:1::", "240.0.0.1"]),
+    (Reach.PUBLIC, ["1.1.1.1", "172.32.0.1", "2606:4700::1", "::ffff:1.1.1.1", "64:ff9b::101:101", "a.name"]),
+])
+def test_how_far_addresses_reach(reach: Reach, addresses: list[str]) -> None:
+    assert {address: reach_of(address) for address in addresses} == dict.fromkeys(addresses, reach)
 
 
 def test_not_found_through_a_redirect(world: World) -> None:
