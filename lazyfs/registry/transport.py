@@ -68,7 +68,7 @@ class HttpResponse:
     __slots__ = ("_body", "_open", "_raw", "_raw_io", "headers", "on_failure", "reach", "server", "status", "url",
                  "where")
 
-    def __init__(self, raw: urllib3.BaseHTTPResponse, call: Call) -> None:
+    def __init__(self, raw: urllib3.BaseHTTPResponse, call: Call, *, direct: bool) -> None:
         body = getattr(raw, "_fp", None)
         self._raw = raw
         self._body: DeadlineResponse | None = body if isinstance(body, DeadlineResponse) else None
@@ -232,7 +232,7 @@ class Transport:
             if proxy is not None and (isinstance(error, u3.ProxyError) or isinstance(root, TimeoutError)):
                 raise proxy.explain(root, call.where, deadline) from error
             raise explain(error, call.where, call.url, deadline) from error
-        response = HttpResponse(raw, call)
+        response = HttpResponse(raw, call, direct=proxy is None)
         if proxy is not None and response.status == 407:
             response.close()
             raise proxy.demands_credentials(call.where)
