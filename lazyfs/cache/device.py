@@ -10,30 +10,30 @@ Who calls: lazyfs.fetch (read, write), lazyfs.node (checkpoint, complete), throu
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs.cache import files
-from lazyfs.cache.presence import HEADER_BYTES, Identity, Record
+from lazyfs.cache.health import NO_SPACE
+from lazyfs.cache.presence import Identity, Record, checksum, checksum_of_zeros, encode_entry, entry_offset
 from lazyfs.errors import CacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from lazyfs.cache.health import Health
     from lazyfs.cache.space import Space
     from lazyfs.image.digest import Digest
 
 _log = logging.getLogger(__name__)
-# A disk whose fsync fails this often is not trusted again before the device is opened anew.
-_DROP_COUNT_MAX = 4
 _USE_NOTED_EVERY_S = 600.0       # of a device in use; eviction asks who was used last, not when exactly
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+Reader = Callable[[int, int, int], bytes | memoryview]    # as os.pread; raises OSError
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class CacheCounters:
 
     chunks_stored: int = 0
     store_errors: int = 0        # write() could not store: disk full, quota, floor of free space, I/O error
-    chunks_forgotten: int = 0    # present, but could not be read back
+    chunks_forgotten: int = 0    # present, but could not be read back, or were damaged
     checkpoints: int = 0
     checkpoint_errors: int = 0
     drops: int = 0               # fsync failed: all data dropped
@@ -52,10 +52,11 @@ class CachedDevice:
     """Reference-counted; made by CacheDir.device() only. `retain` before use in a thread, `release` after it."""
 
     def __init__(
-        self, directory: Path, identity: Identity, boot_id: bytes, space: Space,
-        on_unused: Callable[[CachedDevice], None],
+        self, directory: Path, identity: Identity, boot_id: bytes, space: Space, health: Health,
+        *, on_unused: Callable[[CachedDevice], None],
     ) -> None:
         """Raises OSError: the files cannot be made."""
+        self.used = False    # by more than a scrub: its end is a use of the device too
         self.digest: Digest = identity.digest
         self.chunk_size = identity.chunk_size
         self.device_size = identity.device_size
@@ -65,16 +66,26 @@ class CachedDevice:
         self._directory = directory
         self._boot_id = boot_id
         self._space = space
+        self._health = health
         self._on_unused = on_unused
         self._use_noted_s = 0.0
         self._shift = identity.chunk_size.bit_length() - 1
-        self._generation, self._durable = files.open_generation(directory, identity, boot_id)
+        self._change = object()              # another one after each change of what is present
+        self._saved: object | None = None    # the change that the checkpoint has
+        self._durable = b""                  # the map that the checkpoint has
+        self._generation = self._take_up()
         self._dropped: list[files.Generation] = []
         self._reference_count = 1
         self._reference_lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
         self._storing = True
-        self.note_use()
+
+    def _take_up(self) -> files.Generation:
+        generation, saved = files.open_generation(self._directory, self._identity, self._boot_id)
+        self._durable = bytes(saved.present) if saved else b""
+        if saved and (saved.present, saved.sums) == (generation.present, generation.sums):
+            self._saved = self._change
+        return generation
 
     @property
     def data_path(self) -> Path:
@@ -122,10 +133,11 @@ class CachedDevice:
         try:
             data = os.pread(generation.data_fd, size, offset)
         except OSError as error:
-            self._forget(generation, first, last, str(error))
+            self._health.writing.failed(error)    # so that it is served from memory, and not stored there again at once
+            self._unreadable(generation, first, last, str(error))
             return None
         if len(data) != size:
-            self._forget(generation, first, last, f"file ends at {offset + len(data)}")
+            self._unreadable(generation, first, last, f"file ends at {offset + len(data)}")
             return None
         return data
 
@@ -153,22 +165,27 @@ class CachedDevice:
         generation = self._generation
         expected = min(self.chunk_size, self.device_size - index * self.chunk_size)
         assert len(data) == expected, "a chunk is stored whole or not at all"
-        if not self._storing:
-            self.counters.store_errors += 1
+        health = self._health
+        if not (health.syncing.may_try() and health.writing.may_try(generation.data_fd, expected)
+                and (self._storing or self._store_again())):
+            self._not_stored()
             return False
         if not self._space.admit(generation.data_fd, expected):
-            self._store_failed("the cache is at its limits")
+            if self.counters.store_errors == 0:
+                _log.warning("cached device %s: not stored, served from memory: the cache is at its limits",
+                             self.digest.short)
+            self._not_stored()
             return False
         try:
             files.pwrite_all(generation.data_fd, data, index << self._shift)
         except OSError as error:
             self._space.give_back(expected)
-            self._store_failed(str(error))
-            if error.errno in _NO_SPACE:
-                self._space.short()
+            self._store_failed(error, generation.data_fd)
             return False
-        self._set_present(generation, index)
+        health.writing.worked()
+        self._set_present(generation, index, checksum(data))
         self.counters.chunks_stored += 1
+        health.statistics.chunks_stored += 1
         return True
 
     def mark_zeros(self, indexes: Iterable[int]) -> None:
@@ -176,7 +193,40 @@ class CachedDevice:
         generation = self._generation
         for index in indexes:
             if not generation.present[index]:
-                self._set_present(generation, index)
+                self._set_present(generation, index, checksum_of_zeros(self._chunk_bytes(index)))
+
+    def verify(self, index: int, read: Reader | None = None) -> bool | None:
+        """
+        Whether chunk `index` still has the bytes that were stored. If not, it is not present any more. Blocking.
+
+        Args:
+            index: of the chunk.
+            read: how to read the data file; None: pread(2), that is what readers get.
+
+        Returns:
+            None: it is not there, or has just been written anew.
+
+        """
+        generation = self._generation
+        size, reason = self._chunk_bytes(index), "other bytes than were stored"
+        for _ in range(2):    # a chunk that is being written anew may be read in halves, but hardly twice
+            expected = generation.sums[index]
+            if not generation.present[index]:
+                return None
+            try:
+                data = (read or os.pread)(generation.data_fd, size, index << self._shift)
+            except OSError as error:
+                data, reason = b"", str(error)
+            if len(data) == size and checksum(data) == expected:
+                self._health.statistics.chunks_verified += 1
+                return True
+        if not generation.present[index] or generation.sums[index] != expected:
+            return None
+        self._health.statistics.chunks_damaged += 1
+        _log.error("cached device %s: chunk %d is damaged on the disk, and is fetched again: %s",
+                   self.digest.short, index, reason)
+        self._forget(generation, index, index)
+        return False
 
     def checkpoint(self) -> bool:
         """
@@ -188,25 +238,31 @@ class CachedDevice:
 
         """
         with self._checkpoint_lock:
-            generation = self._generation
-            snapshot = bytearray(generation.present)    # before the sync: these chunks' data was written before it
-            if bytes(snapshot) == self._durable or not (self._durable or snapshot.count(1)):
+            change, generation = self._change, self._generation
+            # before the sync: the data of these chunks was written before it
+            record = Record(generation.name, bytearray(generation.present), generation.sums[:])
+            if change is self._saved or not (self._durable or record.present.count(1)):
                 return True
             try:
                 os.fdatasync(generation.data_fd)
             except OSError as error:
                 self._drop(error)
                 return False
+            health = self._health
+            health.syncing.worked()
             try:
-                files.write_checkpoint(self._directory, self._identity, Record(generation.name, snapshot))
+                files.write_checkpoint(self._directory, self._identity, record)
                 if not self._durable:
                     files.sync_directory(self._directory.parent)    # the first one: the directory itself is new
             except OSError as error:
                 self.counters.checkpoint_errors += 1
-                _log.warning("cached device %s: no checkpoint: %s", self.digest.short, error)
+                health.statistics.checkpoint_errors += 1
+                health.recording.failed(error)
                 return False
-            self._durable = bytes(snapshot)
+            health.recording.worked()
+            self._durable, self._saved = bytes(record.present), change
             self.counters.checkpoints += 1
+            health.statistics.checkpoints += 1
             return True
 
     def make_durable(self) -> bool:
@@ -236,6 +292,7 @@ class CachedDevice:
 
     def note_use(self, *, at_once: bool = True) -> None:
         """The device is used: noted on the disk (the mtime of its directory); rarely, unless `at_once`."""
+        self.used = True
         now = time.monotonic()
         if at_once or now - self._use_noted_s >= _USE_NOTED_EVERY_S:
             self._use_noted_s = now
@@ -249,44 +306,78 @@ class CachedDevice:
         for generation in (*self._dropped, self._generation):
             generation.close()
 
-    def _set_present(self, generation: files.Generation, index: int) -> None:
+    def _chunk_bytes(self, index: int) -> int:
+        return min(self.chunk_size, self.device_size - (index << self._shift))
+
+    def _set_present(self, generation: files.Generation, index: int, chunk_sum: int) -> None:
+        generation.sums[index] = chunk_sum
         generation.present[index] = 1
+        self._change = object()
         try:
-            os.pwrite(generation.live_fd, b"\1", HEADER_BYTES + index)
+            os.pwrite(generation.live_fd, encode_entry(chunk_sum, 1), entry_offset(index))
         except OSError:
             self.counters.store_errors += 1    # costs one fetch after a restart, nothing now
 
-    def _forget(self, generation: files.Generation, first: int, last: int, reason: str) -> None:
+    def _unreadable(self, generation: files.Generation, first: int, last: int, reason: str) -> None:
         _log.warning("cached device %s: chunks %d to %d unreadable: %s", self.digest.short, first, last, reason)
+        self._health.statistics.chunks_unreadable += last - first + 1
+        self._forget(generation, first, last)
+
+    def _forget(self, generation: files.Generation, first: int, last: int) -> None:
         self.counters.chunks_forgotten += last - first + 1
         for index in range(first, last + 1):
             generation.present[index] = 0
+        self._change = object()
         try:
-            os.pwrite(generation.live_fd, bytes(last - first + 1), HEADER_BYTES + first)
+            os.pwrite(generation.live_fd, encode_entry(0, 0) * (last - first + 1), entry_offset(first))
         except OSError:
             self.counters.store_errors += 1
 
-    def _store_failed(self, reason: str) -> None:
-        if self.counters.store_errors == 0:
-            _log.warning("cached device %s: not stored, served from memory: %s", self.digest.short, reason)
+    def _not_stored(self) -> None:
         self.counters.store_errors += 1
+        self._health.statistics.chunks_not_stored += 1
+
+    def _store_failed(self, error: OSError, fd: int) -> None:
+        if error.errno in NO_SPACE:
+            self._health.writing.failed_for_space(error, fd)
+            self._space.short()
+        else:
+            self._health.writing.failed(error)
+        self._not_stored()
 
     def _drop(self, error: OSError) -> None:
         """Forget everything and begin a new data file. The old one stays open for reads that have begun."""
         _log.error("cached device %s: data dropped, fsync failed: %s", self.digest.short, error)
         self.counters.drops += 1
+        self._health.statistics.devices_dropped += 1
+        self._health.syncing.failed(error)
         old = self._generation
         old.present[:] = bytes(len(old.present))
-        self._durable = b""
+        self._durable, self._saved = b"", None
         self._storing = False
+        if not self._begin_anew():
+            self._disown(old)
+
+    def _begin_anew(self) -> bool:
         try:
-            self._generation = files.create_generation(self._directory, self._identity, self._boot_id)
+            new = files.create_generation(self._directory, self._identity, self._boot_id)
         except OSError as failure:
             _log.warning("cached device %s: no new data file: %s", self.digest.short, failure)
-            self._disown(old)
-            return
-        self._dropped.append(old)
-        self._storing = self.counters.drops < _DROP_COUNT_MAX
+            return False
+        self._dropped.append(self._generation)
+        self._generation = new
+        self._storing = True
+        return True
+
+    def _store_again(self) -> bool:
+        """After a new data file could not be made; the next chunk then goes there."""
+        if self._checkpoint_lock.acquire(blocking=False):
+            try:
+                if not self._storing and not self._begin_anew():
+                    self._health.writing.failed("no new data file")
+            finally:
+                self._checkpoint_lock.release()
+        return False
 
     def _disown(self, old: files.Generation) -> None:
         # The live record on disk still names the bad data: without it, a restart begins anew.

@@ -23,6 +23,7 @@ from lazyfs.cache import presence
 from lazyfs.cache.presence import GENERATION_BYTES, Identity, Record
 
 if TYPE_CHECKING:
+    from array import array
     from pathlib import Path
 
 _LIVE, _CHECKPOINT, _TEMPORARY = "live", "checkpoint", ".tmp"
@@ -42,6 +43,7 @@ class Generation:
     data_fd: int
     live_fd: int
     present: bytearray    # one byte a chunk; the hot copy of the live record
+    sums: array[int]      # of the chunks that are present
 
     def close(self) -> None:
         for fd in (self.data_fd, self.live_fd):
@@ -50,12 +52,12 @@ class Generation:
         self.data_fd = self.live_fd = -1
 
 
-def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tuple[Generation, bytes]:
+def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tuple[Generation, Record | None]:
     """
     Open what the directory holds, or begin anew when that is in doubt.
 
     Returns:
-        The generation, and the map that its checkpoint holds (b"" without one).
+        The generation, and what its checkpoint holds.
 
     Raises:
         OSError: this machine does not let us.
@@ -69,11 +71,11 @@ def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tupl
             raise
         found = None
     if found is None:
-        return create_generation(directory, identity, boot_id), b""
-    generation, durable = found
+        return create_generation(directory, identity, boot_id), None
+    generation, saved = found
     with contextlib.suppress(OSError):   # what lies about besides does not matter
         _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT})
-    return generation, durable
+    return generation, saved
 
 
 def create_generation(directory: Path, identity: Identity, boot_id: bytes) -> Generation:
@@ -87,8 +89,9 @@ def create_generation(directory: Path, identity: Identity, boot_id: bytes) -> Ge
     data_fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.ftruncate(data_fd, identity.device_size)
-        record = Record(name, bytearray(identity.chunk_count))
-        return Generation(name, path, data_fd, _write_live(directory, identity, record, boot_id), record.present)
+        record = Record.empty(name, identity.chunk_count)
+        live_fd = _write_live(directory, identity, record, boot_id)
+        return Generation(name, path, data_fd, live_fd, record.present, record.sums)
     except BaseException:
         os.close(data_fd)
         raise
@@ -125,7 +128,7 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         written += step
 
 
-def _load(directory: Path, identity: Identity, boot_id: bytes) -> tuple[Generation, bytes] | None:
+def _load(directory: Path, identity: Identity, boot_id: bytes) -> tuple[Generation, Record | None] | None:
     checkpoint = presence.decode_checkpoint(_read(directory / _CHECKPOINT, identity), identity)
     live = presence.decode_live(_read(directory / _LIVE, identity), identity, boot_id)
     record = live or checkpoint
@@ -144,8 +147,10 @@ def _load(directory: Path, identity: Identity, boot_id: bytes) -> tuple[Generati
         with contextlib.suppress(OSError):
             os.close(data_fd)
         raise
-    durable = bytes(checkpoint.present) if checkpoint and checkpoint.generation == record.generation else b""
-    return Generation(record.generation, path, data_fd, live_fd, record.present), durable
+    saved = checkpoint if checkpoint and checkpoint.generation == record.generation else None
+    if saved is record:    # what is kept of it does not change with what is present
+        saved = Record(saved.generation, saved.present[:], saved.sums[:])
+    return Generation(record.generation, path, data_fd, live_fd, record.present, record.sums), saved
 
 
 def _write_live(directory: Path, identity: Identity, record: Record, boot_id: bytes) -> int:

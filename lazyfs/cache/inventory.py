@@ -32,14 +32,16 @@ from lazyfs.image.digest import Digest
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-DEVICES, BOOTSTRAPS, IMAGES, EVICTED = f"v{presence.VERSION}", "bootstraps", "images", "evicted"
+# The number is of this layout. Records in it have versions of their own: what another one wrote counts as not there,
+# and goes when the device is opened, or evicted.
+DEVICES, BOOTSTRAPS, IMAGES, EVICTED = "v1", "bootstraps", "images", "evicted"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _IMAGE_FILE = re.compile(r"([0-9a-f]{64})\.(zst|tar|erofs|json|plan)")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)(?:-\d+)?\.tmp")
 _BLOCK_BYTES = 512                                        # of st_blocks (stat(2)), whatever the file system's are
 _NAME_CHARS_MAX = 4096
 _RECORD_BYTES_MAX = 70 * (limits.DEVICE_COUNT_MAX + 1) + 8 * _NAME_CHARS_MAX
-_PRESENCE_BYTES_MAX = 1024 + limits.CHUNK_COUNT_MAX       # of a live record: a byte a chunk
+_PRESENCE_BYTES_MAX = 1024 + presence.ENTRY_BYTES * limits.CHUNK_COUNT_MAX       # of a live record
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +198,29 @@ def leftovers(path: Path) -> list[Path]:
 
 def present_share(path: Path, name: str, boot_id: bytes) -> float | None:
     """How much of device `name` is present, 0 to 1, by number of chunks; None: its records do not say."""
+    found = _record_of(path, name, boot_id)
+    if found is None:
+        return None
+    present = found[1].present
+    return present.count(1) / len(present) if present else 1.0
+
+
+def identity_of(path: Path, name: str, boot_id: bytes) -> presence.Identity | None:
+    """Digest and sizes of device `name` as its records say; None: they do not, or nothing of it is present."""
+    found = _record_of(path, name, boot_id)
+    return found[0] if found is not None and found[1].present.count(1) else None
+
+
+def _record_of(path: Path, name: str, boot_id: bytes) -> tuple[presence.Identity, presence.Record] | None:
     directory, digest = path / DEVICES / name, Digest(f"sha256:{name}")
     for file, boot in (("live", boot_id), ("checkpoint", None)):
         data = b""
         with contextlib.suppress(OSError), (directory / file).open("rb") as stream:
             data = stream.read(_PRESENCE_BYTES_MAX)
         record = presence.decode_any(data, digest, boot)
-        if record is not None:
-            return record.present.count(1) / len(record.present) if record.present else 1.0
+        identity = presence.identity_in(data, digest)
+        if record is not None and identity is not None:
+            return identity, record
     return None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from lazyfs.cache import evict, inventory
 from lazyfs.cache.device import CacheCounters, CachedDevice
+from lazyfs.cache.health import Health
 from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
 from lazyfs.cache.presence import Identity, read_boot_id
 from lazyfs.cache.space import Space
@@ -35,6 +36,7 @@ class CacheDir:
     def __init__(self, path: Path, lock: DirectoryLock, boot_id: bytes) -> None:
         self.path = path
         self.space = Space()
+        self.health = Health.of(path)
         self._root = path / inventory.DEVICES
         self._lock = lock
         self._boot_id = boot_id
@@ -64,9 +66,15 @@ class CacheDir:
             raise_cache_error(path, "create its layout", error)
         return cls(path, lock, boot_id or read_boot_id())
 
-    def device(self, digest: Digest, chunk_size: int, device_size: int) -> CachedDevice:
+    def device(self, digest: Digest, chunk_size: int, device_size: int, *, using: bool = True) -> CachedDevice:
         """
         The one object of a layer device, with a reference that the caller releases. Blocking (small files).
+
+        Args:
+            digest: of the device.
+            chunk_size: bytes.
+            device_size: bytes.
+            using: False: the caller only looks after it, which is no use of it (for eviction).
 
         Raises:
             CacheError, DiskFullError: its files cannot be made. What is damaged is dropped without an error.
@@ -78,15 +86,35 @@ class CacheDir:
                 if (known.chunk_size, known.device_size) != (chunk_size, device_size):
                     known.release()
                     raise BugError(f"device {digest.short} opened with other sizes than before")
-                return known
-            directory = self._root / digest.hex
-            try:
-                identity = Identity(digest, chunk_size, device_size)
-                device = CachedDevice(directory, identity, self._boot_id, self.space, self._unused)
-            except OSError as error:
-                raise_cache_error(self.path, f"open device {digest.short}", error)
-            self._devices[digest] = device
+                device = known
+            else:
+                device = self._open(Identity(digest, chunk_size, device_size))
+            if using and not device.used:
+                device.note_use()
             return device
+
+    def existing_device(self, name: str) -> CachedDevice | None:
+        """
+        As `device`, to look after it, of hex `name`, with the sizes that its records say; None: nothing is in it.
+
+        Raises:
+            CacheError, DiskFullError: as there.
+
+        """
+        identity = inventory.identity_of(self.path, name, self._boot_id)
+        if identity is None:
+            return None
+        return self.device(identity.digest, identity.chunk_size, identity.device_size, using=False)
+
+    def _open(self, identity: Identity) -> CachedDevice:
+        directory = self._root / identity.digest.hex
+        try:
+            device = CachedDevice(directory, identity, self._boot_id, self.space, self.health,
+                                  on_unused=self._unused)
+        except OSError as error:
+            raise_cache_error(self.path, f"open device {identity.digest.short}", error)
+        self._devices[identity.digest] = device
+        return device
 
     def checkpoint(self) -> None:
         """Make everything present in all open devices durable. Blocking; run it in a thread, now and then."""
@@ -95,7 +123,8 @@ class CacheDir:
         for device in devices:
             try:
                 device.checkpoint()
-                device.note_use(at_once=False)
+                if device.used:
+                    device.note_use(at_once=False)
             finally:
                 device.release()
 
@@ -139,6 +168,7 @@ class CacheDir:
     def _unused(self, device: CachedDevice) -> None:
         with self._devices_lock:
             if self._devices.get(device.digest) is device:
-                device.note_use()    # while nobody can take it away
+                if device.used:
+                    device.note_use()    # while nobody can take it away
                 del self._devices[device.digest]
         device.close_files()

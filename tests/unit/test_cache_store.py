@@ -217,13 +217,14 @@ def test_damage_means_fetching_again_and_never_an_error(path, name, damage):
 
 def test_a_record_of_another_version_or_device_is_no_record():
     identity = Identity(DIGEST, CHUNK, SIZE)
-    record = Record(b"12345678", bytearray(10))
+    record = Record.empty(b"12345678", 10)
+    record.present[3], record.sums[3] = 1, 0x0123456789ABCDEF
     live = presence.encode_live(identity, record, BOOT)
     assert presence.decode_live(live, identity, BOOT) == record
     assert presence.decode_live(live, identity, LATER_BOOT) is None
     assert presence.decode_live(live, Identity(Digest.of(b"other"), CHUNK, SIZE), BOOT) is None
     assert presence.decode_live(live, Identity(DIGEST, CHUNK * 2, SIZE), BOOT) is None
-    assert presence.decode_live(live[:8] + b"\2" + live[9:], identity, BOOT) is None
+    assert presence.decode_live(live[:8] + b"\1" + live[9:], identity, BOOT) is None
     assert presence.decode_checkpoint(live, identity) is None
     saved = presence.encode_checkpoint(identity, record)
     assert presence.decode_checkpoint(saved, identity) == record
