@@ -64,6 +64,7 @@ def _settings(cache_dir: str | None, hang_s: float | None) -> dict[str, Any]:
         "cache_dir": os.path.realpath(cache_dir if cache_dir is not None else found.daemon.cache_dir),
         "hang_s": found.daemon.hang_s if hang_s is None else hang_s,
         "start_s": found.daemon.start_timeout_s,
+        "abort_s": found.daemon.abort_s,
         "worker": {"config": config.to_plain(found)},
         "asked": {name: os.path.realpath(path) for name, path in asked.items()},
     }

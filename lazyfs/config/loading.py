@@ -223,6 +223,10 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
         text = (f"daemon.hang_s: expected at least twice daemon.heartbeat_s ({daemon.heartbeat_s:g}), "
                 f"found {daemon.hang_s:g}")
         problems.append(Problem(where, text, "a busy worker would be killed"))
+    if daemon.abort_s <= daemon.hang_s + daemon.start_timeout_s:
+        text = (f"daemon.abort_s: expected more than daemon.hang_s and daemon.start_timeout_s together "
+                f"({daemon.hang_s + daemon.start_timeout_s:g}), found {daemon.abort_s:g}")
+        problems.append(Problem(where, text, "mounts would be lost before the next worker has loaded"))
     profile = config.profile
     for given, missing in (("collect", "token_file"), ("upload", "token_file"), ("cert_file", "key_file"),
                            ("key_file", "cert_file")):

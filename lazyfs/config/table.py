@@ -68,6 +68,9 @@ class Daemon:
                        "How images reach the kernel, where an order does not say: erofs needs Linux 6.12, auto picks.")
     read_timeout_s: float = _key(Number(0.1, 3600), limits.READ_DEADLINE_S,
                                  "A read whose data has not come by then ends with an error.", unit="s")
+    read_policy: str = _key(Choice(("error", "wait")), "error",
+                            "What a read does whose source fails, or is late: end with an error, or ask again and "
+                            "again, `read_timeout_s` each time, until its reader is killed or its image unmounted.")
     prefetch: bool = _key(Flag(), True, "Fetch what an image's start needs as soon as it is mounted.")
     prefetch_lists: bool = _key(Flag(), True,
                                 "For an image without a hot part, look in its registry for a prefetch list beside it, "
@@ -84,9 +87,13 @@ class Daemon:
     start_timeout_s: float = _key(Number(1, 600), 30.0,
                                   "A new worker that has not loaded by then is given up, and started again.", unit="s")
     heartbeat_s: float = _key(Number(0.1, 60), 1.0, "How often a worker gives its keeper a sign of life.", unit="s")
-    hang_s: float = _key(Number(2, 3600), 20.0,
-                         "A worker without a sign of life for that long is killed and replaced. At least twice "
-                         "`heartbeat_s`.", unit="s")
+    hang_s: float = _key(Number(2, 3600), 10.0,
+                         "A worker without a sign of life, or that answers nothing although it is asked, for that "
+                         "long is killed and replaced. At least twice `heartbeat_s`.", unit="s")
+    abort_s: float = _key(Number(10, 86400), 120.0,
+                          "If no worker has served for that long, the connection is aborted: readers get errors, "
+                          "instead of waiting for ever; images are to be mounted anew. More than `hang_s` and "
+                          "`start_timeout_s` together.", unit="s")
     health_address: str = _key(Address(), "",
                                "Where `/healthz` and `/readyz` are served over HTTP; empty: nowhere. A port alone "
                                "means loopback.")
@@ -164,6 +171,9 @@ class RegistryHost:
     password_file: str = _key(AbsolutePath(optional=True), "",
                               "A file with the password on its first line, readable for root only; read when needed.")
     insecure: bool = _key(Flag(), False, "Allow plain HTTP, and certificates nobody vouches for.")
+    allow_private: bool = _key(Flag(), False,
+                               "It may send us to private addresses (redirects to its blob store, its token server) "
+                               "though its own is public.")
     ca_file: str = _key(AbsolutePath(optional=True), "", "Trust this authority's certificates (PEM).")
     client_cert: str = _key(AbsolutePath(optional=True), "", "TLS client certificate (PEM); with `client_key`.")
     client_key: str = _key(AbsolutePath(optional=True), "", "Its key (PEM).")
@@ -171,9 +181,6 @@ class RegistryHost:
 
 @dataclass(frozen=True)
 class Registry:
-    allow_private: bool = _key(Flag(), False,
-                               "It may send us to private addresses (redirects to its blob store, its token server) "
-                               "though its own is public.")
     """[registry]. `host`: by host[:port]."""
 
     hosts_dir: str = _key(AbsolutePath(optional=True), "/etc/containerd/certs.d",
@@ -186,6 +193,7 @@ class Registry:
     cri_keychain: bool = _key(Flag(), True,
                               "Keep, in memory, the credentials that kubelet pulls with, when it asks the "
                               "snapshotter's socket (kubelet's `--image-service-endpoint`).")
+    allow_private: bool = _key(Flag(), False, "The same for all registries.")
     host: Mapping[str, RegistryHost] = field(default_factory=dict)
 
 
@@ -193,7 +201,6 @@ class Registry:
 class Config:
     """
     The whole configuration.
-    allow_private: bool = _key(Flag(), False, "The same for all registries.")
 
     Attributes:
         file: what was read; empty: the default file is not there.

@@ -15,7 +15,7 @@ import time
 
 import trio
 
-from lazyfs.errors import BugError, LazyfsError
+from lazyfs.errors import BugError, IntegrityError, LazyfsError, SourceError
 
 _log = logging.getLogger("lazyfs.fs")
 _incident = itertools.count(1)
@@ -49,6 +49,11 @@ def errno_of(error: Exception, what: str) -> int:
         return errno.ENOMEM
     _log.error("incident %d: unexpected %s in %s", number, type(error).__name__, what, exc_info=error)
     return errno.EIO
+
+
+def is_of_source(error: Exception) -> bool:
+    """Whether it is where the bytes come from that failed or was late, so that trying again may help."""
+    return isinstance(error, SourceError | IntegrityError | trio.TooSlowError)
 
 
 def _log_rarely(text: str) -> None:

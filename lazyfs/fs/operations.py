@@ -52,9 +52,14 @@ Data = bytes | memoryview
 
 
 class LazyOperations:
-    """Answers questions about inodes. All on the trio thread."""
+    """
+    Answers questions about inodes. All on the trio thread.
 
-    def __init__(self, served: Served) -> None:
+    `patient`: a read whose source fails is to be tried again (fs.server does it), instead of ending with an error.
+    """
+
+    def __init__(self, served: Served, *, patient: bool = False) -> None:
+        self.patient = patient
         self._served = served
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._given: set[int] = set()   # files whose content the kernel was given when they were opened
@@ -142,11 +147,35 @@ class LazyOperations:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def read(self, inode: int, offset: int, size: int) -> Data:
-        """The same, with waiting. Checkpoint: perhaps."""
+        """
+        The same, with waiting. One deadline for the whole, however many devices it is on. Checkpoint: perhaps.
+
+        Raises:
+            ErrnoError: ETIMEDOUT, ended from outside (DeviceReader.waiting); what read_now() raises.
+            LazyfsError: of a device. trio.TooSlowError: a device did not keep its deadline.
+
+        """
+        places = self._places(inode, offset, size)
+        timeout_s = _timeout_s(places)
+        deadline = time.monotonic() + timeout_s
         parts: list[Data] = []
-        for device, place, length in self._places(inode, offset, size):
-            parts.append(bytes(length) if device is None else await _read_device(device, place, length))
+        with trio.CancelScope(deadline=trio.current_time() + timeout_s + _GRACE_S) as scope:
+            for device, place, length in places:
+                parts.append(bytes(length) if device is None
+                             else await _read_device(device, place, length, deadline, scope))
+        if scope.cancelled_caught:
+            if trio.current_time() < scope.deadline:
+                raise ErrnoError(errno.ETIMEDOUT)   # its mount is being taken away
+            raise trio.TooSlowError
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_timeout_s(self, inode: int) -> float:
+        """How long a read of a file may take. 0: of none of ours, which takes no time."""
+        slot, number = inodes.split(inode)
+        device = self._served.devices.get(number - inodes.FIRST_DEVICE_INODE) if slot == 0 else None
+        image = self._served.images.get(slot)
+        devices = image.devices if image is not None else () if device is None else (device,)
+        return max((one.read_timeout_s for one in devices), default=0.0)
 
     def _places(self, inode: int, offset: int, size: int) -> list[tuple[DeviceReader | None, int, int]]:
         """Where the bytes are: (device, offset, length), or None for zeros; up to the end of the file."""
@@ -257,16 +286,21 @@ class LazyOperations:
         return Status(inode, stat.S_IFREG | 0o400, size=device.size, blocks=device.size // 512, valid_s=_TIMEOUT_S)
 
 
-async def _read_device(device: DeviceReader, offset: int, size: int) -> Data:
+def _timeout_s(places: list[tuple[DeviceReader | None, int, int]]) -> float:
+    return max((device.read_timeout_s for device, _, _ in places if device is not None), default=0.0)
+
+
+async def _read_device(
+    device: DeviceReader, offset: int, size: int, deadline: float, scope: trio.CancelScope
+) -> Data:
+    """Before `deadline` (time.monotonic() seconds). `scope`: of the whole read."""
     data: Data | None = device.read_now(offset, size)
     if data is None:
-        timeout_s = device.read_timeout_s
-        with trio.fail_after(timeout_s + _GRACE_S) as scope:
-            device.waiting.add(scope)
-            try:
-                data = await device.read(offset, size, time.monotonic() + timeout_s)
-            finally:
-                device.waiting.discard(scope)
+        device.waiting.add(scope)
+        try:
+            data = await device.read(offset, size, deadline)
+        finally:
+            device.waiting.discard(scope)
     _check_size(data, offset, size)
     return data
 

@@ -6,9 +6,10 @@ loop does not go through trio's scheduler for each: it answers in place, and loo
 select(2) before it goes to sleep. A read that has to wait for data goes on in a task of its own.
 
 Layer: fs. Who calls: fs.session. State: reads that wait. Invariants: every request but FORGET gets exactly one answer,
-whatever its handler raises; other tasks get a turn every TURN_S, and then some; at most READS_MAX reads wait, and then
-no further request is taken. The descriptor must be non-blocking: between "readable" and the read the kernel may
-withdraw a request (its caller was killed), and a blocking read would then stop everything.
+whatever its handler raises, and also if it never ends (fs.waiting); other tasks get a turn every TURN_S, and then some;
+at most READS_MAX reads wait, and then no further request is taken. The descriptor must be non-blocking: between
+"readable" and the read the kernel may withdraw a request (its caller was killed), and a blocking read would then stop
+everything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import logging
 import mmap
 import os
+import random
 import select
 import time
 from typing import TYPE_CHECKING
@@ -26,11 +28,13 @@ import trio
 from lazyfs import limits
 from lazyfs.errors import HostError
 from lazyfs.fs import guard, wire
+from lazyfs.fs.waiting import WaitingReads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.fs.operations import LazyOperations
+    from lazyfs.fs.waiting import WaitingRead
 
     # of (inode, body, unique): what to answer with; None: nothing now, or never
     Handler = Callable[[int, memoryview, int], "bytes | memoryview | None"]
@@ -41,10 +45,11 @@ _log = logging.getLogger("lazyfs.fs")
 HOT_WAIT_S = 1e-3
 HOT_WAIT_BUSY_S = 50e-6          # while reads wait for data, whose arrival other tasks have to handle
 TURN_S = 2e-3                    # so long, then other tasks get a turn
-READS_MAX = 512                  # above MAX_BACKGROUND + the foreground ones of many processes
+READS_MAX = 2048                 # above MAX_BACKGROUND + the foreground ones of many processes
 # FUSE's default lets 12 read-ahead requests wait at a time; a dozen that wait for the network would then hold up
-# reads of cached data.
-MAX_BACKGROUND = 256
+# reads of cached data. This many are those of some 500 processes that wait for a registry that is down.
+MAX_BACKGROUND = 1024
+AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0   # policy `wait`: between two attempts of a read; doubles, times 0.5 to 1.5
 _REQUEST_BYTES_MAX = (1 << 20) + 8192   # what a connection set up by another server may demand as room (max_write)
 _READ_PAGES_MAX = 256            # a read of 1 MiB
 _SELECT_FD_MAX = 1023            # FD_SETSIZE - 1
@@ -60,7 +65,11 @@ _GONE = {errno.ENODEV, errno.ECONNABORTED}   # unmounted; aborted
 
 
 class FuseServer:
-    """Serves one connection. `descriptor`: of /dev/fuse, non-blocking; the caller closes it afterwards."""
+    """
+    Serves one connection. `descriptor`: of /dev/fuse, non-blocking; the caller closes it afterwards.
+
+    `answered_count`: of requests, so far; `waiting_count`: of those that were taken and not answered.
+    """
 
     def __init__(self, operations: LazyOperations, descriptor: int) -> None:
         self._operations = operations
@@ -68,8 +77,9 @@ class FuseServer:
         self._buffer = mmap.mmap(-1, _REQUEST_BYTES_MAX)   # pages that no request needs are never there
         self._view = memoryview(self._buffer)
         self._pid = 0   # who asked for what is answered now
-        self._read_count = 0
+        self._reads = WaitingReads(self._answer_errno)
         self._room = trio.Event()
+        self.answered_count = 0
         self._handlers: dict[int, Handler] = {
             wire.INIT: self._init, wire.LOOKUP: self._lookup, wire.GETATTR: self._getattr,
             wire.READLINK: self._readlink, wire.OPEN: self._open, wire.READ: self._read, wire.RELEASE: self._release,
@@ -78,10 +88,15 @@ class FuseServer:
             wire.STATFS: self._statfs, wire.DESTROY: self._nothing, **dict.fromkeys(_WRITERS, self._refuse),
         }  # fmt: skip
 
+    @property
+    def waiting_count(self) -> int:
+        return len(self._reads)
+
     async def serve(self) -> None:
         """Answer until the mount is gone. Cancellation: what was not answered is for whoever takes the mount over."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._reads.watch)
             turn_end = time.monotonic() + TURN_S
             while True:
                 try:
@@ -100,14 +115,14 @@ class FuseServer:
                     if time.monotonic() > turn_end:
                         await trio.lowlevel.checkpoint()
                         turn_end = time.monotonic() + TURN_S
-                    while self._read_count >= READS_MAX:
+                    while len(self._reads) >= READS_MAX:
                         self._room = trio.Event()
                         await self._room.wait()
             nursery.cancel_scope.cancel()   # nobody is left to be answered
 
     def _is_soon(self) -> bool:
         """Wait a moment; whether there is something to read."""
-        wait_s = HOT_WAIT_BUSY_S if self._read_count else HOT_WAIT_S
+        wait_s = HOT_WAIT_BUSY_S if self._reads else HOT_WAIT_S
         return self._descriptor <= _SELECT_FD_MAX and bool(select.select((self._descriptor,), (), (), wait_s)[0])
 
     def _handle(self, size: int) -> None:
@@ -128,10 +143,12 @@ class FuseServer:
                 self._answer(unique, answer)
 
     def _answer(self, unique: int, data: bytes | memoryview) -> None:
+        self.answered_count += 1
         header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(data), 0, unique)
         self._write(unique, (header, data))
 
     def _answer_errno(self, unique: int, code: int) -> None:
+        self.answered_count += 1
         self._write(unique, (wire.OUT_HEADER.pack(wire.OUT_HEADER.size, -code, unique),))
 
     def _write(self, unique: int, parts: tuple[bytes | memoryview, ...]) -> None:
@@ -215,20 +232,36 @@ class FuseServer:
         _, offset, size = wire.READ_IN.unpack_from(body)
         data = self._operations.read_now(inode, offset, size, self._pid)
         if data is None:
-            self._read_count += 1
-            self._nursery.start_soon(self._read_later, inode, offset, size, unique)
+            self._nursery.start_soon(self._read_later, inode, offset, size, self._reads.begin(unique, self._pid))
         return data
 
-    async def _read_later(self, inode: int, offset: int, size: int, unique: int) -> None:
-        try:
-            data = await self._operations.read(inode, offset, size)
-        except Exception as error:  # noqa: BLE001 - as in _handle
-            self._answer_errno(unique, guard.errno_of(error, "read"))
-        else:
-            self._answer(unique, data)
-        finally:
-            self._read_count -= 1
-            self._room.set()
+    async def _read_later(self, inode: int, offset: int, size: int, waiting: WaitingRead) -> None:
+        code, data = errno.EINTR, None
+        with waiting.scope:
+            code, data = await self._attempts(inode, offset, size, waiting)
+        if self._reads.end(waiting):
+            if data is None:
+                self._answer_errno(waiting.unique, code)
+            else:
+                self._answer(waiting.unique, data)
+        self._room.set()
+
+    async def _attempts(
+        self, inode: int, offset: int, size: int, waiting: WaitingRead
+    ) -> tuple[int, bytes | memoryview | None]:
+        """(0, the bytes), or (errno, None). With policy `wait` a source that fails is asked again and again."""
+        pause_s = AGAIN_FIRST_S
+        while True:
+            self._reads.bound(waiting, self._operations.read_timeout_s(inode))
+            try:
+                return 0, await self._operations.read(inode, offset, size)
+            except Exception as error:  # noqa: BLE001 - as in _handle
+                code = guard.errno_of(error, "read")
+                if not (self._operations.patient and guard.is_of_source(error)):
+                    return code, None
+            self._reads.bound(waiting, pause_s * 2)
+            await trio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - spread, not secrecy
+            pause_s = min(AGAIN_MAX_S, pause_s * 2)
 
 
 def _fitting(data: bytes, size: int) -> bytes:

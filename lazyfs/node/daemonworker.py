@@ -140,7 +140,8 @@ async def _serve(
     except OSError as error:   # readers wait: to serve them is more than to be found
         _log.error("%s cannot be written: %s", directory.identity, error)
     served = Served()
-    session = FuseSession(LazyOperations(served), directory.fuse, os.dup(place.fuse))
+    operations = LazyOperations(served, patient=place.config.daemon.read_policy == "wait")
+    session = FuseSession(operations, directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
     async with Fetcher(bounds_of(place.config.daemon)) as fetcher, trio.open_nursery() as signs:
         signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)

@@ -103,7 +103,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
     served = Served()
     with CacheDir.open(Path(cache_dir)) as cache:
         settings = _settings()
-        async with Fetcher(bounds_of(settings)) as fetcher, _mounted(directory, served) as nursery:
+        async with Fetcher(bounds_of(settings)) as fetcher, _mounted(directory, served, settings) as nursery:
             worker = Worker(directory, cache, fetcher, served, mounter, lists=settings.prefetch_lists)
             listener = control.listen(directory.socket)
             try:
@@ -137,9 +137,9 @@ def _settings() -> config.Daemon:
 
 
 @contextlib.asynccontextmanager
-async def _mounted(directory: WorkerDir, served: Served) -> AsyncIterator[trio.Nursery]:
+async def _mounted(directory: WorkerDir, served: Served, settings: config.Daemon) -> AsyncIterator[trio.Nursery]:
     """A FUSE session of our own, mounted as long as the block runs."""
-    session = FuseSession(LazyOperations(served), directory.fuse)
+    session = FuseSession(LazyOperations(served, patient=settings.read_policy == "wait"), directory.fuse)
     session.open()
     try:
         async with running(session) as nursery:

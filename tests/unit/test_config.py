@@ -91,7 +91,9 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     ("[daemon]\nprefetch = 1", r"daemon.prefetch: expected true or false, found 1"),
     ("[daemon]\nhang_s = true", r"daemon.hang_s: expected a number from 2 to 3600, found True"),
     ("[daemon]\nhang_s = nan", r"found nan"),
-    ("[daemon]\nheartbeat_s = 15", r"daemon.hang_s: expected at least twice daemon.heartbeat_s \(15\), found 20"),
+    ("[daemon]\nabort_s = 40", r"daemon.abort_s: expected more than .* together \(40\), found 40"),
+    ("[daemon]\nread_policy = 'never'", r"daemon.read_policy: expected one of error, wait"),
+    ("[daemon]\nheartbeat_s = 15", r"daemon.hang_s: expected at least twice daemon.heartbeat_s \(15\), found 10"),
     ('[daemon]\nhealth_address = "x:99999"', r"health_address: expected \"host:port\""),
     ('[cache]\nquota_bytes = "5%"', r"cache.quota_bytes: expected bytes, or a size like \"20GiB\", found '5%'"),
     ("[cache]\nquota_bytes = -1", r"found -1"),
@@ -217,7 +219,7 @@ def test_the_command_checks_and_shows(tmp_path: Path) -> None:
     assert "no problem, 1 keys" in run("check", good, code=0).stdout
     assert f"hang_s = 33   # {good}" in run("show", good, code=0).stdout
     shown = json.loads(run("show", good, "--json", code=0, LAZYFS_LOG_LEVEL="error").stdout)
-    assert shown["keys"]["daemon.hang_s"] == {"value": 33.0, "default": 20.0, "origin": good, "unit": "s"}
+    assert shown["keys"]["daemon.hang_s"] == {"value": 33.0, "default": 10.0, "origin": good, "unit": "s"}
     assert shown["keys"]["log.level"]["origin"] == "LAZYFS_LOG_LEVEL"
     assert "[snapshotter]" in run("show", "--defaults", code=0).stdout
 

@@ -59,7 +59,7 @@ class Kernel:
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Kernel]:
+async def serving(*, patient: bool = False) -> AsyncIterator[Kernel]:
     served = Served()
     device = MemoryDevice(SAMPLE.data)
     slot = served.new_slot()
@@ -68,7 +68,7 @@ async def serving() -> AsyncIterator[Kernel]:
     with ours, theirs:
         theirs.setblocking(False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(FuseServer(LazyOperations(served), theirs.fileno()).serve)
+            nursery.start_soon(FuseServer(LazyOperations(served, patient=patient), theirs.fileno()).serve)
             yield Kernel(ours, slot, device)
             nursery.cancel_scope.cancel()
 
