@@ -24,6 +24,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from lazyfs import requestid
+
 if TYPE_CHECKING:
     from lazyfs import config
 
@@ -111,6 +113,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message, trace, fields = _parts(self, record)
+        if request := requestid.current():
+            fields["request"] = request
         tail = "".join(f" {name}={_field_text(value)}" for name, value in fields.items())
         lines = [f"{record.name}: {_escape(message)}{tail}"]
         lines += [f"    {_escape(line)}" for line in trace.splitlines()]
@@ -133,6 +137,8 @@ class JsonFormatter(logging.Formatter):
             "time": rfc3339(record.created), "level": record.levelname.lower(), "logger": record.name,
             "message": message, "program": self._program, "pid": record.process,
         }
+        if request := requestid.current():
+            entry["request"] = request
         if fields:
             entry["fields"] = fields
         if trace:

@@ -7,9 +7,12 @@ done (landed, or failed), perhaps after rounds of trying again. It is in Fetcher
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import trio
+
+from lazyfs import requestid
 
 if TYPE_CHECKING:
     from lazyfs.errors import LazyfsError
@@ -35,11 +38,16 @@ class Flight:
     :bad: what was wrong with the bytes of the last attempt.
     :window: the transfer of a prefetch window that it was made for; else None.
     :overtaken: another flight of the same chunk was begun, which will be sooner.
+    :request: the read that it was made for (lazyfs.requestid); empty: for none.
+    :server: which server gave its bytes, of the last attempt; empty: none has answered.
+    :made_at, begun_at, answered_at, received_at, decoded_at, settled_at: of the last attempt, time.monotonic() seconds;
+        0.0: it did not come so far.
     """
 
     __slots__ = (
-        "attempt_count", "bad", "bad_count", "blob", "codec", "data", "deadline", "device", "digest", "done", "error",
-        "event", "index", "last_error", "overtaken", "size", "source", "stored_size", "stored_start", "waiters",
+        "answered_at", "attempt_count", "bad", "bad_count", "begun_at", "blob", "codec", "data", "deadline",
+        "decoded_at", "device", "digest", "done", "error", "event", "index", "last_error", "made_at", "overtaken",
+        "received_at", "request", "server", "settled_at", "size", "source", "stored_size", "stored_start", "waiters",
         "window",
     )  # fmt: skip
 
@@ -68,6 +76,10 @@ class Flight:
         self.event: trio.Event | None = None
         self.window: Transfer | None = None
         self.overtaken = False
+        self.request = requestid.current()
+        self.server = ""
+        self.made_at = time.monotonic()
+        self.begun_at = self.answered_at = self.received_at = self.decoded_at = self.settled_at = 0.0
 
     @property
     def stored_end(self) -> int:

@@ -94,6 +94,11 @@ class RangeStream(_Stream):
         self._response.fail(error)
         return error
 
+    @property
+    def server(self) -> str:
+        """For server_of()."""
+        return self._response.server
+
     def distrust(self, error: LazyfsError) -> bool:
         """For the function of this name."""
         return self._response.fail(error)
@@ -246,6 +251,11 @@ def distrust(stream: ByteStream, error: LazyfsError) -> bool:
     True: that was a mirror, which is not asked again for a while; asking anew leads elsewhere.
     """
     return isinstance(stream, RangeStream | BlobStream) and stream.distrust(error)
+
+
+def server_of(stream: ByteStream) -> str:
+    """Who answers, for statistics: host[:port] of a registry or mirror; "local": a file of this machine."""
+    return stream.server if isinstance(stream, RangeStream) else "local"
 
 
 def read_exactly(stream: ByteStream, size: int) -> bytes:

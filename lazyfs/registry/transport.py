@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Self
 import urllib3
 import urllib3.exceptions as u3
 
+from lazyfs import requestid
 from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError
 from lazyfs.limits import KIB
 from lazyfs.registry.addresses import Reach, origin_of, printable, reach_of
@@ -74,9 +75,9 @@ class HttpResponse:
         self._body: DeadlineResponse | None = body if isinstance(body, DeadlineResponse) else None
         self._raw_io: DeadlineSocketIO | None = self._body.raw_io if self._body is not None else None
         self._open = True
-        self.on_failure: Callable[[LazyfsError], bool] | None = None
         self.reach = reach_of(self._body.peer) if direct and self._body is not None else Reach.PUBLIC
         self.server = ""
+        self.on_failure: Callable[[LazyfsError], bool] | None = None
         self.status = raw.status
         self.headers = raw.headers
         self.url = call.url
@@ -212,6 +213,8 @@ class Transport:
         CURRENT.connect_timeout_s = options.connect_timeout_s
         CURRENT.io_timeout_s = call.io_timeout_s or options.io_timeout_s
         headers = {"User-Agent": options.user_agent, "Accept-Encoding": "identity", **call.headers}
+        if request := requestid.current():
+            headers["X-Request-Id"] = request
         if call.body is not None:
             headers["Content-Length"] = str(call.body_size)
         left_s = deadline - time.monotonic()
