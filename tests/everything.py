@@ -3,15 +3,17 @@ All tests, in two pytest processes at once: most of them wait for containers, no
 
     python -m tests.everything           # scripts/test without words calls it
 
-A part is a pytest process of its own over some of the files: what it mounts, starts and leaves is told from the others'
-by tests/leaks.py. What a part prints appears in one piece when it ends. Exit code: the first of a part that is not 0
-(pytest's own, so 5 where a part had no test at all).
+A part is a pytest process of its own over some of the files, in a mount namespace of its own: what `ip netns exec` or
+a container of another part copies of its mounts would keep them alive. Mounts are shared below it, as systemd has them.
+What it starts and leaves is told from the others' by tests/leaks.py. What a part prints appears in one piece when it
+ends. Exit code: the first of a part that is not 0 (pytest's own, so 5 where a part had no test at all).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +45,7 @@ class Part:
 
     def run(self) -> Part:
         began = time.monotonic()
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, self.files)]
+        words = [*_apart(), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, self.files)]
         with tempfile.TemporaryFile("w+") as file:
             self.process = subprocess.Popen(words, cwd=TESTS.parent, stdin=subprocess.DEVNULL, stdout=file,
                                             stderr=subprocess.STDOUT, text=True)
@@ -61,6 +63,13 @@ class Part:
         """As ^C does: its fixtures clean up."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
+
+
+def _apart() -> list[str]:
+    """The words before a command that give it mounts of its own; none where that cannot be had."""
+    words = ["unshare", "--mount", "--propagation", "shared", "--"]
+    can = shutil.which(words[0]) and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
+    return words if can else []
 
 
 def parts() -> list[Part]:

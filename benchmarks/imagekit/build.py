@@ -33,7 +33,7 @@ _KEY_FILE = "lazyfs-recipe"  # beside oci-layout: which recipe the cached image 
 # setpriv: the namespace also goes when we are killed by SIGKILL
 _UNSHARE = [
     *("setpriv", "--pdeathsig", "KILL", "--"),
-    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+    *("unshare", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc"),
 ]
 _BASE_TIMEOUT_S = 900.0
 _ENV = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}

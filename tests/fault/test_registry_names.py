@@ -29,14 +29,14 @@ for options, kind in ((RegistryOptions(), DeadlineError), (RegistryOptions(conne
     for _ in range(2):      # the second one finds the first one's lookup still running
         started = time.monotonic()
         try:
-            deadline = started + (60 if kind is SourceError else 0.3)
+            deadline = started + (60 if kind is SourceError else 1)
             Transport(options).send(Call("GET", "https://registry.example/v2/"), deadline)
         except kind as error:
             assert "no name server answered in time" in str(error) and "resolv.conf" in error.hint, error
             assert type(error) is kind and error.transient
         else:
             raise AssertionError("no error")
-        assert time.monotonic() - started < 5, "it waited for the name server"
+        assert time.monotonic() - started < 10, "it waited for the name server"
 print("in time")
 """
 
@@ -50,8 +50,8 @@ def test_a_silent_name_server_does_not_hold_a_request(tmp_path: Path) -> None:
         server.settimeout(30)
         shell = ('mount --bind "$1/resolv.conf" /etc/resolv.conf && mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf '
                  '&& exec "$2" -c "$3"')
-        done = subprocess.run(["unshare", "--mount", "sh", "-c", shell, "sh", tmp_path, sys.executable, SCRIPT],
-                              capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(["unshare", "--mount", "--propagation", "slave", "sh", "-c", shell, "sh", tmp_path,
+                               sys.executable, SCRIPT], capture_output=True, text=True, check=False, timeout=60)
         assert done.stdout == "in time\n", done.stderr
         assert b"registry\x07example" in server.recv(4096), "the question never came here"
 

@@ -32,7 +32,7 @@ def run(tmp_path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
              '&& exec "$2" -m tests.closednetwork "$3" "$4"')
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
-        ["unshare", "--mount", "--net", "sh", "-c", shell, "sh", tmp_path, sys.executable, json.dumps(cases),
+        ["unshare", "--mount", "--propagation", "slave", "--net", "sh", "-c", shell, "sh", tmp_path, sys.executable, json.dumps(cases),
          json.dumps(addresses)], capture_output=True, text=True, check=False, timeout=110, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
