@@ -24,7 +24,9 @@ from typing import Any, NoReturn
 
 from lazyfs.node import notify
 from lazyfs.node.keeperchild import Child
-from lazyfs.node.keeperstart import Kept, find_kept, listen
+from lazyfs.node.keeperclients import Clients, reply
+from lazyfs.node.keeperstart import Kept, find_kept
+from lazyfs.node.keeperwatch import Connection, Watch
 
 _POLL_S = 0.5
 _HANDOVER_S = 10.0               # for a worker to step aside; then it is killed
@@ -33,8 +35,8 @@ _FAILED_COUNT_MAX = 5            # workers in a row that died before they served
                                  # its readers get errors instead of waiting for ever
 _DELAY_S_MAX = 5.0               # between starts of workers that fail
 _DEATHS_PERIOD_S, _DEATHS_COUNT_MAX = 60.0, 30   # of workers that did serve: more often, and starts are delayed too
-_REQUEST_BYTES_MAX = 64 * 1024
-_CLIENT_COUNT_MAX = 16           # connected, and have not asked yet
+_SPARE_S = 30.0                  # a spare worker goes when the one that serves has been well for so long
+_ABORT_S = 120.0                 # if the settings are of a version that does not say
 
 
 class Keeper:
@@ -42,7 +44,7 @@ class Keeper:
     See the module.
 
     Settings: `root` (the daemon's run directory, made), `cache_dir`, `hang_s` (a worker without a sign of life for
-    that long is replaced), `start_s` (for one to load), `worker` (fields of daemonworker.Place, not looked at);
+    that long is replaced), `abort_s` (see keeperwatch), `start_s` (for one to load), `worker` (fields of daemonworker.Place, not looked at);
     `resume`: what the process image before an upgrade held.
     """
 
@@ -50,10 +52,13 @@ class Keeper:
         self._resume = settings.pop("resume", None)
         self._settings = settings
         self._root = settings["root"]
-        self._hang_s = float(settings["hang_s"])
         self._kept: Kept = find_kept(self._root, self._resume)
         self._current: Child | None = None
-        self._next: Child | None = None
+        self._next: Child | None = None            # its turn comes: after this one's end, or (upgrade) to end it
+        self._is_spare = False                      # `_next` is for the worst: it ends nobody, and goes by then
+        self._spare_until = 0.0
+        self._trouble = ""                          # of the last worker that was replaced
+        self._dismissed: list[Child] = []           # killed, to be collected
         self._retire_by = 0.0
         self._start_at = 0.0
         self._failed = 0
@@ -62,11 +67,12 @@ class Keeper:
         self._began = time.time()
         self._stopping = False
         self._told_to_stop = False
-        self._clients: dict[int, socket.socket] = {}
+        self._clients = Clients(self._root)
         self._waiting: list[socket.socket] = []     # clients of an upgrade under way
         self._before: dict[str, Any] = {}           # the settings before it, until it has worked
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._server = self._listen()
+        self._watch = Watch(Connection(f"{self._root}/fuse"), float(settings["hang_s"]),
+                            float(settings.get("abort_s", _ABORT_S)), time.monotonic())
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -90,51 +96,79 @@ class Keeper:
     def _turn(self) -> None:
         poll = select.poll()
         poll.register(self._wake_r, select.POLLIN)
-        poll.register(self._server, select.POLLIN)
-        for descriptor in self._clients:
+        for descriptor in self._clients.descriptors:
             poll.register(descriptor, select.POLLIN)
+        for child in self._dismissed:
+            poll.register(child.pidfd, select.POLLIN)
         children = [child for child in (self._current, self._next) if child is not None]
         for child in children:
             poll.register(child.pidfd, select.POLLIN)
             if child.channel is not None and not child.silent:
                 poll.register(child.channel, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(_POLL_S * 1000)}
+        wait_s = self._watch.next_s(self._current, time.monotonic(), _POLL_S)
+        ready = {descriptor for descriptor, _ in poll.poll(wait_s * 1000)}
         if self._wake_r in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_r, 4096)
+        for child in [one for one in self._dismissed if one.pidfd in ready]:
+            self._dismissed.remove(child)
+            child.collect()
         for child in children:
             if child.channel is not None and child.channel.fileno() in ready:
                 self._hear(child)
             if child.pidfd in ready:
                 self._ended(child)
-        if self._server.fileno() in ready:
-            self._accept()
-        for descriptor in [one for one in self._clients if one in ready]:
-            self._serve(self._clients.pop(descriptor))
+        for client, request in self._clients.take(ready):
+            self._serve(client, request)
         self._reap_others()
         self._on_time()
 
     def _on_time(self) -> None:
         now = time.monotonic()
-        current = self._current
-        coming = self._next
+        current, coming = self._current, self._next
+        self._watch.look(current, now)
         if coming is not None and not coming.imported and now - coming.began > self._settings["start_s"]:
             _say(f"worker {coming.pid} has not loaded in {self._settings['start_s']:g} s: killed")
             coming.kill()
             coming.began = now
-        if current is not None and current.ready and now - current.last_sign <= self._hang_s:
-            notify.watchdog(now)
         if current is None:
             if self._next is None and not self._stopping and now >= self._start_at:
-                self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
-        elif self._retire_by and now > self._retire_by:
-            _say(f"worker {current.pid} does not step aside: killed")
-            current.kill()
-            self._retire_by = now + _HANDOVER_S
-        elif current.channel is not None and now - current.last_sign > self._hang_s:
-            _say(f"worker {current.pid} gave no sign of life for {self._hang_s:g} s: replaced")
+                self._start_next()
+        else:
+            self._watch_current(current, now)
+        if self._kept.begun and not self._stopping and self._watch.is_given_up(now):
+            self._give_up()
+
+    def _watch_current(self, current: Child, now: float) -> None:
+        if current.ready and now - current.last_sign <= self._watch.hang_s:
+            notify.watchdog(now)
+        if self._retire_by:
+            if now > self._retire_by:
+                _say(f"worker {current.pid} does not step aside: killed")
+                current.kill()
+                self._retire_by = now + _HANDOVER_S
+        elif trouble := self._watch.trouble(current, now):
+            _say(f"worker {current.pid} {trouble}: replaced")
+            self._trouble = trouble
             current.kill()
             current.last_sign = now
+        elif self._watch.is_suspicious(current, now):
+            self._spare_until = now + _SPARE_S
+            if self._next is None and not self._stopping and now >= self._start_at:
+                self._start_next()
+                self._is_spare = True
+        elif self._is_spare and now > self._spare_until:
+            self._dismiss_spare()
+
+    def _give_up(self) -> None:
+        """The last line of defence: no worker has served for so long that readers are to get errors."""
+        _say(f"no worker has served for {self._watch.abort_s:g} s, and requests wait: their connection is aborted; "
+             "what is mounted answers with errors, until it is mounted again")
+        self._watch.connection.abort()
+        if self._current is not None:
+            self._current.kill()     # the next one begins when it has ended
+        else:
+            self._kept.renew_fuse()
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -148,11 +182,23 @@ class Keeper:
             _say(f"worker {self._kept.worker_pid} goes on without its keeper: taken over")
             self._current = Child(self._kept.worker_pid, None)
             self._current.ready = True
-            self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+            self._start_next()
         self._kept.write_identity(self._settings["cache_dir"])
+
+    def _start_next(self) -> None:
+        self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+        self._is_spare = False
+
+    def _dismiss_spare(self) -> None:
+        assert self._next is not None
+        self._next.kill()
+        self._dismissed.append(self._next)
+        self._next, self._is_spare = None, False
 
     def _hear(self, child: Child) -> None:
         for line in child.hear():
+            if child is self._current:
+                self._watch.hear(line)
             if line == b"imported":
                 child.imported = True
                 self._hand_over()
@@ -160,6 +206,7 @@ class Keeper:
                 child.ready = True
                 self._failed = 0
                 self._kept.begun = True
+                self._watch.connection.find()
                 self._announce()
 
     def _hand_over(self) -> None:
@@ -167,6 +214,8 @@ class Keeper:
         if self._next is None or not self._next.imported:
             return
         if self._current is not None:
+            if self._is_spare:
+                return
             self._current.say(b"retire\n")
             self._retire_by = time.monotonic() + _HANDOVER_S
             return
@@ -174,7 +223,9 @@ class Keeper:
         self._current = child
         self._retire_by = 0.0
         self._turns += 1
+        self._is_spare = False
         child.began = child.last_sign = time.monotonic()
+        self._watch.begin(child.began)
         child.say(b"go-on\n" if self._kept.begun else b"go\n")
 
     def _ended(self, child: Child) -> None:
@@ -183,6 +234,9 @@ class Keeper:
         if child is self._next:
             self._next = None
             _say(f"worker {child.pid} could not start: {how}")
+            if self._is_spare:
+                self._is_spare, self._start_at = False, now + _DELAY_S_MAX
+                return
             self._undo_upgrade(f"the new worker could not start ({how}); the old one goes on")
             self._failed += 1
             self._delay(now)
@@ -197,7 +251,7 @@ class Keeper:
                 self._undo_upgrade(f"the new worker could not serve ({how}); one with the old settings follows")
             self._delay(now)
         self._retire_by = 0.0
-        if self._failed >= _FAILED_COUNT_MAX and self._kept.begun:
+        if self._kept.is_aborted or (self._failed >= _FAILED_COUNT_MAX and self._kept.begun):
             _say("its connection is given up: what is mounted now answers with errors, until it is mounted again")
             self._kept.renew_fuse()
             self._failed = 0
@@ -226,7 +280,7 @@ class Keeper:
     def _reap_others(self) -> None:
         """As process 1 of a container, we are who collects a dead worker's children."""
         if os.getpid() == 1:
-            known = {child.pid for child in (self._current, self._next) if child is not None}
+            known = {child.pid for child in (self._current, self._next, *self._dismissed) if child is not None}
             with contextlib.suppress(ChildProcessError):
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if info is not None and info.si_pid not in known:
@@ -240,68 +294,58 @@ class Keeper:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> socket.socket:
-        """keeper.sock, for root only."""
-        return listen(self._root, "keeper.sock", 8)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            client, _ = self._server.accept()
-            client.setblocking(False)
-            self._clients[client.fileno()] = client
-            if len(self._clients) > _CLIENT_COUNT_MAX:   # the one that has been silent longest
-                self._clients.pop(next(iter(self._clients))).close()
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            request = json.loads(client.recv(_REQUEST_BYTES_MAX))
-            operation = request["op"]
-        except (OSError, ValueError, LookupError, TypeError):
-            client.close()
-            return
+    def _serve(self, client: socket.socket, request: dict[str, Any]) -> None:
+        operation = request["op"]
         if operation == "upgrade":
             self._upgrade(client, request.get("settings"))
         elif operation == "stop":
             self._stop()
-            _reply(client, {"result": self._status()})
+            reply(client, {"result": self._status()})
         elif operation == "status":
-            _reply(client, {"result": self._status()})
+            reply(client, {"result": self._status()})
         else:
-            _reply(client, {"error": f"unknown operation {operation!r:.40}"})
+            reply(client, {"error": f"unknown operation {operation!r:.40}"})
 
     def _status(self) -> dict[str, Any]:
         return {
             "keeper": os.getpid(), "worker": self._worker_pid(), "turns": self._turns, "since": self._began,
             "ready": bool(self._current is not None and self._current.ready), "stopping": self._stopping,
+            "trouble": self._trouble, "waiting": self._watch.connection.waiting(),
         }
 
     def _upgrade(self, client: socket.socket, settings: object) -> None:
+        if self._is_spare:
+            self._dismiss_spare()
         if self._next is not None or self._current is None or self._stopping:
-            _reply(client, {"error": "a worker is being started or stopped at this moment"})
+            reply(client, {"error": "a worker is being started or stopped at this moment"})
             return
         if isinstance(settings, dict):
             fixed = {name: self._settings[name] for name in ("root", "cache_dir")}   # of what is mounted
             asked = settings.pop("asked", {}).get("cache_dir", fixed["cache_dir"])
             if asked != fixed["cache_dir"]:
-                _reply(client, {"error": f"cache_dir is {fixed['cache_dir']}, and cannot become {asked} in an upgrade: "
+                reply(client, {"error": f"cache_dir is {fixed['cache_dir']}, and cannot become {asked} in an upgrade: "
                                          "unmount all, then stop and start the daemon"})
                 return
             self._before = dict(self._settings)
             self._settings.update({**settings, **fixed})
-            self._hang_s = float(self._settings["hang_s"])
+            self._set_watch()
         self._waiting.append(client)
-        self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
+        self._start_next()
 
     def _undo_upgrade(self, reason: str) -> None:
         """Workers that come later must start with settings that are known to work."""
         if self._before:
             self._settings, self._before = self._before, {}
-            self._hang_s = float(self._settings["hang_s"])
+            self._set_watch()
         self._reply_upgrade({"error": reason})
+
+    def _set_watch(self) -> None:
+        self._watch.hang_s = float(self._settings["hang_s"])
+        self._watch.abort_s = float(self._settings.get("abort_s", _ABORT_S))
 
     def _reply_upgrade(self, answer: dict[str, Any]) -> None:
         for client in self._waiting:
-            _reply(client, answer)
+            reply(client, answer)
         self._waiting.clear()
 
     def _become_new(self) -> NoReturn:
@@ -350,14 +394,6 @@ class Keeper:
         notify.forget("fuse")
         notify.forget("control")
         self._kept.remove()
-
-
-def _reply(client: socket.socket, answer: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        client.setblocking(True)
-        client.settimeout(1.0)
-        client.sendall(json.dumps(answer).encode() + b"\n")
-    client.close()
 
 
 def _say(text: str) -> None:

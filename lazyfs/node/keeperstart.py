@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import socket
 import sys
 from typing import Any, NoReturn
@@ -52,6 +53,13 @@ class Kept:
         notify.forget("fuse")
         self.fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self.begun = False
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the connection was begun and is no more: unmounted, or aborted through fusectl. Nobody can go on."""
+        poll = select.poll()
+        poll.register(self.fuse, 0)
+        return self.begun and any(what & select.POLLERR for _, what in poll.poll(0))
 
     def write_identity(self, cache_dir: str) -> None:
         """Say who keeps what: for the keeper after us, and for `lazyfs mount`."""
