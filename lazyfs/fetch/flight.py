@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs import requestid
-
 if TYPE_CHECKING:
     from lazyfs.errors import LazyfsError
     from lazyfs.fetch.device import FetchDevice
@@ -38,7 +36,7 @@ class Flight:
     :bad: what was wrong with the bytes of the last attempt.
     :window: the transfer of a prefetch window that it was made for; else None.
     :overtaken: another flight of the same chunk was begun, which will be sooner.
-    :request: the read that it was made for (lazyfs.requestid); empty: for none.
+    :request: the first read that waited for it (lazyfs.requestid); empty: for none.
     :server: which server gave its bytes, of the last attempt; empty: none has answered.
     :made_at, begun_at, answered_at, received_at, decoded_at, settled_at: of the last attempt, time.monotonic() seconds;
         0.0: it did not come so far.
@@ -76,7 +74,7 @@ class Flight:
         self.event: trio.Event | None = None
         self.window: Transfer | None = None
         self.overtaken = False
-        self.request = requestid.current()
+        self.request = ""
         self.server = ""
         self.made_at = time.monotonic()
         self.begun_at = self.answered_at = self.received_at = self.decoded_at = self.settled_at = 0.0

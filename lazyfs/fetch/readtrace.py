@@ -52,6 +52,8 @@ class ReadTrace:
     def joined(self, flights: list[Flight]) -> None:
         """It waits for these now."""
         now = time.monotonic()
+        for flight in flights:
+            flight.request = flight.request or self.request
         self.waits += [Wait(flight, now, flight.made_at < now - _FRESH_S)
                        for flight in flights[:_WAIT_COUNT_MAX - len(self.waits)]]
 

@@ -51,6 +51,16 @@ def errno_of(error: Exception, what: str) -> int:
     return errno.EIO
 
 
+def kind_of(error: Exception) -> str:
+    """What kind of error it is, for counting: the name of its class (`not_found`); "": it is an answer."""
+    if isinstance(error, ErrnoError):
+        return ""
+    if isinstance(error, trio.TooSlowError):
+        return "deadline"
+    name = type(error).__name__.removesuffix("Error") if isinstance(error, LazyfsError | MemoryError) else "Bug"
+    return "".join(f"_{char.lower()}" if char.isupper() else char for char in name).strip("_")
+
+
 def is_of_source(error: Exception) -> bool:
     """Whether it is where the bytes come from that failed or was late, so that trying again may help."""
     return isinstance(error, SourceError | IntegrityError | trio.TooSlowError)

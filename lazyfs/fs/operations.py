@@ -24,6 +24,7 @@ import trio
 
 from lazyfs import limits
 from lazyfs.errors import BugError
+from lazyfs.fetch.readtrace import CURRENT
 from lazyfs.fs import inodes, wire
 from lazyfs.fs.guard import ErrnoError
 from lazyfs.fs.wire import Status
@@ -60,6 +61,7 @@ class LazyOperations:
 
     def __init__(self, served: Served, *, patient: bool = False) -> None:
         self.patient = patient
+        self.read_log = served.read_log
         self._served = served
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._given: set[int] = set()   # files whose content the kernel was given when they were opened
@@ -296,6 +298,9 @@ async def _read_device(
     """Before `deadline` (time.monotonic() seconds). `scope`: of the whole read."""
     data: Data | None = device.read_now(offset, size)
     if data is None:
+        trace = CURRENT.get()
+        if trace is not None:
+            trace.device, trace.place = device, offset
         device.waiting.add(scope)
         try:
             data = await device.read(offset, size, deadline)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.fs import inodes
+from lazyfs.fs.readlog import ReadLog
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -71,6 +72,7 @@ class Served:
         self.devices: dict[int, DeviceReader] = {}
         self.images: dict[int, ServedImage] = {}
         self.image_slots: dict[bytes, int] = {}
+        self.read_log = ReadLog()
         self._open_counts: Counter[int] = Counter()   # by inode
         self._use_counts: Counter[int] = Counter()    # by slot
         self._kept: set[int] = set()                  # slots whose files are read, never given

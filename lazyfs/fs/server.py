@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs import limits
+from lazyfs import limits, requestid
 from lazyfs.errors import HostError
 from lazyfs.fs import guard, wire
 from lazyfs.fs.waiting import WaitingReads
@@ -33,6 +33,7 @@ from lazyfs.fs.waiting import WaitingReads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lazyfs.fetch.readtrace import ReadTrace
     from lazyfs.fs.operations import LazyOperations
     from lazyfs.fs.waiting import WaitingRead
 
@@ -78,6 +79,7 @@ class FuseServer:
         self._view = memoryview(self._buffer)
         self._pid = 0   # who asked for what is answered now
         self._reads = WaitingReads(self._answer_errno)
+        self._read_log = operations.read_log
         self._room = trio.Event()
         self.answered_count = 0
         self._handlers: dict[int, Handler] = {
@@ -137,7 +139,9 @@ class FuseServer:
         try:
             answer = handler(inode, self._view[_HEADER_BYTES:size], unique)
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request and nothing else
-            self._answer_errno(unique, guard.errno_of(error, handler.__name__[1:]))
+            self._read_log.count_error(error)
+            with requestid.during(requestid.of_fuse(unique)):
+                self._answer_errno(unique, guard.errno_of(error, handler.__name__[1:]))
         else:
             if answer is not None:
                 self._answer(unique, answer)
@@ -237,28 +241,33 @@ class FuseServer:
 
     async def _read_later(self, inode: int, offset: int, size: int, waiting: WaitingRead) -> None:
         code, data = errno.EINTR, None
-        with waiting.scope:
-            code, data = await self._attempts(inode, offset, size, waiting)
-        if self._reads.end(waiting):
-            if data is None:
-                self._answer_errno(waiting.unique, code)
-            else:
-                self._answer(waiting.unique, data)
+        with self._read_log.reading(waiting.unique, inode, offset, size, waiting.thread_id) as trace:
+            with waiting.scope:
+                code, data = await self._attempts(inode, offset, size, waiting, trace)
+            if self._reads.end(waiting):
+                if data is None:
+                    self._answer_errno(waiting.unique, code)
+                else:
+                    self._answer(waiting.unique, data)
         self._room.set()
 
     async def _attempts(
-        self, inode: int, offset: int, size: int, waiting: WaitingRead
+        self, inode: int, offset: int, size: int, waiting: WaitingRead, trace: ReadTrace
     ) -> tuple[int, bytes | memoryview | None]:
         """(0, the bytes), or (errno, None). With policy `wait` a source that fails is asked again and again."""
         pause_s = AGAIN_FIRST_S
         while True:
             self._reads.bound(waiting, self._operations.read_timeout_s(inode))
             try:
-                return 0, await self._operations.read(inode, offset, size)
+                data = await self._operations.read(inode, offset, size)
             except Exception as error:  # noqa: BLE001 - as in _handle
+                trace.error = guard.kind_of(error)
                 code = guard.errno_of(error, "read")
                 if not (self._operations.patient and guard.is_of_source(error)):
                     return code, None
+            else:
+                trace.error = ""
+                return 0, data
             self._reads.bound(waiting, pause_s * 2)
             await trio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - spread, not secrecy
             pause_s = min(AGAIN_MAX_S, pause_s * 2)
