@@ -100,6 +100,12 @@ class DeadlineError(SourceError):
     errno = errno.ETIMEDOUT
 
 
+class ResourceError(SourceError):
+    """This machine had no descriptor, thread or memory left to ask a source with; that may pass."""
+
+    exit_code = 25
+
+
 class CacheError(LazyfsError):
     """The local cache cannot be used."""
 

@@ -17,8 +17,11 @@ class FetchLimits:
     hold `2 * thread_count * CHUNK_SIZE_MAX_BYTES` at most: asserted below to fit `IN_FLIGHT_BYTES_MAX`.
     """
 
-    foreground_per_source: int = 8     # a dead registry must not take all slots from the others
+    foreground_per_source: int = 8     # of one image
+    foreground_per_server: int = 12    # of all images of a registry: a dead one must not take all slots from the others
     foreground_total: int = 16
+    foreground_reserve: int = 4        # of these, the last: for images that have none under way
+    foreground_bulk: int = 3           # of one that reads and reads, while others read too: the link's queue is short
     prefetch_streams: int = 4          # windows under way: of one image as few as keep the link full, the rest others'
     prefetch_rate: int = 0             # bytes/s of all windows together; 0: no bound
     prefetch_bytes_max: int = 0        # stored bytes fetched ahead of one image; 0: no bound
@@ -55,6 +58,11 @@ RATE_BYTES_MIN = 256 * KIB       # must have come before a rate is believed: the
 # A read whose chunk is on its way in a window asks for it by itself if that is so much sooner: the bytes come twice.
 OVERTAKE_FACTOR = 2.0
 OVERTAKE_MARGIN_S = 0.05
+# An image that has had more than BULK_BYTES of late makes way for the first reads of others; half of what it had is
+# forgotten each SHARE_HALF_LIFE_S. 8 MiB: what a small program's start reads, whole.
+BULK_BYTES = 8 * MIB
+SHARE_HALF_LIFE_S = 1.0
+BULK_ACTIVE_S = 3.0              # so long after its last fetch an image counts as one that reads as well
 COURTESY_S = 0.5                 # windows stand back so long from when reads began; then they take their share again
 PACE_SLICE_S = 0.1               # how soon a waiting window notices that it is waited for, or given up
 # A window of a background copy. Two at most are under way: what a killed worker fetches again is below 8 MiB; and a

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import trio
 
@@ -61,6 +61,10 @@ class Fetcher:
     @property
     def statistics(self) -> FetchStatistics:
         return self._statistics
+
+    def describe_sources(self) -> list[dict[str, Any]]:
+        """Each source's state, for people and metrics: SourceState.describe()."""
+        return self._scheduler.lanes.sources.describe(trio.current_time())
 
     async def read(self, device: FetchDevice, offset: int, size: int, *, deadline: float) -> bytes | memoryview:
         """
@@ -238,15 +242,15 @@ class Fetcher:
                 flight.waiters -= 1
         return memory
 
-    @staticmethod
-    async def _wait(flight: Flight, deadline: float) -> None:
+    async def _wait(self, flight: Flight, deadline: float) -> None:
         began = time.monotonic()
         with trio.move_on_after(max(0.0, deadline - began)):
             await flight.wait()
         if flight.done:
             return
         where = f"{flight.source.name}: blob {flight.blob.short}"
-        reason = f"; the last attempt failed: {flight.last_error}" if flight.last_error else ""
+        error = self._scheduler.reason(flight)
+        reason = f"; the last attempt failed: {error}" if error else ""
         late = DeadlineError(
             f"{where}: chunk {flight.index} did not arrive within its deadline{reason}",
             hint="is the registry reachable, and the link not overloaded?",

@@ -1,18 +1,12 @@
-"""
-What is to be fetched from one source, and in which order. Pure decisions, no I/O. Who calls: fetch.engine.
-
-A lane a source: a registry that hangs or asks for a pause holds up its own images only.
-"""
+"""Chunks that wait to be fetched from one source, in the order they came. Pure. Who calls: fetch.lanes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazyfs.fetch.flight import Flight
     from lazyfs.image.digest import Digest
-    from lazyfs.registry.place import ImageSource
 
 
 class FlightQueue:
@@ -82,27 +76,3 @@ class FlightQueue:
         for flight in flights:
             self.discard(flight)
         return flights
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """
-    One source's queues.
-
-    :running_count: foreground transfers under way.
-    :paused_until: trio's clock; the source asked us to wait (Retry-After).
-    """
-
-    source: ImageSource
-    foreground: FlightQueue = field(default_factory=FlightQueue)
-    background: FlightQueue = field(default_factory=FlightQueue)
-    running_count: int = 0
-    paused_until: float = 0.0
-
-    def is_idle(self, now: float) -> bool:
-        return self.paused_until <= now and not (self.running_count or len(self.foreground) or len(self.background))
-
-    def promote(self, flight: Flight) -> None:
-        """Somebody waits for it now."""
-        if self.background.discard(flight):
-            self.foreground.push(flight)

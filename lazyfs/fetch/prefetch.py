@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.constants import FetchLimits
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.transfer import Transfer
+    from lazyfs.registry.place import ImageSource
 
     Entry = tuple[FetchDevice, int]
 
@@ -78,9 +79,9 @@ class PrefetchHandle:
             window.cancelled = not window.is_wanted()
         self.check_end()
 
-    def failed(self, error: LazyfsError, entries: list[Entry]) -> None:
-        """A window failed; `entries` of it are wanted still."""
-        self.failure_count += 1
+    def failed(self, error: LazyfsError, entries: list[Entry], *, counts: bool = True) -> None:
+        """A window failed; `entries` of it are wanted still. `counts`: False while the whole source is down."""
+        self.failure_count += counts
         if self.failure_count >= PREFETCH_FAILURE_COUNT_MAX:
             self.error = error
             self.cancel()
@@ -97,6 +98,12 @@ class PrefetchHandle:
         if not self._bounds.prefetch_rate:
             return PREFETCH_RATE_MIN
         return min(PREFETCH_RATE_MIN, self._bounds.prefetch_rate / (2 * self._bounds.prefetch_streams))
+
+    @property
+    def source(self) -> ImageSource | None:
+        """Of its next window; None: there is none."""
+        entry = self._peek()
+        return None if entry is None else entry[0].blobs[0][0]
 
     @property
     def is_hungry(self) -> bool:

@@ -1,8 +1,8 @@
 """
 Which transfer starts next, and what becomes of its flights. All on the loop, all synchronous but `_later`.
 
-Order: foreground (oldest first, the sources in turn), then prefetch windows, then read-ahead, then background copies;
-each within its bound.
+Order: foreground (whose image has had least of late: fetch.lanes), then prefetch windows, then read-ahead, then
+background copies; each within its bound. Of a source that is down (fetch.sources) only probes are asked.
 Invariants: a chunk that is wanted has exactly one flight in `flights`, from its making until it landed or failed; a
 flight is in at most one of: a queue, a transfer, a pause. Who calls: fetch.engine. See docs/concurrency.md.
 """
@@ -23,8 +23,9 @@ from lazyfs.fetch.brake import Brake, Traffic
 from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, FetchLimits
 from lazyfs.fetch.copying import Copies
 from lazyfs.fetch.flight import Flight
-from lazyfs.fetch.lane import Lane
+from lazyfs.fetch.lanes import Lanes
 from lazyfs.fetch.prefetch import PrefetchHandle
+from lazyfs.fetch.sources import is_ours
 from lazyfs.fetch.spill import Spill
 from lazyfs.fetch.statistics import FetchStatistics
 from lazyfs.fetch.transfer import Priority, Transfer
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 class Scheduler:
     """
     :flights: chunks on their way, by (cached device, index).
-    :lanes: by id() of their source; a lane without work is removed.
+    :lanes: what waits, by image.
     """
 
     def __init__(self, bounds: FetchLimits, nursery: trio.Nursery) -> None:
@@ -54,7 +55,7 @@ class Scheduler:
         self.statistics = FetchStatistics()
         self.spill = Spill(SPILL_BYTES_MAX)
         self.flights: dict[tuple[CachedDevice, int], Flight] = {}
-        self.lanes: dict[int, Lane] = {}
+        self.lanes = Lanes(bounds)
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
         self._running = dict.fromkeys(Priority, 0)
@@ -62,6 +63,9 @@ class Scheduler:
         self._copies_wake_at = math.inf    # trio's clock
         self._reads = Traffic()
         self.brake = Brake(self._reads, bounds.prefetch_rate)    # of all prefetch windows together
+        self._ahead_brake = Brake(self._reads)                   # of read-ahead
+        self._first_reads = Traffic()                            # of images that have not had much yet
+        self._bulk_brake = Brake(self._first_reads)              # of the others' reads
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
         self._closed = False
@@ -78,11 +82,11 @@ class Scheduler:
         if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
             flight = self._new_flight(device, index, deadline)
             if flight.codec != Codec.ZERO:
-                self._lane(flight).foreground.push(flight)
+                self.lanes.of(flight.source).foreground.push(flight)
             return flight
         self.statistics.waits += 1
         flight.deadline = max(flight.deadline, deadline)
-        lane = self.lanes.get(id(flight.source))
+        lane = self.lanes.get(flight.source)
         if lane is not None:
             lane.promote(flight)
         return flight
@@ -94,7 +98,7 @@ class Scheduler:
             if (device.cached, index) not in self.flights:
                 flight = self._new_flight(device, index, deadline)
                 if flight.codec != Codec.ZERO:
-                    self._lane(flight).background.push(flight)
+                    self.lanes.of(flight.source).background.push(flight)
 
     def add_prefetch(self, handle: PrefetchHandle) -> None:
         self.prefetches.append(handle)
@@ -126,22 +130,19 @@ class Scheduler:
     # --- what starts ----------------------------------------------------------------------------------------------
 
     def _start_foreground(self) -> bool:
-        if self._running[Priority.FOREGROUND] >= self.bounds.foreground_total:
-            return False
         now = trio.current_time()
-        for key, lane in self.lanes.items():
-            if not len(lane.foreground) or lane.running_count >= self.bounds.foreground_per_source:
-                continue
-            if lane.paused_until > now:
-                continue
-            flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
-            if flights and self._start(Transfer(flights, Priority.FOREGROUND)):
+        lane = self.lanes.next_foreground(self._running[Priority.FOREGROUND], now)
+        if lane is None:
+            return False
+        flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
+        if flights:
+            transfer = Transfer(flights, Priority.FOREGROUND, self._bulk_brake if lane.is_bulk(now) else None)
+            lane.share.add(transfer.size, now)
+            if self._start(transfer):
                 lane.running_count += 1
-            del self.lanes[key]
-            if not lane.is_idle(now):
-                self.lanes[key] = lane    # at the end: the others' turn
-            return True
-        return False
+                lane.state.running_count += 1
+        self.lanes.sweep(now)
+        return True
 
     def _alive(self, flights: list[Flight]) -> list[Flight]:
         """Without those nobody can wait for any more. Cuts the run at a gap; the rest is queued again."""
@@ -150,7 +151,7 @@ class Scheduler:
             if flight.deadline <= now:
                 self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: no slot in time"))
                 for later in flights[position + 1 :]:
-                    self._lane(later).foreground.push(later)
+                    self.lanes.of(later.source).foreground.push(later)
                 return flights[:position]
         return flights
 
@@ -159,14 +160,14 @@ class Scheduler:
             return False
         now = trio.current_time()
         ready = [handle for handle in self.prefetches if handle.paused_until <= now and handle.is_hungry]
-        return self._start_next_window(ready, self.prefetches)
+        return self._start_next_window(ready, self.prefetches, now)
 
     def _start_copy(self) -> bool:
         if self._running[Priority.COPY] >= self.bounds.copy_streams or not self.copies.handles:
             return False
         now = trio.current_time()
         ready, later = self.copies.ready(now)
-        if self._start_next_window(ready, self.copies.handles):
+        if self._start_next_window(ready, self.copies.handles, now):
             return True
         if later < self._copies_wake_at or self._copies_wake_at <= now:
             self._copies_wake_at = later
@@ -174,9 +175,11 @@ class Scheduler:
                 self._nursery.start_soon(self._later, later, [])
         return False
 
-    def _start_next_window(self, ready: list[H], handles: list[H]) -> bool:
+    def _start_next_window(self, ready: list[H], handles: list[H], now: float) -> bool:
         """Of the first of `ready` that has one; `handles`: all of their kind, in turn."""
         for handle in ready:
+            if handle.source is not None and not self.lanes.admits(handle.source, now):
+                continue
             window, stopped = handle.next_window(len(handles), self._wanted)
             if stopped:
                 self._workers.wake(self.dispatch)    # scan on after the others had a turn
@@ -218,12 +221,14 @@ class Scheduler:
     def _start_background(self) -> bool:
         if self._running[Priority.BACKGROUND] >= self.bounds.background_streams:
             return False
-        now = trio.current_time()
-        for lane in self.lanes.values():
-            if len(lane.background) and lane.paused_until <= now:
-                self._start(Transfer(lane.background.pop_run(self.bounds.merge_bytes_max), Priority.BACKGROUND))
-                return True
-        return False
+        lane = self.lanes.next_background(trio.current_time())
+        if lane is None:
+            return False
+        flights = lane.background.pop_run(self.bounds.merge_bytes_max)
+        transfer = Transfer(flights, Priority.BACKGROUND, self._ahead_brake)
+        lane.share.add(transfer.size, trio.current_time())
+        self._start(transfer)
+        return True
 
     def _start(self, transfer: Transfer) -> bool:
         """Hand it to a thread, which gives the references back. False: a cached device is closed already."""
@@ -237,8 +242,11 @@ class Scheduler:
                 return False
         self._running[transfer.priority] += 1
         self.copies.begin(transfer.priority)
+        transfer.seconds_max = self.lanes.sources.of(transfer.source).begin()
         if transfer.priority is Priority.FOREGROUND:
             self._reads.begin()
+            if transfer.brake is None:
+                self._first_reads.begin()
         self.statistics.requests += 1
         self._workers.start(transfer)
         return True
@@ -251,7 +259,10 @@ class Scheduler:
         self.copies.end(transfer.priority, trio.current_time())
         if transfer.priority is Priority.FOREGROUND:
             self._reads.end()
-        self._count(transfer)
+            if transfer.brake is None:
+                self._first_reads.end()
+        self.statistics.count(transfer)
+        self._judge(transfer)
         again: list[Flight] = []
         for flight in transfer.flights:
             if flight.done and flight.error is None:
@@ -263,32 +274,28 @@ class Scheduler:
             handle.window_ended(transfer)
             again = self._give_back(handle, transfer, again)
             handle.check_end()
-        lane = self.lanes.get(id(transfer.source))
+        lane = self.lanes.get(transfer.source)
         if lane is not None and transfer.priority is Priority.FOREGROUND:
             lane.running_count -= 1
+            lane.state.running_count -= 1
         if not self._closed:
             self._try_again(again, transfer)
-        self._sweep_lanes()
+        self.lanes.sweep(trio.current_time())
         self.dispatch()
 
-    def _sweep_lanes(self) -> None:
-        """A lane holds its source: without work it goes."""
-        now = trio.current_time()
-        for key in [key for key, lane in self.lanes.items() if lane.is_idle(now)]:
-            del self.lanes[key]
-
-    def _count(self, transfer: Transfer) -> None:
-        statistics = self.statistics
-        statistics.fetched_stored_bytes += transfer.received_bytes
-        statistics.count_source(transfer.server, transfer.received_bytes)
-        statistics.chunks_fetched += transfer.landed_count
-        if transfer.priority is Priority.PREFETCH:
-            statistics.chunks_prefetched += transfer.landed_count
-        elif transfer.priority is Priority.BACKGROUND:
-            statistics.chunks_read_ahead += transfer.landed_count
-        elif transfer.priority is Priority.COPY:
-            statistics.chunks_copied += transfer.landed_count
-            statistics.copied_stored_bytes += transfer.received_bytes
+    def _judge(self, transfer: Transfer) -> None:
+        """What the transfer tells of its source."""
+        state = self.lanes.sources.of(transfer.source)
+        bad = next((flight.bad for flight in transfer.flights if flight.bad is not None), None)
+        error = transfer.error or bad
+        if transfer.cancelled:
+            state.abandoned()
+        elif transfer.landed_count or error is None:
+            state.succeeded()
+        else:
+            probe_at = state.failed(error, trio.current_time())
+            if probe_at is not None and not self._closed:
+                self._nursery.start_soon(self._later, probe_at, [])
 
     def _land(self, flight: Flight) -> None:
         self._remove(flight)
@@ -306,10 +313,11 @@ class Scheduler:
             again = flight.bad_count < BAD_CHUNK_TRY_COUNT
         else:
             error = transfer.error or BugError(f"{flight.source.name}: chunk {flight.index} was left out")
-            if not transfer.landed_count:
+            down = self.lanes.sources.of(flight.source).down
+            if not (transfer.landed_count or down or is_ours(error)):
                 flight.attempt_count += 1
             again = retry.is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
-            pause = retry.pause_s(error, max(1, flight.attempt_count))
+            pause = 0.0 if down else retry.pause_s(error, max(1, flight.attempt_count))
             again = again and time.monotonic() + pause < flight.deadline
         flight.last_error = error
         if again and not self._closed:
@@ -327,7 +335,8 @@ class Scheduler:
             self._remove(flight)
         if transfer.landed_count:
             handle.failure_count = 0
-        handle.failed(transfer.error, [(flight.device, flight.index) for flight in unwanted])
+        down = self.lanes.sources.of(transfer.source).down
+        handle.failed(transfer.error, [(flight.device, flight.index) for flight in unwanted], counts=not down)
         pause = retry.pause_s(transfer.error, max(1, handle.failure_count))
         handle.paused_until = trio.current_time() + pause
         if not self._closed:
@@ -341,26 +350,32 @@ class Scheduler:
             self.statistics.retries += bool(flights)
             self._queue(flights)
             return
+        now = trio.current_time()
+        state = self.lanes.sources.of(transfer.source)
         attempt_count = max((flight.attempt_count for flight in flights), default=1)
-        until = trio.current_time() + retry.pause_s(error, max(1, attempt_count))
+        until = now + retry.pause_s(error, max(1, attempt_count))
         if isinstance(error, RateLimitedError) and error.retry_after_s is not None:
-            self._lane(transfer.flights[0]).paused_until = until    # for all who want something of this source
+            state.paused_until = until    # for all who want something of this source
         elif not flights:
             return
         self.statistics.retries += 1
         _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
+        if state.down:
+            self._queue(flights)    # they go when a probe has been answered
+            return
+        until = max(until, now + state.retry_wait_s(now))
         self._nursery.start_soon(self._later, until, flights)
 
     async def _later(self, until: float, flights: list[Flight]) -> None:
         """Checkpoint: yes; on cancel: the engine is closing and has failed the flights. `until`: trio's clock."""
         await trio.sleep_until(until)
         self._queue(flights)
-        self._sweep_lanes()
+        self.lanes.sweep(trio.current_time())
         self.dispatch()
 
     def _queue(self, flights: list[Flight]) -> None:
         for flight in flights:
-            lane = self._lane(flight)
+            lane = self.lanes.of(flight.source)
             (lane.foreground if flight.waiters else lane.background).push(flight)
 
     def _fail(self, flight: Flight, error: LazyfsError) -> None:
@@ -383,12 +398,9 @@ class Scheduler:
             self.flights[device.cached, index] = flight
         return flight
 
-    def _lane(self, flight: Flight) -> Lane:
-        key = id(flight.source)
-        lane = self.lanes.get(key)
-        if lane is None:
-            lane = self.lanes[key] = Lane(flight.source)
-        return lane
+    def reason(self, flight: Flight) -> LazyfsError | None:
+        """Why it is not there yet, if something went wrong."""
+        return flight.last_error or self.lanes.sources.of(flight.source).last_error
 
     def _remove(self, flight: Flight) -> None:
         key = (flight.device.cached, flight.index)

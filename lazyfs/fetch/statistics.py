@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lazyfs.fetch.transfer import Priority
+
+if TYPE_CHECKING:
+    from lazyfs.fetch.transfer import Transfer
 
 SOURCE_COUNT_MAX = 32            # told apart; a node has a registry or three, and their mirrors
 OTHER = "other"
@@ -29,6 +35,19 @@ class FetchStatistics:
     not_stored: int = 0             # landed, but only in memory: disk full
     errors: int = 0                 # reads that failed
     bytes_by_source: dict[str, int] = field(default_factory=dict)   # fetched_stored_bytes by the server that gave them
+
+    def count(self, transfer: Transfer) -> None:
+        """A transfer is over."""
+        self.fetched_stored_bytes += transfer.received_bytes
+        self.count_source(transfer.server, transfer.received_bytes)
+        self.chunks_fetched += transfer.landed_count
+        if transfer.priority is Priority.PREFETCH:
+            self.chunks_prefetched += transfer.landed_count
+        elif transfer.priority is Priority.BACKGROUND:
+            self.chunks_read_ahead += transfer.landed_count
+        elif transfer.priority is Priority.COPY:
+            self.chunks_copied += transfer.landed_count
+            self.copied_stored_bytes += transfer.received_bytes
 
     def count_source(self, server: str, size_bytes: int) -> None:
         """So many bytes came from that server."""

@@ -44,12 +44,16 @@ class Priority(enum.IntEnum):
     COPY = 3          # a window of a background copy
 
 
+_WINDOWS = {Priority.PREFETCH, Priority.COPY}
+
+
 class Transfer:
     """
     :flights: neighbours in one blob of one source, in its order.
     :received_bytes, remaining_bytes: stored bytes; written by the thread.
     :cancelled: set by the loop; the thread gives up at the next piece.
-    :brake: of a window: what makes it wait for others.
+    :brake: what makes it wait for others; None: it goes first.
+    :seconds_max: of a probe of a source that is down; None: no other bound than its flights' deadlines.
     :delay_s: from the request to the answer's header; 0.0: it has not come.
     :server: who answered; empty: nobody yet.
     :request: the read that it is for, or one of them; empty: none.
@@ -65,6 +69,7 @@ class Transfer:
         self.received_bytes = 0
         self.remaining_bytes = self.size
         self.landed_count = 0
+        self.seconds_max: float | None = None
         self.cancelled = False
         self.error: LazyfsError | None = None
         self.delay_s = 0.0
@@ -102,13 +107,14 @@ class Transfer:
         return self.received_bytes / took_s
 
     def _goes_first(self) -> bool:
-        return self.cancelled or self.is_wanted()
+        """Windows make way unless a read waits for them; a read of a bulk reader makes way all the same."""
+        return self.cancelled or (self.priority is not Priority.FOREGROUND and self.is_wanted())
 
     def attempt_deadline(self) -> float:
         """Absolute, time.monotonic(): see constants.ATTEMPT_SHARE."""
         now = time.monotonic()
         left = max(flight.deadline for flight in self.flights) - now
-        return now + (left * ATTEMPT_SHARE if left > ATTEMPT_WHOLE_S else left)
+        return now + min(left * ATTEMPT_SHARE if left > ATTEMPT_WHOLE_S else left, self.seconds_max or left)
 
     def execute(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
         """
@@ -156,7 +162,7 @@ class Transfer:
                 flight.begun_at, flight.answered_at, flight.server = began, self._answered_at, self.server
                 self._fill(stored, stream)
                 flight.received_at = time.monotonic()
-                if not told and self.brake is not None and self.is_nearly_done():
+                if not told and self.priority in _WINDOWS and self.is_nearly_done():
                     told = True
                     wake(nearly_done)
                 if flight.overtaken and flight.device.cached.present(flight.index, flight.index):

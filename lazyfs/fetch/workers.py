@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs.errors import SourceError
+from lazyfs.errors import ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +57,8 @@ class Workers:
             except RuntimeError as error:    # the limit of a cgroup or a user; it may pass
                 _log.warning("no further thread to fetch with, besides %d: %s", self._thread_count, error)
                 if not self._thread_count:
-                    transfer.give_up(SourceError(f"{transfer.source.name}: no thread to fetch with: {error}",
-                                                 hint="raise the limit of tasks (TasksMax=, pids.max)"))
+                    transfer.give_up(ResourceError(f"{transfer.source.name}: no thread to fetch with: {error}",
+                                                   hint="raise the limit of tasks (TasksMax=, pids.max)"))
                     self._token.run_sync_soon(self._end, transfer)
                     return
         self._inbox.put(transfer)

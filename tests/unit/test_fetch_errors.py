@@ -121,8 +121,8 @@ async def test_a_source_that_asks_for_an_hour_is_asked_again_while_reads_still_w
         with pytest.raises(RateLimitedError):
             await b.chunk(1)
         await b.settled()
-        (lane,) = b.fetcher._scheduler.lanes.values()
-        assert 0 < lane.paused_until - trio.current_time() < limits.READ_DEADLINE_S / 2 + 1
+        (lane,) = b.fetcher._scheduler.lanes
+        assert 0 < lane.state.paused_until - trio.current_time() < limits.READ_DEADLINE_S / 2 + 1
 
 
 async def test_a_pause_leaves_no_trace_of_a_source_that_nobody_wants_any_more(tmp_path):
