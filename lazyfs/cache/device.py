@@ -74,6 +74,7 @@ class CachedDevice:
         self._saved: object | None = None    # the change that the checkpoint has
         self._durable = b""                  # the map that the checkpoint has
         self._generation = self._take_up()
+        self._inherited = bytes(self._generation.present)    # what was there when the device was opened
         self._dropped: list[files.Generation] = []
         self._reference_count = 1
         self._reference_lock = threading.Lock()
@@ -227,6 +228,15 @@ class CachedDevice:
                    self.digest.short, index, reason)
         self._forget(generation, index, index)
         return False
+
+    def sample(self, indexes: Iterable[int]) -> list[int]:
+        """
+        Of chunks that are read for the first time, those to verify before: one of so many that were there already.
+
+        On the loop only. A chunk that was stored since then is in the page cache, where nothing rots.
+        """
+        return [index for index in indexes
+                if self._inherited[index] and self._generation.present[index] and self._health.is_sample()]
 
     def checkpoint(self) -> bool:
         """

@@ -4,6 +4,7 @@ The files of one cached device, and the durable ways to make and replace them. B
     data.<16 hex>   uncompressed bytes, sparse, exactly device_size long
     live            cache.presence: which chunks, good for this boot
     checkpoint      cache.presence: which chunks, good for ever
+    scrubbed        when it was last looked through (cache.scrub)
     *.tmp           being written; removed at the next open
 
 Who calls: cache.device.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LIVE, _CHECKPOINT, _TEMPORARY = "live", "checkpoint", ".tmp"
+RECORD_OF_SCRUB = "scrubbed"
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 # These say that the machine is short of something or does not let us, not that the cache is damaged.
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -74,7 +76,7 @@ def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tupl
         return create_generation(directory, identity, boot_id), None
     generation, saved = found
     with contextlib.suppress(OSError):   # what lies about besides does not matter
-        _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT})
+        _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT, RECORD_OF_SCRUB})
     return generation, saved
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -142,6 +143,8 @@ class Health:
     syncing: Trouble
     recording: Trouble
     statistics: CacheStatistics = field(default_factory=CacheStatistics)
+    verify_every: int = 0            # one of so many first reads checks its chunk; 0: none
+    _first_reads: int = 0
 
     @classmethod
     def of(cls, path: Path) -> Health:
@@ -151,6 +154,15 @@ class Health:
             Trouble(f"cache {path}: fsync", SYNC_PAUSE_FIRST_S, SYNC_PAUSE_MAX_S),
             Trouble(f"cache {path}: writing checkpoints", WRITE_PAUSE_FIRST_S, WRITE_PAUSE_MAX_S),
         )
+
+    def is_sample(self) -> bool:
+        """Whether this first read is one that checks its chunk. On one thread; which is the first one is random."""
+        if not self.verify_every:
+            return False
+        if not self._first_reads:
+            self._first_reads = random.randrange(self.verify_every)  # noqa: S311 - else a short start checks none
+        self._first_reads += 1
+        return self._first_reads % self.verify_every == 0
 
     def describe(self) -> dict[str, Any]:
         """For `stats`: the counters, and under `trouble` what fails now (Trouble.describe)."""

@@ -141,6 +141,14 @@ class Inventory:
         wanted = set(self.images[name].record.all_devices) if name in self.images else set()
         return [self.devices[device] for device in sorted(wanted) if device in self.devices]
 
+    def named_devices(self, name: str) -> list[str] | None:
+        """Devices (hex) of the images that were mounted by `name`, or have that digest; or the device that has it."""
+        digest = name.removeprefix("sha256:")
+        images = [one.name for one in self.images.values() if digest == one.name or name == one.record.image]
+        if not images:
+            return [digest] if digest in self.devices else None
+        return sorted({device.name for image in images for device in self.devices_of(image)})
+
     def image_use(self, name: str) -> Use:
         """Of an image's own files and its devices."""
         total = self.images[name].use if name in self.images else Use()
@@ -161,9 +169,8 @@ class Inventory:
 def take(path: Path) -> Inventory:
     """Look at the cache directory `path`. What cannot be looked at is not counted. Blocking."""
     found = Inventory()
-    for entry in _entries(path / DEVICES):
-        if _HEX.fullmatch(entry.name):
-            _take_device(found, Path(entry.path))
+    for name in device_names(path):
+        _take_device(found, path / DEVICES / name)
     for folder in (BOOTSTRAPS, IMAGES):
         for entry in _entries(path / folder):
             _take_image_file(found, path, Path(entry.path))
@@ -171,6 +178,11 @@ def take(path: Path) -> Inventory:
     for leftover in found.leftovers:
         found.leftover_use += _tree_use(leftover)
     return found
+
+
+def device_names(path: Path) -> list[str]:
+    """Hex of the digests of all devices that have a directory."""
+    return [entry.name for entry in _entries(path / DEVICES) if _HEX.fullmatch(entry.name)]
 
 
 def take_image(path: Path, name: str) -> Inventory:

@@ -1,5 +1,6 @@
 """
-`lazyfs cache ls|gc|rm`: what the cache holds, and making room in it. Thin; the work is in lazyfs.node.housekeeping.
+`lazyfs cache ls|gc|rm|scrub`: what the cache holds, and making room in it. Thin; the work is in
+lazyfs.node.housekeeping (scrub: cli.cache_scrub).
 
 Looking needs nobody: the directory is read as it is. What removes asks the worker that owns the directory, or, where
 none does, owns it for a moment.
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazyfs.cli.cache_scrub import scrub_command
+from lazyfs.cli.cacheowner import ask_owner
 from lazyfs.cli.output import format_bytes, note, print_json
 from lazyfs.errors import CacheOwnedError, HostError, UsageError
 
@@ -31,6 +34,7 @@ Examples:
   lazyfs cache gc --quota 20GiB          down to 20 GiB now
   lazyfs cache gc --all --dry-run        what would go if all went that is not mounted
   lazyfs cache rm registry/app:lazy      one image, but for layers that others here have
+  lazyfs cache scrub                     compare what is cached with its checksums
 """
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would go.")
@@ -61,7 +65,7 @@ def ls_command(path: Path, *, as_json: bool) -> None:
     """
     from lazyfs.cache import inventory  # noqa: PLC0415
 
-    _check(path)
+    check_cache(path)
     described = _describe(path, inventory.take(path))
     if as_json:
         print_json(described)
@@ -104,7 +108,10 @@ def rm_command(path: Path, name: str, *, dry_run: bool, as_json: bool) -> None:
     _report(_evict(path, Request(remove=name, dry_run=dry_run)), dry_run=dry_run, as_json=as_json)
 
 
-def _check(path: Path) -> None:
+cache_command.add_command(scrub_command)
+
+
+def check_cache(path: Path) -> None:
     """Raises UsageError, HostError: there is no cache that we may look at; none is made then."""
     try:
         if not path.is_dir():
@@ -136,31 +143,16 @@ def _limits(quota: str | None, floor: str | None) -> Limits | None:
 def _evict(path: Path, request: Request) -> dict[str, Any]:
     """By the worker that owns the directory; else directly."""
     from lazyfs.node.housekeeping import evict_unserved  # noqa: PLC0415
+    from lazyfs.node.protocol import EVICT  # noqa: PLC0415
 
-    _check(path)
+    check_cache(path)
     try:
         return evict_unserved(path, request)
     except CacheOwnedError as owned:
-        answer = _ask_owner(path, request)
+        answer = ask_owner(path, EVICT, _EVICT_S, **request.to_json())
         if answer is None:
             raise owned from None
         return answer
-
-
-def _ask_owner(path: Path, request: Request) -> dict[str, Any] | None:
-    """None: no worker says that the directory is its."""
-    from lazyfs.node.protocol import EVICT, HEALTH, ControlClient, WorkerGoneError  # noqa: PLC0415
-    from lazyfs.node.rundir import WorkerDir, daemon_dir  # noqa: PLC0415
-
-    for directory in (daemon_dir(), WorkerDir.of_cache(str(path))):
-        try:
-            with ControlClient.connect(directory.socket) as client:
-                if client.request(HEALTH, 5.0)["cache_dir"] == str(path):
-                    answer: dict[str, Any] = client.request(EVICT, _EVICT_S, **request.to_json())
-                    return answer
-        except WorkerGoneError:
-            continue
-    return None
 
 
 def _report(answer: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:

@@ -94,6 +94,10 @@ class Daemon:
                           "If no worker has served for that long, the connection is aborted: readers get errors, "
                           "instead of waiting for ever; images are to be mounted anew. More than `hang_s` and "
                           "`start_timeout_s` together.", unit="s")
+    confine: bool = _key(Flag(), True,
+                         "The worker gives up the rights that it does not need (docs/threat-model.md), and so do the "
+                         "credential helpers that it starts; false: for helpers that need more, setuid programs for "
+                         "example.")
     health_address: str = _key(Address(), "",
                                "Where `/healthz` and `/readyz` are served over HTTP; empty: nowhere. A port alone "
                                "means loopback.")
@@ -109,6 +113,23 @@ class Cache:
                                     "So much of the cache's file system stays free: eviction begins below it, "
                                     "prefetch stops.", unit="bytes or %")
     evict_interval_s: float = _key(Number(1, 3600), 30.0, "How often both are looked at.", unit="s")
+    scrub_interval_s: float = _key(Number(0, 366 * _DAY_S), 7 * _DAY_S,
+                                   "Each device in the cache is looked through for damage that often; 0: never.",
+                                   unit="s")
+    scrub_rate: int = _key(Size(), 32 * limits.MIB,
+                           "No more than this a second is read for it, when nobody else uses the disk; 0: no bound.",
+                           unit="bytes/s")
+    verify_reads: int = _key(Number(0, 1_000_000, whole=True), 16,
+                             "Of the first reads of chunks that were there when the worker started, one of so many "
+                             "checks its chunk; 0: none.")
+    full_copy: str = _key(Choice(("off", "on", "idle")), "on",
+                          "Whether images that are read are copied into the cache as a whole, in the background, where "
+                          "an order does not say; idle: only while nothing else is read on this node.")
+    full_copy_after_s: float = _key(Number(0, 86400), 30.0, "So long after its first read an image's copy begins.",
+                                    unit="s")
+    full_copy_rate: int = _key(Size(), 16 * limits.MIB,
+                               "No more than this a second is copied, all images together, compressed; 0: no bound.",
+                               unit="bytes/s")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
 READAHEAD_SEQUENCE_BYTES_MIN = 8 * MIB
 READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read in a row so far
 READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often
+VERIFY_DEADLINE_SHARE = 0.25     # of a read's time, for the disk to give a chunk that the read takes a sample of
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
 
 assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES + SPILL_BYTES_MAX <= IN_FLIGHT_BYTES_MAX

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 import trio
 
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError
-from lazyfs.fetch.constants import CLOSE_GRACE_S, ERROR_MEMORY_S, READ_ROUND_COUNT_MAX, FetchLimits
+from lazyfs.fetch.constants import (
+    CLOSE_GRACE_S,
+    ERROR_MEMORY_S,
+    READ_ROUND_COUNT_MAX,
+    VERIFY_DEADLINE_SHARE,
+    FetchLimits,
+)
 from lazyfs.fetch.copying import CopyHandle, CopyTerms
 from lazyfs.fetch.hotview import HOT_DEADLINE_SHARE
 from lazyfs.fetch.prefetch import PrefetchHandle
@@ -94,7 +100,9 @@ class Fetcher:
             if hot_data is not None:
                 return hot_data
         if device.touched.find(0, first, last + 1) >= 0:
-            self._first_touch(device, first, last)
+            samples = device.cached.sample(self._first_touch(device, first, last))
+            if samples:
+                await self._verify(device, samples, deadline)
         data = device.cached.read_if_present(offset, size)
         if data is not None:
             self._statistics.hits += 1
@@ -271,11 +279,26 @@ class Fetcher:
         self._scheduler.dispatch()
         return [flight]
 
-    def _first_touch(self, device: FetchDevice, first: int, last: int) -> None:
-        """Count, and read ahead. The read's own missing chunks go first."""
+    @staticmethod
+    async def _verify(device: FetchDevice, indexes: list[int], deadline: float) -> None:
+        """What is damaged is missing afterwards. A disk that takes too long is left alone: the read tries its luck."""
+        def verify() -> None:
+            if not device.cached.try_retain():
+                return    # unmounted meanwhile
+            try:
+                for index in indexes:
+                    device.cached.verify(index)
+            finally:
+                device.cached.release()
+
+        with trio.move_on_after((deadline - time.monotonic()) * VERIFY_DEADLINE_SHARE):
+            await trio.to_thread.run_sync(verify, abandon_on_cancel=True)
+
+    def _first_touch(self, device: FetchDevice, first: int, last: int) -> list[int]:
+        """Count, and read ahead. The read's own missing chunks go first. Returns what is touched for the first time."""
         fresh = self._count_touch(device, first, last)
         if not self._bounds.readahead or self._scheduler.prefetches:
-            return
+            return fresh
         missing = set(device.cached.missing(first, last))
         for index in fresh:
             ahead = device.readahead.advance(index, missing=index in missing)
@@ -284,6 +307,7 @@ class Fetcher:
                 self._scheduler.read_ahead(device, device.cached.missing(ahead.start, last_ahead))
                 if not missing:
                     self._scheduler.dispatch()
+        return fresh
 
     def _count_touch(self, device: FetchDevice, first: int, last: int) -> list[int]:
         """Returns the chunks that are touched for the first time."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lazyfs.node.handed import HandedCredentials
+    from lazyfs.node.scrubbing import Scrubbing
     from lazyfs.node.touches import Touches
 
 _log = logging.getLogger("lazyfs.node")
@@ -44,6 +45,9 @@ class Controlled(Protocol):
 
     @property
     def housekeeper(self) -> Housekeeper: ...
+
+    @property
+    def scrubbing(self) -> Scrubbing: ...
 
     @property
     def credentials(self) -> HandedCredentials: ...
@@ -208,6 +212,8 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
     if operation in {protocol.USAGE, protocol.EVICT}:
         return await _keep_house(worker.housekeeper, request)
+    if operation == protocol.SCRUB:
+        return await worker.scrubbing.piece(request)
     plain: dict[Any, Callable[[], Any]] = {
         protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
         protocol.TOUCHED: lambda: _touched(asked, request),

@@ -158,6 +158,7 @@ async def _serve(
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
             nursery.start_soon(worker.housekeeper.run, place.config.cache)
+            nursery.start_soon(worker.scrubbing.run, place.config.cache)
             nursery.start_soon(_listen, lines, worker)
             _start_services(place.config, directory, worker, nursery)
             await nursery.start(_watch_term, worker)

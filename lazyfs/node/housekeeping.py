@@ -104,18 +104,22 @@ class Settings:
 
     @classmethod
     def configured(cls) -> Self:
-        """Of this machine. Blocking. A configuration that cannot be read is no reason not to serve: defaults then."""
-        try:
-            found = config.load().cache
-        except LazyfsError as error:
-            _log.error("cache limits are the defaults: %s", error)
-            found = config.Cache()
-        return cls.of(found)
+        """Of this machine. Blocking."""
+        return cls.of(configured_cache())
 
     @classmethod
     def of(cls, found: config.Cache) -> Self:
         """Of a configuration."""
         return cls(Limits(found.quota_bytes, found.free_floor_bytes), found.evict_interval_s)
+
+
+def configured_cache() -> config.Cache:
+    """Of this machine. Blocking. A configuration that cannot be read is no reason not to serve: defaults then."""
+    try:
+        return config.load().cache
+    except LazyfsError as error:
+        _log.error("cache limits are the defaults: %s", error)
+        return config.Cache()
 
 
 class Housekeeper:
@@ -131,9 +135,9 @@ class Housekeeper:
     async def run(self, configured: config.Cache | None = None) -> None:
         """Look now and then, and when room is short, for ever. `configured`: None reads it."""
         if configured is None:
-            self._settings = await trio.to_thread.run_sync(Settings.configured)
-        else:
-            self._settings = Settings.of(configured)
+            configured = await trio.to_thread.run_sync(configured_cache)
+        self._settings = Settings.of(configured)
+        self._cache.health.verify_every = configured.verify_reads
         space = self._cache.space
         space.limits = self._settings.limits
         token = trio.lowlevel.current_trio_token()

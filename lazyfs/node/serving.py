@@ -112,6 +112,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
                 nursery.start_soon(accept, listener, worker, nursery)
                 nursery.start_soon(worker.tend)
                 nursery.start_soon(worker.housekeeper.run)
+                nursery.start_soon(worker.scrubbing.run)
                 await nursery.start(_watch_signals, worker)
                 await worker.finished.wait()
                 await trio.sleep(0.05)   # the last answer goes out

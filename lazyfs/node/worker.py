@@ -28,6 +28,7 @@ from lazyfs.node.mounting import Mounting
 from lazyfs.node.opening import open_image
 from lazyfs.node.prefetching import Prefetching
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
+from lazyfs.node.scrubbing import Scrubbing
 from lazyfs.node.touches import Touches
 from lazyfs.node.unmount import check_target
 
@@ -70,6 +71,7 @@ class Worker:
         self.awaits_order = not lasting   # its starter fetches the bootstrap first; a slow registry takes a while
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
+        self.scrubbing = Scrubbing(cache, fetcher, lambda: (*self._mounts.values(), *self._detached))
         self._mounting = Mounting(
             directory, cache, fetcher, served, mounter,
             identity=identity, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
@@ -184,6 +186,7 @@ class Worker:
         return {
             "pid": self._identity.pid,
             "fetch": {name: getattr(counters, name) for name in counters.__slots__},
+            "cache": {**self._cache.health.describe(), **self.scrubbing.describe()},
             "mounts": self.list_mounts(),
         }
 
