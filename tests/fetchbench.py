@@ -64,6 +64,6 @@ async def bench(tmp_path, bounds: FetchLimits = PLAIN, sample=SAMPLE) -> AsyncIt
         scheduler = fetcher._scheduler
         assert not scheduler.flights
         assert not scheduler.lanes
-        assert not any(scheduler._running.values())
+        assert not any(scheduler.running.values())
         made.device.cached.release()
         assert not made.device.cached.try_retain()    # nobody holds it still

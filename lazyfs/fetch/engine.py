@@ -28,7 +28,7 @@ from lazyfs.fetch.readtrace import CURRENT
 from lazyfs.fetch.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -67,6 +67,14 @@ class Fetcher:
     @property
     def statistics(self) -> FetchStatistics:
         return self._statistics
+
+    def flights(self) -> Collection[Flight]:
+        """Chunks on their way, for whoever shows what is going on."""
+        return self._scheduler.flights.values()
+
+    def running(self) -> dict[str, int]:
+        """How many transfers of each priority are under way, by its name in lower case."""
+        return {priority.name.lower(): count for priority, count in self._scheduler.running.items()}
 
     def describe_sources(self) -> list[dict[str, Any]]:
         """Each source's state, for people and metrics: SourceState.describe()."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from lazyfs import limits
+from lazyfs import limits, requestid
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
 from lazyfs.fetch.brake import Brake, Traffic
@@ -48,6 +48,7 @@ class Scheduler:
     """
     :flights: chunks on their way, by (cached device, index).
     :lanes: what waits, by image.
+    :running: how many transfers of each priority are under way.
     """
 
     def __init__(self, bounds: FetchLimits, nursery: trio.Nursery) -> None:
@@ -58,7 +59,7 @@ class Scheduler:
         self.lanes = Lanes(bounds)
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
-        self._running = dict.fromkeys(Priority, 0)
+        self.running = dict.fromkeys(Priority, 0)
         self.copies = Copies()
         self._copies_wake_at = math.inf    # trio's clock
         self._reads = Traffic()
@@ -131,7 +132,7 @@ class Scheduler:
 
     def _start_foreground(self) -> bool:
         now = trio.current_time()
-        lane = self.lanes.next_foreground(self._running[Priority.FOREGROUND], now)
+        lane = self.lanes.next_foreground(self.running[Priority.FOREGROUND], now)
         if lane is None:
             return False
         flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
@@ -156,14 +157,14 @@ class Scheduler:
         return flights
 
     def _start_window(self) -> bool:
-        if self._running[Priority.PREFETCH] >= self.bounds.prefetch_streams:
+        if self.running[Priority.PREFETCH] >= self.bounds.prefetch_streams:
             return False
         now = trio.current_time()
         ready = [handle for handle in self.prefetches if handle.paused_until <= now and handle.is_hungry]
         return self._start_next_window(ready, self.prefetches, now)
 
     def _start_copy(self) -> bool:
-        if self._running[Priority.COPY] >= self.bounds.copy_streams or not self.copies.handles:
+        if self.running[Priority.COPY] >= self.bounds.copy_streams or not self.copies.handles:
             return False
         now = trio.current_time()
         ready, later = self.copies.ready(now)
@@ -219,7 +220,7 @@ class Scheduler:
         return (id(source), blob), start, size
 
     def _start_background(self) -> bool:
-        if self._running[Priority.BACKGROUND] >= self.bounds.background_streams:
+        if self.running[Priority.BACKGROUND] >= self.bounds.background_streams:
             return False
         lane = self.lanes.next_background(trio.current_time())
         if lane is None:
@@ -240,7 +241,7 @@ class Scheduler:
                 for failed in transfer.flights:
                     self._fail(failed, error)
                 return False
-        self._running[transfer.priority] += 1
+        self.running[transfer.priority] += 1
         self.copies.begin(transfer.priority)
         transfer.seconds_max = self.lanes.sources.of(transfer.source).begin()
         if transfer.priority is Priority.FOREGROUND:
@@ -255,7 +256,7 @@ class Scheduler:
 
     def _finished(self, transfer: Transfer) -> None:
         """The thread is through with it."""
-        self._running[transfer.priority] -= 1
+        self.running[transfer.priority] -= 1
         self.copies.end(transfer.priority, trio.current_time())
         if transfer.priority is Priority.FOREGROUND:
             self._reads.end()
@@ -359,7 +360,8 @@ class Scheduler:
         elif not flights:
             return
         self.statistics.retries += 1
-        _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
+        with requestid.during(transfer.request):
+            _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
         if state.down:
             self._queue(flights)    # they go when a probe has been answered
             return
