@@ -62,7 +62,7 @@ class Scrubbing:
             configured = await trio.to_thread.run_sync(configured_cache)
         try:
             while True:
-                await trio.sleep(_LOOK_S)
+                await trio.sleep(min(_LOOK_S, configured.scrub_interval_s or _LOOK_S))
                 await self.repair()
                 if configured.scrub_interval_s:
                     await self._run_due(configured.scrub_interval_s, configured.scrub_rate)
