@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from lazyfs.errors import SourceError
 from lazyfs.image.digest import Digest
 from lazyfs.registry import open_source
+from lazyfs.registry.reference import RegistryReference, parse_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +112,12 @@ class DeferredSource:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def server(self) -> str:
+        """Who is asked, whatever the image: for fetch.sources."""
+        reference = parse_reference(self._name)
+        return reference.host if isinstance(reference, RegistryReference) else self._name
 
     def root(self) -> Document:
         return self._open().root()

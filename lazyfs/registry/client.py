@@ -32,6 +32,7 @@ from lazyfs.image.digest import Digest
 from lazyfs.limits import MANIFEST_BYTES_MAX
 from lazyfs.registry.addresses import origin_of, resolve
 from lazyfs.registry.documents import ACCEPT, make_document
+from lazyfs.registry.hedge import Race
 from lazyfs.registry.hostclient import HostClient
 from lazyfs.registry.hosts import PLAIN, Stamp, find_hosts, stamp
 from lazyfs.registry.hoststoml import PULL, RESOLVE
@@ -166,12 +167,16 @@ class RegistryClient:
                               transient=False)
         errors: dict[HostClient, LazyfsError] = {}
         for one in hosts:
+            if one in errors:
+                continue   # asked already, as the second one
             started = time.monotonic()
             is_last = one is hosts[-1]
             left_s = deadline - started
             until = deadline if is_last else started + min(left_s * _MIRROR_TIME_SHARE, _MIRROR_S_MAX)
+            beside = None if is_last else next((other for other in hosts[hosts.index(one) + 1 :]
+                                                if other not in errors and HEALTH.is_well(other)), None)
             try:
-                return attempt(one, until)
+                return _ask(attempt, one, until, beside, errors)
             except LazyfsError as error:
                 errors[one] = error.with_traceback(None)   # else this frame would hold itself, and the answer
                 if len(hosts) > 1:
@@ -260,6 +265,31 @@ class RegistryClient:
             if origin_of(url) != self.endpoint.origin(deadline):
                 break
         return found[:count_max]
+
+
+def _ask(attempt: Callable[[HostClient, float], T], one: HostClient, until: float, beside: HostClient | None,
+         errors: dict[HostClient, LazyfsError]) -> T:
+    """One server's result; `beside`: asked as well if that takes too long; its error is put into `errors`."""
+
+    def timed(server: HostClient, deadline: float) -> T:
+        began = time.monotonic()
+        found = attempt(server, deadline)
+        HEALTH.praise(server, time.monotonic() - began)
+        return found
+
+    if beside is None:
+        return timed(one, until)
+    other = beside
+    started = time.monotonic()
+    race: Race[T] = Race(lambda: timed(other, until), HEALTH.hedge_after_s(one), until, lambda: HEALTH.may_hedge(one))
+    try:
+        return race.run(lambda: timed(one, until))
+    finally:
+        if race.second_won and HEALTH.beaten(one, time.monotonic() - started):
+            _blame(one, SourceError(f"{one.key}: slower than {other.key}, again and again"), until - started)
+        if race.second_error is not None:
+            errors[other] = race.second_error.with_traceback(None)
+            _blame(other, race.second_error, until - started)
 
 
 def _blame(server: HostClient, error: LazyfsError, given_s: float) -> bool:

@@ -33,6 +33,7 @@ from lazyfs.registry.addresses import Reach, reach_of
 from lazyfs.registry.names import find_addresses
 
 if TYPE_CHECKING:
+    from lazyfs.registry.hedge import Connection
     from lazyfs.registry.proxies import Proxy
 
 # Headers and small bodies are read through this; large body reads bypass it (BufferedReader.read1 goes straight to
@@ -50,6 +51,7 @@ class RequestLimits(threading.local):
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     io_timeout_s: float = IO_TIMEOUT_S
     reach: Reach = Reach.MACHINE        # the most private address that may be asked
+    connection: Connection | None = None    # where another thread may cut the request off
 
 
 CURRENT = RequestLimits()
@@ -131,6 +133,12 @@ def _peer(sock: socket.socket) -> str:
     return ""
 
 
+def _show(sock: socket.socket) -> None:
+    """To whoever may cut this thread's request off."""
+    if CURRENT.connection is not None:
+        CURRENT.connection.attach(sock)
+
+
 class DeadlineResponse(http.client.HTTPResponse):
     """
     http.client's response, reading through a DeadlineSocketIO.
@@ -140,6 +148,7 @@ class DeadlineResponse(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        _show(sock)
         self.peer = _peer(sock)
         self.raw_io = DeadlineSocketIO(sock, self.fp, CURRENT.deadline, CURRENT.io_timeout_s)
         self.fp = io.BufferedReader(self.raw_io, _BUFFER_BYTES)
@@ -181,6 +190,7 @@ class _Dialling(HTTPConnection):
             if self.proxy is None:
                 check_reach(self.host, str(address[0]), CURRENT.reach)
             sock = socket.socket(family, kind, protocol)
+            _show(sock)
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(remaining_s(deadline, CURRENT.connect_timeout_s))

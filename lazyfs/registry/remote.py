@@ -40,6 +40,11 @@ class RegistrySource:
         return self._reference.text
 
     @property
+    def server(self) -> str:
+        """Who is asked, whatever the image: for fetch.sources."""
+        return self._reference.host
+
+    @property
     def origin(self) -> str:
         """For RegistryOptions.origin."""
         return self._client.endpoint.known
