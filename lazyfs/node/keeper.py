@@ -44,8 +44,8 @@ class Keeper:
     See the module.
 
     Settings: `root` (the daemon's run directory, made), `cache_dir`, `hang_s` (a worker without a sign of life for
-    that long is replaced), `abort_s` (see keeperwatch), `start_s` (for one to load), `worker` (fields of daemonworker.Place, not looked at);
-    `resume`: what the process image before an upgrade held.
+    that long is replaced), `abort_s` (see keeperwatch), `start_s` (for one to load), `worker` (fields of
+    daemonworker.Place, not looked at); `resume`: what the process image before an upgrade held.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:

@@ -20,7 +20,11 @@ _LINE_BYTES_MAX = 4096
 
 
 class Child:
-    """One worker. `channel` is None for one that another keeper had started. `silent`: its end of it is closed."""
+    """
+    One worker.
+
+    `channel` is None for one that another keeper had started. `silent`: its end of it is closed. `killed`: by us.
+    """
 
     def __init__(self, pid: int, channel: socket.socket | None) -> None:
         self.pid = pid
@@ -29,6 +33,7 @@ class Child:
         self.imported = False
         self.ready = False
         self.silent = False
+        self.killed = False
         self.began = self.last_sign = time.monotonic()
         self._buffer = b""
 
@@ -68,6 +73,7 @@ class Child:
         return lines
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        self.killed |= number == signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
