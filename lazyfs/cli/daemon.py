@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lazyfs.errors import BusyError, HostError, LazyfsError, TargetError, UsageError
+from lazyfs.errors import HostError, LazyfsError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.node.rundir import WorkerDir
 
 FILE_VARIABLE = "LAZYFS_CONFIG"
-_ANSWER_S = 60.0
 _EPILOG = """\b
 Examples:
   lazyfs daemon                 run it here (systemd does this)
@@ -74,10 +73,11 @@ def _settings(cache_dir: str | None, hang_s: float | None) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status_command(*, as_json: bool) -> None:
     """Show who serves. Exit code 0: ready."""
+    from lazyfs.node.keeperasking import ask_keeper  # noqa: PLC0415
     from lazyfs.node.protocol import HEALTH, LIST, ControlClient, WorkerGoneError  # noqa: PLC0415
 
     directory = _directory()
-    status: dict[str, Any] = _ask_keeper(directory, "status")
+    status: dict[str, Any] = ask_keeper(directory, "status")
     try:
         with ControlClient.connect(directory.socket) as client:
             status["health"] = client.request(HEALTH, 5.0)
@@ -87,7 +87,7 @@ def status_command(*, as_json: bool) -> None:
     except LazyfsError as error:
         status["health"] = {"ready": False, "reason": str(error)}
     if status["health"]["ready"] and not status["ready"]:   # its start was waited for, by asking it
-        status.update(_ask_keeper(directory, "status"))
+        status.update(ask_keeper(directory, "status"))
     ready = status["ready"] and status["health"]["ready"]
     if as_json:
         print(json.dumps(status, indent=2))
@@ -100,15 +100,19 @@ def status_command(*, as_json: bool) -> None:
 @click.pass_context
 def upgrade_command(context: click.Context) -> None:
     """Go on with the version of lazyfs that is installed now."""
+    from lazyfs.node.keeperasking import ANSWER_S, ask_keeper  # noqa: PLC0415
+
     settings = context.obj()
-    timeout_s = max(_ANSWER_S, 2 * settings["start_s"])   # a worker that does not load in time is given up before
-    print(f"worker {_ask_keeper(_directory(), 'upgrade', timeout_s, settings=settings)['worker']} serves")
+    timeout_s = max(ANSWER_S, 2 * settings["start_s"])   # a worker that does not load in time is given up before
+    print(f"worker {ask_keeper(_directory(), 'upgrade', timeout_s, settings=settings)['worker']} serves")
 
 
 @daemon_command.command("stop")
 def stop_command() -> None:
     """End the daemon. Its worker goes on as long as there are mounts; `lazyfs umount --all` before ends these."""
-    _ask_keeper(_directory(), "stop")
+    from lazyfs.node.keeperasking import ask_keeper  # noqa: PLC0415 - running a daemon asks nobody
+
+    ask_keeper(_directory(), "stop")
 
 
 def _become_keeper(settings: dict[str, Any]) -> NoReturn:
@@ -128,41 +132,6 @@ def _directory() -> WorkerDir:
     return daemon_dir()
 
 
-def _ask_keeper(
-    directory: WorkerDir, operation: str, timeout_s: float = _ANSWER_S, **arguments: Any
-) -> dict[str, Any]:
-    """Raises TargetError: none runs. BusyError: it refuses. HostError: we may not ask."""
-    from lazyfs.node.protocol import connect_to  # noqa: PLC0415 - nor does running one
-
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(timeout_s)
-        try:
-            connect_to(client, directory.keeper_socket)
-            client.sendall(json.dumps({"op": operation, **arguments}).encode())
-            with client.makefile("rb") as stream:
-                line = stream.readline(1 << 20)
-        except (FileNotFoundError, ConnectionError):
-            raise TargetError(_no_daemon(directory), hint="start it: lazyfs daemon") from None
-        except PermissionError:
-            raise HostError(f"{directory.keeper_socket} is for root only", hint="run it with sudo") from None
-        except TimeoutError:
-            raise BusyError(f"the daemon did not answer within {timeout_s:g} s", hint="look at its log") from None
-    if not line.endswith(b"\n"):
-        raise BusyError("the daemon ended before it answered", hint="try again; its log says why it ended")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise BusyError(answer["error"])
-    result: dict[str, Any] = answer.get("result", {})
-    return result
-
-
-def _no_daemon(directory: WorkerDir) -> str:
-    worker = directory.worker()
-    if worker is None:
-        return "no daemon runs on this node"
-    return f"no daemon runs on this node; worker {worker.pid} of an earlier one still serves its mounts"
-
-
 def _print_status(status: dict[str, Any]) -> None:
     health = status["health"]
     print(f"keeper {status['keeper']}, worker {status['worker']} ({status['turns']} since the start)")
@@ -175,5 +144,8 @@ def _print_status(status: dict[str, Any]) -> None:
         if plan := mount.get("prefetch_plan"):
             done += f", {mount['prefetched_chunks']} chunks ahead ({plan})"
         print(f"  {mount['target']}  {mount['image']}  {mount['driver']}, {done}")
+    for source in health.get("sources", []):
+        since = f" since {time.strftime('%F %T', time.localtime(source['since']))}" if source["since"] else ""
+        print(f"  source {source['source']}: {source['state']}{since}{': ' if source['why'] else ''}{source['why']}")
     for broken in health["broken"]:
         print(f"  broken: {broken['target']}  {broken['image']}: {broken['reason']}")

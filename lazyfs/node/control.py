@@ -25,10 +25,11 @@ from lazyfs.node.housekeeping import Housekeeper, Request
 from lazyfs.node.order import MountOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from lazyfs.node.handed import HandedCredentials
+    from lazyfs.node.observing import Observer
     from lazyfs.node.scrubbing import Scrubbing
     from lazyfs.node.touches import Touches
 
@@ -54,6 +55,9 @@ class Controlled(Protocol):
 
     @property
     def touches(self) -> Touches: ...
+
+    @property
+    def observer(self) -> Observer: ...
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
@@ -212,9 +216,13 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
     if operation in {protocol.USAGE, protocol.EVICT}:
         return await _keep_house(worker.housekeeper, request)
-    if operation == protocol.SCRUB:
-        return await worker.scrubbing.piece(request)
+    waiting: dict[Any, Callable[[], Awaitable[Any]]] = {
+        protocol.SCRUB: lambda: worker.scrubbing.piece(request), protocol.STATUS: worker.observer.snapshot,
+    }
+    if operation in waiting:
+        return await waiting[operation]()
     plain: dict[Any, Callable[[], Any]] = {
+        protocol.TRACE: lambda: _trace(worker, request), protocol.DUMP: worker.observer.dump,
         protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
         protocol.TOUCHED: lambda: _touched(asked, request),
         protocol.REST: lambda: worker.rest(str(request["target"])),
@@ -226,6 +234,15 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         worker.shut_down()
         return True
     raise UsageError(f"unknown control operation {operation!r:.40}")
+
+
+def _trace(worker: Controlled, request: dict[str, Any]) -> dict[str, Any]:
+    """`after`: a read's number; `over`: seconds, of reads that wait still. See Observer.trace()."""
+    try:
+        after, over_s = int(request.get("after", 0)), float(request.get("over", 0.0))
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError("expected numbers after and over") from None
+    return worker.observer.trace(after, over_s)
 
 
 def _touched(asked: Asked, request: dict[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,7 @@ class Housekeeper:
         self._settings = Settings()
         self._one_at_a_time = trio.Lock()
         self._short = trio.Event()
+        self.evicted = {"devices": 0, "bytes": 0}    # since the worker's start, for metrics
 
     async def run(self, configured: config.Cache | None = None) -> None:
         """Look now and then, and when room is short, for ever. `configured`: None reads it."""
@@ -188,6 +189,8 @@ class Housekeeper:
                 await trio.to_thread.run_sync(evict.clean, self._cache.path)
             answer = _answer(found, devices, images, chosen, self._serving.images_in_use())
             self._cache.space.correct(-answer["freed_bytes"])
+            self.evicted["devices"] += len(devices)
+            self.evicted["bytes"] += answer["freed_bytes"]
             if devices:
                 _log.info("evicted %d devices, %d bytes", len(devices), answer["freed_bytes"])
             return answer

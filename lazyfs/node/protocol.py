@@ -4,8 +4,8 @@ The control protocol between a worker and whoever asks it: the client's side, li
 A unix stream socket, mode 0600, in the worker's run directory; the worker also checks that the peer is root or its
 own user (SO_PEERCRED). One JSON object a line each way: {"op": ..., ...} -> {"result": ...} or {"error": {...}}
 (fs.isolate.error_to). Requests on one connection are answered in order. Operations: MOUNT, UNMOUNT, LIST, STATS,
-TOUCHED, HEALTH, USAGE, EVICT, SCRUB, CREDENTIALS, REST, SHUTDOWN; their arguments stand with the functions of
-node.control.
+TOUCHED, HEALTH, STATUS, TRACE, DUMP, USAGE, EVICT, SCRUB, CREDENTIALS, REST, SHUTDOWN; their arguments stand with the
+functions of node.control.
 
 Layer: node. Who calls: node.launch, cli.mount; the snapshotter, later.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOUNT, UNMOUNT, LIST, STATS, SHUTDOWN = "mount", "unmount", "list", "stats", "shutdown"
 TOUCHED, HEALTH, USAGE, EVICT = "touched", "health", "usage", "evict"
+STATUS, TRACE, DUMP = "status", "trace", "dump"    # node.observing
 CREDENTIALS, REST, SCRUB = "credentials", "rest", "scrub"
 LINE_BYTES_MAX = 1 << 20         # a mount request is 1 KiB; 1,000 mounts 300 KiB; 15,000 touches 750 KiB
 

@@ -25,6 +25,7 @@ from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
 from lazyfs.node.mounted import MountedImage
 from lazyfs.node.mounting import Mounting
+from lazyfs.node.observing import Observer
 from lazyfs.node.opening import open_image
 from lazyfs.node.prefetching import Prefetching
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
@@ -71,13 +72,14 @@ class Worker:
         self.awaits_order = not lasting   # its starter fetches the bootstrap first; a slow registry takes a while
         self._broken: dict[int, restore.Broken] = {}
         self.housekeeper = Housekeeper(cache, self)
-        self.scrubbing = Scrubbing(cache, fetcher, lambda: (*self._mounts.values(), *self._detached))
+        self.scrubbing = Scrubbing(cache, fetcher, self.all_mounts)
         self._mounting = Mounting(
             directory, cache, fetcher, served, mounter,
             identity=identity, housekeeper=self.housekeeper, on_lost=self._mounter_lost)
         self.credentials = HandedCredentials(directory.handed)
         self.prefetching = Prefetching(fetcher, cache.path, lists=lists)
         self.touches = Touches(self._mounts.get)
+        self.observer = Observer(directory, cache, fetcher, served, self)
         self.leaving: Callable[[MountedImage], None] = lambda _: None   # told of every mount that ends
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
@@ -178,7 +180,7 @@ class Worker:
         return {"stopped": self.prefetching.rest(mounted)}
 
     def list_mounts(self) -> list[dict[str, Any]]:
-        return [mounted.describe() for mounted in (*self._mounts.values(), *self._detached)]
+        return [mounted.describe() for mounted in self.all_mounts()]
 
     def statistics(self) -> dict[str, Any]:
         """Counters of the fetch engine (fetch.statistics), and the mounts."""
@@ -193,18 +195,18 @@ class Worker:
     def health(self) -> dict[str, Any]:
         """Whether it serves, and what it cannot serve."""
         return {
-            "ready": not self.closing,
-            "version": __version__,
-            "pid": self._identity.pid,
-            "cache_dir": str(self._cache.path),
-            "mounts": len(self._mounts),
-            "detached": len(self._detached),
+            "ready": not self.closing, "version": __version__, "pid": self._identity.pid,
+            "cache_dir": str(self._cache.path), "mounts": len(self._mounts), "detached": len(self._detached),
             "broken": [broken.describe() for broken in self._broken.values()],
         }
 
     def mounts(self) -> Iterable[MountedImage]:
         """Those that are attached."""
         return self._mounts.values()
+
+    def all_mounts(self) -> tuple[MountedImage, ...]:
+        """And those that are detached."""
+        return (*self._mounts.values(), *self._detached)
 
     @property
     def mounting(self) -> bool:
@@ -238,6 +240,7 @@ class Worker:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._retry_broken)   # by itself: it may wait for a registry
             nursery.start_soon(self._tend_mounts)
+            nursery.start_soon(self.observer.run)
             nursery.start_soon(self._mounting.warming.run)
             nursery.start_soon(self.prefetching.run)
 

@@ -1,0 +1,244 @@
+"""
+The metrics of a node: their names, kinds and meaning, and how each is read out of a snapshot. Pure.
+
+Layer: node. Who calls: node.observing for `/metrics` (imported when first asked), cli.metrics; `python -m
+lazyfs.node.metrics` writes the table of docs/observability.md, which a test compares. Names follow Prometheus'
+conventions: base units, `_total` on what only grows. Label values are bounded: kinds are classes of ours, servers at
+most 33; images are never labels. A snapshot is that of node.observing; what it does not hold is left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client import Metric as Family
+
+    Snapshot = Mapping[str, Any]
+    Values = Iterable[tuple[tuple[str, ...], float]]    # label values, number
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+_SOURCE_COUNT_MAX = 32
+_SOURCE_STATES = ("ok", "failing", "down", "probing", "paused", "refusing", "lying")
+
+
+class Metric(NamedTuple):
+    """One metric; `read` gives its values, none if the snapshot does not know."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    text: str
+    read: Callable[[Snapshot], Values]
+
+
+def _one(*path: str, factor: float = 1.0) -> Callable[[Snapshot], Values]:
+    """The number at a place of the snapshot."""
+    def read(snapshot: Snapshot) -> Values:
+        found: Any = snapshot
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return [((), float(found) * factor)] if isinstance(found, bool | int | float) else []
+    return read
+
+
+def _several(*pairs: tuple[str, tuple[str, ...]]) -> Callable[[Snapshot], Values]:
+    """Numbers at several places, each under its label value."""
+    def read(snapshot: Snapshot) -> Values:
+        return [((label,), number) for label, path in pairs for _, number in _one(*path)(snapshot)]
+    return read
+
+
+def _mapped(*path: str) -> Callable[[Snapshot], Values]:
+    """A mapping of label values to numbers."""
+    def read(snapshot: Snapshot) -> Values:
+        found: Any = snapshot
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return [((str(name),), float(number)) for name, number in sorted((found or {}).items())]
+    return read
+
+
+def _takeovers(snapshot: Snapshot) -> Values:
+    turns = snapshot.get("keeper", {}).get("turns")
+    return [] if turns is None else [((), float(max(0, turns - 1)))]
+
+
+def _sources(key: str) -> Callable[[Snapshot], Values]:
+    def read(snapshot: Snapshot) -> Values:
+        return [((one["source"],), float(one[key])) for one in _known(snapshot) if key in one]
+    return read
+
+
+def _source_states(snapshot: Snapshot) -> Values:
+    return [((one["source"], state), float(one["state"] == state))
+            for one in _known(snapshot) for state in _SOURCE_STATES]
+
+
+def _known(snapshot: Snapshot) -> list[Mapping[str, Any]]:
+    """Those sources that are asked most: a directory of images is a source each."""
+    return sorted(snapshot.get("sources", ()), key=lambda one: (-one["requests"], one["source"]))[:_SOURCE_COUNT_MAX]
+
+
+def _troubles(snapshot: Snapshot) -> Values:
+    return [((), float(len(snapshot.get("cache", {}).get("trouble", ()))))]
+
+
+def _hits(snapshot: Snapshot) -> Values:
+    return _several(("hit", ("fetch", "hits")), ("miss", ("fetch", "misses")))(snapshot)
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("lazyfs_build_info", GAUGE, ("version",), "1; which lazyfs the worker runs.",
+           lambda snapshot: [((snapshot["version"],), 1.0)]),
+    Metric("lazyfs_ready", GAUGE, (), "Whether the worker serves mounts.", _one("ready")),
+    Metric("lazyfs_worker_start_time_seconds", GAUGE, (), "When the worker began, since 1970.", _one("started")),
+    Metric("lazyfs_keeper_start_time_seconds", GAUGE, (), "When the keeper began, since 1970; only of a daemon.",
+           _one("keeper", "since")),
+    Metric("lazyfs_takeovers_total", COUNTER, (),
+           "Times that a worker went on for another one (a crash, a hang, an upgrade), since the keeper began.",
+           _takeovers),
+    Metric("lazyfs_mounts", GAUGE, ("state",),
+           "Images: attached; detached and still in use; broken: answered with errors until they can be served.",
+           lambda snapshot: [*_several(("attached", ("mounted",)), ("detached", ("detached",)))(snapshot),
+                             (("broken",), float(len(snapshot.get("broken", ()))))]),
+    # --- reads
+    Metric("lazyfs_reads_total", COUNTER, ("cache",),
+           "Reads of image data that reached the worker: answered from the cache at once (hit), or after a wait for a "
+           "chunk (miss). What the kernel has in memory does not come here.", _hits),
+    Metric("lazyfs_hot_reads_total", COUNTER, (), "Of both: answered out of the image's hot part.",
+           _one("fetch", "hot_reads")),
+    Metric("lazyfs_read_seconds", HISTOGRAM, (),
+           "How long reads took that had to wait for anything; hits are not in it, they take microseconds.",
+           lambda _: []),
+    Metric("lazyfs_reads_waiting", GAUGE, (), "Reads that wait now.", _one("reads", "waiting")),
+    Metric("lazyfs_reads_hung", GAUGE, (), "Of these, those that have waited for more than 10 s.",
+           _one("reads", "hung")),
+    Metric("lazyfs_read_oldest_wait_seconds", GAUGE, (), "How long the oldest of them has waited; 0: none waits.",
+           _one("reads", "oldest_s")),
+    Metric("lazyfs_slow_reads_total", COUNTER, (), "Reads that took daemon.slow_read_s or longer (`lazyfs trace`).",
+           _one("reads", "slow")),
+    Metric("lazyfs_read_errors_total", COUNTER, ("kind",),
+           "Requests of the kernel that ended with an error of ours, by its kind: deadline, source, not_found, auth, "
+           "integrity, cache, bug, ...", _mapped("reads", "errors")),
+    # --- fetching
+    Metric("lazyfs_fetched_bytes_total", COUNTER, ("source",),
+           "Bytes that came, compressed, repetitions and bad ones included, by the server that sent them; `other`: "
+           "all beyond the first 32.", _mapped("fetch", "bytes_by_source")),
+    Metric("lazyfs_fetch_requests_total", COUNTER, (), "Range requests sent.", _one("fetch", "requests")),
+    Metric("lazyfs_fetch_retries_total", COUNTER, (), "Transfers that were tried again.", _one("fetch", "retries")),
+    Metric("lazyfs_fetch_running", GAUGE, ("priority",),
+           "Transfers under way: for reads (foreground), ahead of a start (prefetch), ahead of a sequential reader "
+           "(background), of a full copy (copy).", _mapped("running")),
+    Metric("lazyfs_chunks_in_flight", GAUGE, (), "Chunks that wait or are on their way.", _one("flights")),
+    Metric("lazyfs_chunks_fetched_total", COUNTER, (), "Chunks that have come and were right.",
+           _one("fetch", "chunks_fetched")),
+    Metric("lazyfs_chunks_ahead_total", COUNTER, ("priority",), "Of these, those that nobody had asked for yet.",
+           _several(("prefetch", ("fetch", "chunks_prefetched")), ("background", ("fetch", "chunks_read_ahead")),
+                    ("copy", ("fetch", "chunks_copied")))),
+    Metric("lazyfs_bad_chunks_total", COUNTER, (), "Chunks that came with another digest than promised.",
+           _one("fetch", "bad_chunks")),
+    Metric("lazyfs_source_state", GAUGE, ("source", "state"),
+           "1 for the state that a source is in: ok, failing, down (the breaker is open), probing, paused (it asked "
+           "for that), refusing, lying.", _source_states),
+    Metric("lazyfs_source_requests_total", COUNTER, ("source",), "Transfers begun from a source.",
+           _sources("requests")),
+    Metric("lazyfs_source_failures_total", COUNTER, ("source",), "Of these, those that failed.", _sources("failures")),
+    Metric("lazyfs_source_outages_total", COUNTER, ("source",), "Times that the breaker opened.", _sources("outages")),
+    # --- the cache
+    Metric("lazyfs_cache_used_bytes", GAUGE, (), "On disk, by the last look and what was stored since.",
+           _one("space", "used_bytes")),
+    Metric("lazyfs_cache_quota_bytes", GAUGE, (), "cache.quota_bytes; 0: none.", _one("space", "quota_bytes")),
+    Metric("lazyfs_cache_floor_bytes", GAUGE, (), "What is to stay free on its file system.",
+           _one("space", "floor_bytes")),
+    Metric("lazyfs_cache_disk_size_bytes", GAUGE, (), "Of its file system.", _one("disk", "size_bytes")),
+    Metric("lazyfs_cache_disk_free_bytes", GAUGE, (), "Of it, free.", _one("disk", "free_bytes")),
+    Metric("lazyfs_cache_evicted_bytes_total", COUNTER, (), "Removed to stay within the limits, or on request.",
+           _one("evicted", "bytes")),
+    Metric("lazyfs_cache_evicted_devices_total", COUNTER, (), "Layer devices removed so.", _one("evicted", "devices")),
+    Metric("lazyfs_cache_chunks_stored_total", COUNTER, (), "Chunks written to disk.", _one("cache", "chunks_stored")),
+    Metric("lazyfs_cache_chunks_not_stored_total", COUNTER, (),
+           "Chunks that were served from memory instead: no room, or an error of the disk.",
+           _one("cache", "chunks_not_stored")),
+    Metric("lazyfs_cache_chunks_verified_total", COUNTER, (), "Chunks compared with their checksum.",
+           _one("cache", "chunks_verified")),
+    Metric("lazyfs_cache_chunks_damaged_total", COUNTER, (), "Of these, those that were damaged, and were dropped.",
+           _one("cache", "chunks_damaged")),
+    Metric("lazyfs_cache_chunks_unreadable_total", COUNTER, (), "Chunks that the disk did not give back.",
+           _one("cache", "chunks_unreadable")),
+    Metric("lazyfs_cache_scrubbed_bytes_total", COUNTER, (), "Looked through by the scrub in the background.",
+           _one("cache", "scrubbed_bytes")),
+    Metric("lazyfs_cache_checkpoint_errors_total", COUNTER, (), "Checkpoints that could not be written.",
+           _one("cache", "checkpoint_errors")),
+    Metric("lazyfs_cache_troubles", GAUGE, (), "What fails on its disk now (`lazyfs status` says what, and why).",
+           _troubles),
+    # --- full copies
+    Metric("lazyfs_copies_total", COUNTER, ("result",), "Full copies of images: begun, and how they ended.",
+           _several(("started", ("copies", "started")), ("completed", ("copies", "completed")),
+                    ("failed", ("copies", "failed")))),
+    Metric("lazyfs_copied_bytes_total", COUNTER, (), "Of lazyfs_fetched_bytes_total: for full copies.",
+           _one("fetch", "copied_stored_bytes")),
+    # --- the process
+    Metric("lazyfs_process_cpu_seconds_total", COUNTER, (), "CPU time of the worker.", _one("process", "cpu_s")),
+    Metric("lazyfs_process_resident_memory_bytes", GAUGE, (), "Its memory.", _one("process", "resident_bytes")),
+    Metric("lazyfs_process_open_fds", GAUGE, (), "Its descriptors.", _one("process", "descriptors")),
+)
+
+
+def page(snapshot: Snapshot) -> bytes:
+    """All that the snapshot knows, in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(snapshot))
+    return generate_latest(registry)
+
+
+class _Snapshot(Collector):
+    """For prometheus_client: no state of its own, so nothing is kept from one page to the next."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Family]:
+        return ()
+
+    def collect(self) -> Iterator[Family]:
+        for metric in METRICS:
+            if metric.kind == HISTOGRAM:
+                yield from _histogram(metric, self._snapshot.get("reads", {}))
+                continue
+            make = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
+            family = make(metric.name, metric.text, labels=metric.labels)
+            for labels, number in metric.read(self._snapshot):
+                family.add_metric(labels, number)
+            if family.samples:
+                yield family
+
+
+def _histogram(metric: Metric, reads: Snapshot) -> Iterator[Family]:
+    """Of node.observing's counts, which are not cumulative."""
+    if "counts" not in reads:
+        return
+    buckets: list[tuple[str, float]] = []
+    total = 0
+    for bound, count in zip((*(str(float(one)) for one in reads["bounds_s"]), "+Inf"), reads["counts"], strict=True):
+        total += count
+        buckets.append((bound, total))
+    yield HistogramMetricFamily(metric.name, metric.text, buckets=buckets, sum_value=reads["seconds"])
+
+
+def document() -> str:
+    """The table of docs/observability.md."""
+    rows = [f"| `{one.name}` | {one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.text} |"
+            for one in METRICS]
+    return "\n".join(["| metric | kind | labels | what it says |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(document())
