@@ -26,6 +26,7 @@ from lazyfs.fetch.hotview import HOT_DEADLINE_SHARE
 from lazyfs.fetch.prefetch import PrefetchHandle
 from lazyfs.fetch.readtrace import CURRENT
 from lazyfs.fetch.scheduler import Scheduler
+from lazyfs.registry.mirrors import HEALTH
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -79,6 +80,11 @@ class Fetcher:
     def describe_sources(self) -> list[dict[str, Any]]:
         """Each source's state, for people and metrics: SourceState.describe()."""
         return self._scheduler.lanes.sources.describe(trio.current_time())
+
+    @staticmethod
+    def describe_servers() -> list[dict[str, Any]]:
+        """The same of each server, registries and their mirrors: Health.describe(). Of all fetchers of the process."""
+        return HEALTH.describe()
 
     async def read(self, device: FetchDevice, offset: int, size: int, *, deadline: float) -> bytes | memoryview:
         """

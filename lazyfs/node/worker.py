@@ -190,6 +190,8 @@ class Worker:
             "fetch": {name: getattr(counters, name) for name in counters.__slots__},
             "cache": {**self._cache.health.describe(), **self.scrubbing.describe()},
             "mounts": self.list_mounts(),
+            "sources": self._fetcher.describe_sources(),
+            "servers": self._fetcher.describe_servers(),
         }
 
     def health(self) -> dict[str, Any]:
@@ -198,6 +200,7 @@ class Worker:
             "ready": not self.closing, "version": __version__, "pid": self._identity.pid,
             "cache_dir": str(self._cache.path), "mounts": len(self._mounts), "detached": len(self._detached),
             "broken": [broken.describe() for broken in self._broken.values()],
+            "sources": [one for one in self._fetcher.describe_sources() if one["state"] != "ok"],
         }
 
     def mounts(self) -> Iterable[MountedImage]:
