@@ -84,6 +84,7 @@ class CachedDevice:
     def _take_up(self) -> files.Generation:
         generation, saved = files.open_generation(self._directory, self._identity, self._boot_id)
         self._durable = bytes(saved.present) if saved else b""
+        self._saved = None
         if saved and (saved.present, saved.sums) == (generation.present, generation.sums):
             self._saved = self._change
         return generation
@@ -300,6 +301,27 @@ class CachedDevice:
             self._reference_count += 1
             return True
 
+    def renew_if_gone(self) -> bool:
+        """
+        Take up what is in the directory now if the data file is not in it any more. Blocking.
+
+        Returns:
+            True if so. Reads under way, and the kernel's mounts, go on with the old file.
+
+        """
+        with self._checkpoint_lock:
+            old = self._generation
+            if files.is_in_place(old):
+                return False
+            try:
+                new = self._take_up()
+            except OSError as error:
+                self._health.writing.failed(error)
+                return False
+            self._dropped.append(old)
+            self._generation, self._storing = new, True
+            return True
+
     def note_use(self, *, at_once: bool = True) -> None:
         """The device is used: noted on the disk (the mtime of its directory); rarely, unless `at_once`."""
         self.used = True
@@ -366,7 +388,7 @@ class CachedDevice:
         self._durable, self._saved = b"", None
         self._storing = False
         if not self._begin_anew():
-            self._disown(old)
+            files.disown(self._directory, old)
 
     def _begin_anew(self) -> bool:
         try:
@@ -388,15 +410,3 @@ class CachedDevice:
             finally:
                 self._checkpoint_lock.release()
         return False
-
-    def _disown(self, old: files.Generation) -> None:
-        # The live record on disk still names the bad data: without it, a restart begins anew.
-        for name in ("live", "checkpoint"):
-            try:
-                (self._directory / name).unlink(missing_ok=True)
-            except OSError as error:
-                _log.warning("cached device %s: stale %s stays: %s", self.digest.short, name, error)
-        try:
-            os.ftruncate(old.live_fd, 0)
-        except OSError as error:
-            _log.warning("cached device %s: stale record stays: %s", self.digest.short, error)

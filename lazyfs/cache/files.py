@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import stat
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from array import array
     from pathlib import Path
 
+_log = logging.getLogger(__name__)
 _LIVE, _CHECKPOINT, _TEMPORARY = "live", "checkpoint", ".tmp"
 RECORD_OF_SCRUB = "scrubbed"
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -110,6 +112,30 @@ def write_checkpoint(directory: Path, identity: Identity, record: Record) -> Non
         os.close(fd)
     temporary.rename(directory / _CHECKPOINT)
     sync_directory(directory)
+
+
+def is_in_place(generation: Generation) -> bool:
+    """Whether its name still means its data file; if the disk does not say, it does."""
+    try:
+        there, ours = generation.data_path.lstat(), os.fstat(generation.data_fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def disown(directory: Path, bad: Generation) -> None:
+    """The records on the disk still name data that is bad: without them, a restart begins anew. Best effort."""
+    for name in (_LIVE, _CHECKPOINT):
+        try:
+            (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s: stale %s stays: %s", directory, name, error)
+    try:
+        os.ftruncate(bad.live_fd, 0)
+    except OSError as error:
+        _log.warning("%s: stale record stays: %s", directory, error)
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,8 +1,9 @@
 """
 Who may use a cache directory: one process at a time, private to its user, never on a mount of ours.
 
-The lock is flock(2) on the file `lock`: the kernel drops it when its holder dies, however it dies. The holder's pid
-is written into the file for the message only. Who calls: lazyfs.cache.store.
+The lock is flock(2) on the file `lock`: the kernel drops it when its holder dies, however it dies, and sees through
+mount and pid namespaces (NFS: also through hosts). Who holds it is written into the file for the message only, as
+`pid program host pid-namespace`. Who calls: lazyfs.cache.store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import stat
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +22,8 @@ from lazyfs.errors import CacheError, CacheOwnedError, DiskFullError
 
 _LOCK_NAME = "lock"
 _PRIVATE_MODE = 0o700
-_PID_BYTES_MAX = 32
+_HOLDER_BYTES_MAX = 256
+_WORD_CHARS_MAX = 64
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # lazyfs on lazyfs waits for itself for ever; any other FUSE mount may be served by someone who waits for us.
 _REFUSED_TYPES = ("fuse", "erofs")
@@ -91,12 +95,22 @@ def file_system_type(path: Path) -> str:
     return ""
 
 
+def _ourselves() -> tuple[str, str, str, str]:
+    """Words that name this process: pid, program, host, pid namespace."""
+    namespace = "-"
+    with contextlib.suppress(OSError):
+        namespace = str(os.stat("/proc/self/ns/pid").st_ino)    # noqa: PTH116
+    program, host = (text.replace(" ", "_")[:_WORD_CHARS_MAX].encode("ascii", "replace").decode() or "-"
+                     for text in (Path(sys.argv[0]).name, socket.gethostname()))
+    return str(os.getpid()), program, host, namespace
+
+
 class DirectoryLock:
     """Exclusive ownership of a prepared directory, until close() or the end of the process."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises CacheOwnedError (with the holder's pid) or CacheError."""
-        path = directory / _LOCK_NAME
+        """Raises CacheOwnedError (it says who the holder is) or CacheError."""
+        self._path = path = directory / _LOCK_NAME
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -109,17 +123,33 @@ class DirectoryLock:
             if error.errno != errno.EWOULDBLOCK:
                 raise_cache_error(directory, "lock it", error)
             hint = "stop that process, or name another directory with --cache-dir"
-            raise CacheOwnedError(f"cache {directory}: in use by process {holder}", hint=hint) from None
+            raise CacheOwnedError(f"cache {directory}: in use by {holder}", hint=hint) from None
         with contextlib.suppress(OSError):    # a full disk: the lock holds all the same
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(self._fd, " ".join(_ourselves()).encode() + b"\n", 0)
+
+    def is_in_place(self) -> bool:
+        """Whether the directory is still there with this lock in it: else it was taken away, or replaced."""
+        try:
+            there, ours = self._path.lstat(), os.fstat(self._fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:    # a disk that does not answer has not been taken away
+            return True
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _holder(self) -> str:
+        text = ""
         with contextlib.suppress(OSError):
-            text = os.pread(self._fd, _PID_BYTES_MAX, 0).decode(errors="replace").strip()
-            if text.isascii() and text.isdigit():
-                return text
-        return "(pid unknown)"
+            text = os.pread(self._fd, _HOLDER_BYTES_MAX, 0).decode("ascii", errors="replace")
+        pid, program, host, namespace, *_ = [*text.split(), "", "", "", ""]
+        if not pid.isdigit() or not text.rstrip("\n").isprintable():
+            return "another process (it does not say which)"
+        _, _, our_host, our_namespace = _ourselves()
+        found = f"process {pid} ({program})" if program else f"process {pid}"
+        if host and host != our_host:
+            return f"{found} on host {host}"
+        return f"{found} of another pid namespace" if namespace not in {"", our_namespace} else found
 
     def close(self) -> None:
         if self._fd >= 0:

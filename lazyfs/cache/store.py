@@ -11,6 +11,7 @@ lazyfs.node (open, device, checkpoint, close), lazyfs.fetch (CachedDevice).
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Self
 
@@ -20,7 +21,7 @@ from lazyfs.cache.health import Health
 from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
 from lazyfs.cache.presence import Identity, read_boot_id
 from lazyfs.cache.space import Space
-from lazyfs.errors import BugError
+from lazyfs.errors import BugError, CacheError, LazyfsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
     from lazyfs.image.digest import Digest
 
 __all__ = ["CacheCounters", "CacheDir", "CachedDevice"]
+_log = logging.getLogger(__name__)
+
+
+def make_layout(path: Path) -> None:
+    """The directories that must be there. Raises CacheError, DiskFullError."""
+    try:
+        for folder in (inventory.DEVICES, inventory.EVICTED):   # the latter now, not on a disk that is full
+            (path / folder).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise_cache_error(path, "create its layout", error)
 
 
 class CacheDir:
@@ -42,6 +53,7 @@ class CacheDir:
         self._boot_id = boot_id
         self._devices: dict[Digest, CachedDevice] = {}
         self._devices_lock = threading.Lock()
+        self._lost: LazyfsError | None = None    # why the directory is not ours any more
 
     @classmethod
     def open(cls, path: Path, *, boot_id: bytes | None = None) -> CacheDir:
@@ -59,11 +71,10 @@ class CacheDir:
         path = prepare_directory(path)
         lock = DirectoryLock(path)
         try:
-            for folder in (inventory.DEVICES, inventory.EVICTED):   # the latter now, not on a disk that is full
-                (path / folder).mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
+            make_layout(path)
+        except CacheError:
             lock.close()
-            raise_cache_error(path, "create its layout", error)
+            raise
         return cls(path, lock, boot_id or read_boot_id())
 
     def device(self, digest: Digest, chunk_size: int, device_size: int, *, using: bool = True) -> CachedDevice:
@@ -81,6 +92,9 @@ class CacheDir:
 
         """
         with self._devices_lock:
+            if self._lost is not None:
+                raise CacheError(f"cache {self.path}: was taken away, and is not ours any more: {self._lost}",
+                                 hint="stop who uses the directory now, or restart the daemon")
             known = self._devices.get(digest)
             if known is not None and known.try_retain():
                 if (known.chunk_size, known.device_size) != (chunk_size, device_size):
@@ -118,15 +132,46 @@ class CacheDir:
 
     def checkpoint(self) -> None:
         """Make everything present in all open devices durable. Blocking; run it in a thread, now and then."""
-        with self._devices_lock:
-            devices = [device for device in self._devices.values() if device.try_retain()]
-        for device in devices:
+        for device in self._retained():
             try:
                 device.checkpoint()
                 if device.used:
                     device.note_use(at_once=False)
             finally:
                 device.release()
+
+    def tend(self) -> None:
+        """
+        Notice, now and then, that the directory or something in it was taken away below us. Blocking.
+
+        The directory is made again, and owned again, if nobody else owns it meanwhile; a device whose files are gone
+        begins anew with what is there.
+
+        Raises:
+            CacheError: the directory is gone, and cannot be made again, or is somebody else's now. Nobody opens a
+            device then; those that are open go on with their files. The next call tries again.
+
+        """
+        try:
+            if not self._lock.is_in_place():
+                lock = DirectoryLock(prepare_directory(self.path))
+                self._lock.close()
+                self._lock = lock
+                _log.error("cache %s: the directory was taken away or replaced; begun anew", self.path)
+            make_layout(self.path)
+        except LazyfsError as error:
+            self._lost = error
+            raise
+        self._lost = None
+        for device in self._retained():
+            if device.renew_if_gone():
+                _log.error("cache %s: the files of device %s were taken away; begun anew",
+                           self.path, device.digest.short)
+            device.release()
+
+    def _retained(self) -> list[CachedDevice]:
+        with self._devices_lock:
+            return [device for device in self._devices.values() if device.try_retain()]
 
     @property
     def boot_id(self) -> bytes:

@@ -175,6 +175,7 @@ class Housekeeper:
 
         """
         async with self._one_at_a_time:
+            await trio.to_thread.run_sync(self._cache.tend)    # before anything of it is removed: is it still ours?
             counted_bytes = self._cache.space.used_bytes
             found = await trio.to_thread.run_sync(inventory.take, self._cache.path)
             self._cache.space.correct(found.use.size_bytes - counted_bytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +18,6 @@ from lazyfs.cache.presence import Identity, Record
 from lazyfs.cache.store import CachedDevice, CacheDir
 from lazyfs.errors import BugError, CacheError, CacheOwnedError
 from lazyfs.image.digest import Digest
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CHUNK = 64 * 1024
 BOOT, LATER_BOOT = b"a" * 16, b"b" * 16
@@ -355,3 +354,95 @@ def test_a_directory_of_someone_else_is_refused(path):
     os.chown(path, 12345, 12345)
     with pytest.raises(CacheError, match="owned by uid 12345"):
         CacheDir.open(path)
+
+
+# --- taken away below us ----------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_deleted_is_made_again_and_used_again(path):
+    with CacheDir.open(path) as cache:
+        cached = device(cache)
+        assert cached.write(1, CHUNKS[1])
+        cache.tend()
+        assert cached.present(1, 1), "nothing has happened"
+        shutil.rmtree(path)
+        assert cached.read(CHUNK, CHUNK) == CHUNKS[1], "what is open is read from what was deleted"
+        assert cached.write(2, CHUNKS[2])
+        cache.tend()
+        assert cached.present_count == 0
+        assert cached.write(3, CHUNKS[3])
+        assert cached.checkpoint()
+        with pytest.raises(CacheOwnedError):
+            CacheDir.open(path)
+        cached.release()
+    assert path.stat().st_mode & 0o077 == 0
+    assert held(path) == [3]
+
+
+def test_a_directory_that_is_replaced_by_a_filled_one_is_taken_up(path):
+    other = path.with_name("other")
+    fill(other, [4, 5], boot_id=presence.read_boot_id())
+    with CacheDir.open(path) as cache:
+        cached = device(cache)
+        assert cached.write(1, CHUNKS[1])
+        path.rename(path.with_name("away"))
+        other.rename(path)
+        cache.tend()
+        assert cached.missing(0, 9) == [0, 1, 2, 3, 6, 7, 8, 9]
+        assert cached.read(4 * CHUNK, 2 * CHUNK) == CHUNKS[4] + CHUNKS[5]
+        cached.release()
+
+
+def test_a_directory_that_is_somebody_elses_now_is_left_alone(path):
+    with CacheDir.open(path) as cache:
+        cached = device(cache)
+        assert cached.write(1, CHUNKS[1])
+        path.rename(path.with_name("away"))
+        with CacheDir.open(path) as second:
+            with pytest.raises(CacheOwnedError, match="in use by process"):
+                cache.tend()
+            with pytest.raises(CacheError, match="not ours any more"):
+                device(cache)
+            assert cached.read(CHUNK, CHUNK) == CHUNKS[1]
+            theirs = device(second)
+            assert theirs.write(7, CHUNKS[7])
+            theirs.release()
+        cache.tend()
+        assert cached.read(7 * CHUNK, CHUNK) == CHUNKS[7]
+        device(cache).release()
+        cached.release()
+
+
+def test_a_device_whose_files_are_deleted_begins_anew(path):
+    with CacheDir.open(path) as cache:
+        cached = device(cache)
+        assert cached.write(1, CHUNKS[1])
+        shutil.rmtree(folder(path))
+        cache.tend()
+        assert cached.present_count == 0
+        assert cached.write(2, CHUNKS[2])
+        assert cached.checkpoint()
+        cached.release()
+    assert held(path) == [2]
+
+
+HOLDERS = [
+    (b"12 daemonworker.py HOST NAMESPACE\n", "in use by process 12 (daemonworker.py)"),
+    (b"12 lazyfs elsewhere 1\n", "in use by process 12 (lazyfs) on host elsewhere"),
+    (b"12 lazyfs HOST 1\n", "in use by process 12 (lazyfs) of another pid namespace"),
+    (b"12\n", "in use by process 12"),
+    (b"", "in use by another process (it does not say which)"),
+    (b"\xff\x1b[31m x\n", "in use by another process (it does not say which)"),
+    (b"12 \x1b[31m x y\n", "in use by another process (it does not say which)"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), HOLDERS)
+def test_who_holds_it_is_said_as_far_as_it_is_known(path, text, expected):
+    namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
+    with CacheDir.open(path):
+        (path / "lock").write_bytes(
+            text.replace(b"HOST", socket.gethostname().encode()).replace(b"NAMESPACE", namespace.encode()))
+        with pytest.raises(CacheOwnedError) as caught:
+            CacheDir.open(path)
+    assert str(caught.value).endswith(expected)
