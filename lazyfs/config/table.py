@@ -99,8 +99,10 @@ class Daemon:
                          "credential helpers that it starts; false: for helpers that need more, setuid programs for "
                          "example.")
     health_address: str = _key(Address(), "",
-                               "Where `/healthz` and `/readyz` are served over HTTP; empty: nowhere. A port alone "
-                               "means loopback.")
+                               "Where `/healthz`, `/readyz` and `/metrics` are served over HTTP; empty: nowhere. A "
+                               "port alone means loopback.")
+    slow_read_s: float = _key(Number(0.001, 3600), 1.0,
+                              "A read that takes as long is kept for `lazyfs trace`, and counted.", unit="s")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ keeper that died) changes nothing: a later keeper fetches the descriptors from h
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from lazyfs import stacks
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -73,6 +76,8 @@ def main() -> NoReturn:
     for descriptor in (place.channel, place.fuse, place.listener):
         os.set_inheritable(descriptor, False)   # a credential helper must not hold our mounts
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # ^C is for the keeper
+    stacks.ignore()       # until there is something to tell, and for ever in what is started
+    faulthandler.enable()   # where it was, in the log, if it dies of itself
     from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
 
     _, mounter = start_mounter()   # before threads and big imports
@@ -147,6 +152,7 @@ async def _serve(
         signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True,
                         lists=place.config.daemon.prefetch_lists)
+        worker.observer.begin(place.config.daemon.slow_read_s)
         if take_over:
             await worker.restore()
             session.take_over()
@@ -180,7 +186,7 @@ def _start_services(config: Config, directory: WorkerDir, worker: Worker, nurser
     if config.daemon.health_address:
         from lazyfs.node import health  # noqa: PLC0415
 
-        nursery.start_soon(health.serve, config.daemon.health_address, worker.health)
+        nursery.start_soon(health.serve, config.daemon.health_address, worker.health, worker.observer.page)
     if config.profile.collect:
         from lazyfs.node.collector import Collector  # noqa: PLC0415
 

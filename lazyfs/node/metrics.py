@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Snapshot = Mapping[str, Any]
     Values = Iterable[tuple[tuple[str, ...], float]]    # label values, number
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 _SOURCE_COUNT_MAX = 32
 _SOURCE_STATES = ("ok", "failing", "down", "probing", "paused", "refusing", "lying")

@@ -78,6 +78,11 @@ class Observer:
         self._page_lock = trio.Lock()
         self.dumps = Dumps(self._reads, fetcher)
 
+    def begin(self, slow_s: float) -> None:
+        """In the main thread of the worker's process: dumps on SIGUSR1; reads are slow from `slow_s` on."""
+        self._reads.slow_s = slow_s
+        self.dumps.install()
+
     async def run(self) -> None:
         """Keep the history, for ever."""
         while True:

@@ -105,6 +105,7 @@ async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mou
         settings = _settings()
         async with Fetcher(bounds_of(settings)) as fetcher, _mounted(directory, served, settings) as nursery:
             worker = Worker(directory, cache, fetcher, served, mounter, lists=settings.prefetch_lists)
+            worker.observer.begin(settings.slow_read_s)
             listener = control.listen(directory.socket)
             try:
                 nursery.start_soon(_serve_first, _stream(first), worker)

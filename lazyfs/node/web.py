@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
 import trio
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Awaitable, Callable
 
-    Answer = tuple[int, dict[str, Any]]   # status, JSON
+    Answer = tuple[int, dict[str, Any] | "Text"]   # status, body: JSON, or something else
 
 _HEADER_BYTES_MAX = 8 * 1024     # a probe sends 200 bytes
 _PIECE_BYTES = 64 * 1024
 _log = logging.getLogger("lazyfs.node.web")
+
+
+class Text(NamedTuple):
+    """A body that is not JSON."""
+
+    content_type: str
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +159,15 @@ async def _exchange(connection: trio.abc.Stream, site: Site, peer: str) -> None:
             return
 
 
-async def _answer(connection: trio.abc.Stream, http: h11.Connection, status: int, body: dict[str, Any], *,
+async def _answer(connection: trio.abc.Stream, http: h11.Connection, status: int, body: dict[str, Any] | Text, *,
                   without_body: bool = False) -> None:
-    data = json.dumps(body).encode() + b"\n"
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Connection", "close"),
+    text = body if isinstance(body, Text) else Text("application/json", json.dumps(body).encode() + b"\n")
+    data = text.data
+    headers = [("Content-Type", text.content_type), ("Content-Length", str(len(data))), ("Connection", "close"),
                ("Cache-Control", "no-store")]
-    headers += [("Allow", body["allow"])] if status == 405 else []
-    headers += [("Retry-After", str(body["retry_after_s"]))] if status == 429 else []
+    if not isinstance(body, Text):
+        headers += [("Allow", body["allow"])] if status == 405 else []
+        headers += [("Retry-After", str(body["retry_after_s"]))] if status == 429 else []
     events: list[h11.Event] = [h11.Response(status_code=status, headers=headers)]
     if not without_body:
         events.append(h11.Data(data=data))
