@@ -25,10 +25,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _MARK = leaks.mark_environment()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=float, default=2.0, metavar="MINUTES", help="for tests/fault/test_soak.py")
+    parser.addoption("--soak-seed", type=int, default=None, metavar="N", help="its faults: those of an earlier run")
+    parser.addoption("--fuzz", type=float, default=1.0, metavar="TIMES", help="so many times the usual mutations")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_run_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test touches /run/lazyfs, where real workers live."""
     os.environ["LAZYFS_RUN_DIR"] = str(tmp_path_factory.mktemp("run"))
+    os.environ["LAZYFS_CACHE_FULL_COPY"] = "off"    # tests count what is fetched; those of the full copy say otherwise
 
 
 @pytest.fixture(autouse=True, scope="session")
