@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from snapshotter.lazyhook import LazyLayer
 
 LABEL_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+LABEL_FULL_COPY = "containerd.io/snapshot/lazyfs.full-copy"   # off, on, idle: an annotation of the bootstrap layer
 _log = logging.getLogger("lazyfs.snapshotter")
 
 
@@ -187,7 +188,7 @@ class LazyImages:
         order = MountOrder(
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
             read_timeout_s=self._settings.read_timeout_s, layer=(record.digest, 0, 0),
-            bootstrap_dir=str(bootstrap.fs_dir), by_node=True)
+            bootstrap_dir=str(bootstrap.fs_dir), by_node=True, full_copy=_full_copy(bootstrap))
         keeper = self._daemon.keeper()   # before: if it is another one afterwards, nothing is confirmed
         try:
             self._daemon.mount(order)
@@ -246,3 +247,9 @@ class LazyImages:
             return guesses[0], False
         text = f"no image in containerd has the bootstrap {record.digest[:19]} of snapshot {bootstrap.name!r:.100}"
         raise NotFoundError(text, hint="pull the image again, with lazyfs pull")
+
+
+def _full_copy(bootstrap: LazyLayer) -> str:
+    """What the image says of it; as the node is configured if it says nothing that we know."""
+    wanted = bootstrap.labels.get(LABEL_FULL_COPY, "")
+    return wanted if wanted in {"off", "on", "idle"} else ""

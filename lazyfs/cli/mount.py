@@ -29,6 +29,7 @@ Examples:
   lazyfs mount registry.example/app:lazy /mnt/app
   lazyfs mount oci:/srv/images:app-lazy /mnt/app --driver fuse
   lazyfs mount localhost:5000/app:lazy /mnt/app --insecure --foreground
+  lazyfs mount registry.example/app:lazy /mnt/app --full-copy off      only what is read is fetched
 
 \b
 All mounts of one cache directory share one background worker; it ends with the last of them. Its log and its
@@ -55,11 +56,14 @@ Examples:
 @click.option("--read-timeout", type=float, show_default="configured, or 60", metavar="SECONDS",
               help="A read whose data has not come by then ends with an error.")
 @click.option("--no-prefetch", is_flag=True, help="Do not fetch the image's hot blob ahead of the reads.")
+@click.option("--full-copy", type=click.Choice(["off", "on", "idle"]), show_default="configured, or on",
+              help="Copy all of it into the cache in the background, once it is read; idle: only while nobody reads.")
 @platform_option
 @registry_options
 def mount_command(
     image: str, directory: str, *, driver: str | None, foreground: bool, cache_dir: str | None,
-    read_timeout: float | None, no_prefetch: bool, platform: str | None, registry: RegistryOptions,
+    read_timeout: float | None, no_prefetch: bool, full_copy: str | None, platform: str | None,
+    registry: RegistryOptions,
 ) -> None:
     """
     Make a lazy image readable at DIR, an empty directory.
@@ -81,7 +85,7 @@ def mount_command(
         image=absolute_image(image, str(Path.cwd())), target=target, driver=driver, platform=platform,
         prefetch=configured.prefetch and not no_prefetch,
         read_timeout_s=configured.read_timeout_s if read_timeout is None else read_timeout,
-        registry=_registry_fields(registry),
+        registry=_registry_fields(registry), full_copy=full_copy or "",
     )
     if cache_dir is None:
         daemon = find_daemon()

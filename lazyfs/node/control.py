@@ -20,7 +20,7 @@ import trio
 
 from lazyfs.errors import LazyfsError, UsageError
 from lazyfs.fs.isolate import error_to
-from lazyfs.node import protocol
+from lazyfs.node import copying, protocol
 from lazyfs.node.housekeeping import Housekeeper, Request
 from lazyfs.node.order import MountOrder
 
@@ -55,6 +55,9 @@ class Controlled(Protocol):
 
     @property
     def touches(self) -> Touches: ...
+
+    @property
+    def copying(self) -> copying.Copying: ...
 
     @property
     def observer(self) -> Observer: ...
@@ -214,8 +217,8 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
     if operation == protocol.UNMOUNT:
         lazy, force = bool(request.get("lazy")), bool(request.get("force"))
         return await worker.unmount(str(request["target"]), lazy=lazy, force=force)
-    if operation in {protocol.USAGE, protocol.EVICT}:
-        return await _keep_house(worker.housekeeper, request)
+    if operation in {protocol.USAGE, protocol.EVICT} | copying.OPERATIONS:
+        return await _keep_house(worker, request)
     waiting: dict[Any, Callable[[], Awaitable[Any]]] = {
         protocol.SCRUB: lambda: worker.scrubbing.piece(request), protocol.STATUS: worker.observer.snapshot,
     }
@@ -253,11 +256,13 @@ def _touched(asked: Asked, request: dict[str, Any]) -> dict[str, Any]:
     return asked.worker.touches.touched(target, int(request.get("start", 0)))
 
 
-async def _keep_house(housekeeper: Housekeeper, request: dict[str, Any]) -> dict[str, Any]:
+async def _keep_house(worker: Controlled, request: dict[str, Any]) -> dict[str, Any]:
+    if request["op"] in copying.OPERATIONS:
+        return await worker.copying.answer(request)
     if request["op"] == protocol.EVICT:
-        return await housekeeper.evict(Request.from_json(request))
+        return await worker.housekeeper.evict(Request.from_json(request))
     bootstrap = request.get("bootstrap")
-    return await housekeeper.usage(None if bootstrap is None else str(bootstrap))
+    return await worker.housekeeper.usage(None if bootstrap is None else str(bootstrap))
 
 
 async def _detach(worker: Controlled, targets: list[str]) -> None:

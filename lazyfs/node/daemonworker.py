@@ -152,6 +152,7 @@ async def _serve(
         signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True,
                         lists=place.config.daemon.prefetch_lists)
+        worker.copying.configured = place.config.cache
         worker.observer.begin(place.config.daemon.slow_read_s)
         if take_over:
             await worker.restore()

@@ -12,23 +12,26 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import trio
 
 from lazyfs import config
-from lazyfs.cache import evict, inventory, plan
+from lazyfs.cache import evict, inventory, pins, plan
 from lazyfs.cache.space import Disk, Limits
 from lazyfs.cache.store import CacheDir
 from lazyfs.config.kinds import Amount, Size
 from lazyfs.errors import BusyError, DiskFullError, LazyfsError, NotFoundError, UsageError
 from lazyfs.fs import mountapi
 from lazyfs.image.digest import Digest
+from lazyfs.node.pinning import set_pin
 from lazyfs.node.restore import State, state_of
 from lazyfs.node.rundir import all_worker_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
     from lazyfs.cache.inventory import Inventory
@@ -181,7 +184,8 @@ class Housekeeper:
             self._cache.space.correct(found.use.size_bytes - counted_bytes)
             mounts, limits = self._serving.images_in_use(), request.limits or self._settings.limits
             wanted = _wanted(request, limits, found, self._cache.path)
-            chosen = decide(request, wanted, found, self._cache.in_use(), mounts)
+            chosen = decide(request, wanted, found, self._cache.in_use(), mounts,
+                            pinned=pins.pinned(self._cache.path))
             if request.dry_run:
                 return _answer(found, chosen.devices, chosen.images, chosen, mounts)
             devices = await trio.to_thread.run_sync(evict.take_away, self._cache, chosen)
@@ -207,6 +211,11 @@ class Housekeeper:
             if (await self.evict(Request(room_bytes=ROOM_BYTES)))["freed_bytes"] == 0:
                 raise
         return await trio.to_thread.run_sync(call, abandon_on_cancel=abandon_on_cancel)
+
+    async def pin(self, name: str, *, pinned: bool) -> dict[str, Any]:
+        """See pinning.set_pin: while nothing is evicted."""
+        async with self._one_at_a_time:
+            return await trio.to_thread.run_sync(partial(set_pin, self._cache.path, name, pinned=pinned))
 
     async def usage(self, bootstrap: str | None) -> dict[str, Any]:
         """
@@ -241,7 +250,8 @@ def evict_unserved(path: Path, request: Request) -> dict[str, Any]:
     with CacheDir.open(path) as cache:
         found, mounts = inventory.take(cache.path), mounts_of(cache.path)
         limits = request.limits or Settings.configured().limits
-        chosen = decide(request, _wanted(request, limits, found, cache.path), found, set(), mounts)
+        wanted = _wanted(request, limits, found, cache.path)
+        chosen = decide(request, wanted, found, set(), mounts, pinned=pins.pinned(path))
         if request.dry_run:
             return _answer(found, chosen.devices, chosen.images, chosen, mounts)
         devices = evict.take_away(cache, chosen)
@@ -261,15 +271,16 @@ def mounts_of(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def decide(request: Request, wanted: int, found: Inventory, devices_in_use: set[str], mounts: Mounts) -> Plan:
+def decide(request: Request, wanted: int, found: Inventory, devices_in_use: set[str], mounts: Mounts,
+           *, pinned: AbstractSet[str] = frozenset()) -> Plan:
     """
-    What should go: `wanted` bytes, if the request names nothing else. Pure.
+    What should go: `wanted` bytes, if the request names nothing else. Pure. `pinned`: hex of bootstraps' digests.
 
     Raises:
-        BusyError: what was named is in use. NotFoundError: nothing here is called so.
+        BusyError: what was named is in use, or pinned. NotFoundError: nothing here is called so.
 
     """
-    devices, images = found.candidates(devices_in_use, mounts)
+    devices, images = found.candidates(devices_in_use, {*mounts, *pinned})
     if request.remove is not None:
         return _decide_removal(request.remove, found, devices, images, mounts)
     if request.everything:
@@ -293,6 +304,10 @@ def _decide_removal(
             raise BusyError(f"{name} is mounted on {', '.join(mounts[one])}",
                             hint="unmount it first: lazyfs umount; what containerd uses goes with its containers and "
                                  "images: ctr images rm")
+    kept = {image.name for image in images if image.in_use}
+    for one in named:
+        if one in kept:
+            raise BusyError(f"{name} is pinned", hint=f"unpin it first: lazyfs cache unpin {name}")
     gone: list[plan.Plan] = []
     for one in named:    # a tag that has moved is the name of several
         gone.append(plan.choose_image(devices, images, one))
@@ -309,8 +324,10 @@ def _decide_device_removal(
     device = next((one for one in devices if one.name == hexadecimal), None)
     if device is None:
         raise NotFoundError(f"{name} is not in the cache", hint="lazyfs cache ls shows what is")
-    users = [target for image in images if image.in_use and device.name in image.devices
-             for target in mounts[image.name]]
+    holders = [image.name for image in images if image.in_use and device.name in image.devices]
+    users = [target for image in holders for target in mounts.get(image, ())]
+    if holders and not users:
+        raise BusyError(f"{name} is part of a pinned image", hint=f"lazyfs cache unpin sha256:{holders[0]}")
     if users or device.in_use:
         where = f"mounted on {', '.join(users)}" if users else "being read"
         raise BusyError(f"{name} is {where}", hint="unmount what uses it first: lazyfs umount")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.device import Blob
-    from lazyfs.fetch.engine import Fetcher, PrefetchHandle
+    from lazyfs.fetch.engine import CopyHandle, Fetcher, PrefetchHandle
     from lazyfs.fs.drivers import Driver
     from lazyfs.fs.served import Served
     from lazyfs.node.hotstart import HotStart
@@ -94,6 +94,8 @@ class MountedImage:
         local: everything is cached, and read-ahead was set accordingly.
         plan_from: where what is fetched ahead comes from (node.prefetching); "": nothing is, or it is not known yet.
         resting: no container uses it.
+        read_before: it is on record that somebody has read from it.
+        copy: its copy in the background, if that is made from this mount (node.fullcopy).
         attempted: the kernel was asked to mount: there may be something to unmount.
 
     """
@@ -109,6 +111,8 @@ class MountedImage:
     device_indexes: list[int] = field(default_factory=list)
     bdi_names: list[str] = field(default_factory=list)
     prefetch: PrefetchHandle | None = None
+    copy: CopyHandle | None = None
+    read_before: bool = False
     mount_id: int = 0
     attempted: bool = False
     detached: bool = False
@@ -132,11 +136,17 @@ class MountedImage:
             self.order.target, self.order.image, str(self.driver), str(layer.digest), str(cache_dir), self.slot,
             worker.pid, worker.start_ticks, worker.boot_id, self.mount_id, layer.size, layer.raw_size,
             list(self.device_indexes), list(self.bdi_names), self.detached, self.order.to_json(),
+            self.was_read,
         )
 
     def fetch_devices(self) -> list[FetchDevice]:
         """Those of its layers, and the hot one."""
         return [*(one.device for one in self.devices), *([] if self.hot is None else [self.hot.device])]
+
+    @property
+    def was_read(self) -> bool:
+        """Whether anybody has read from it, through this worker or one before."""
+        return self.read_before or self.recorder.count > 0
 
     def tend_read_ahead(self) -> None:
         """More when its start is over, and more again when all of it is here."""
@@ -167,8 +177,9 @@ class MountedImage:
     def release(self, served: Served) -> None:
         """Stop serving it; reads that wait end. Its inodes then answer ESTALE."""
         self.abort_reads()
-        if self.prefetch is not None:
-            self.prefetch.cancel()
+        for handle in (self.prefetch, self.copy):
+            if handle is not None:
+                handle.cancel()
         for index in self.device_indexes:
             if index >= 0:
                 served.remove_device(index)

@@ -31,6 +31,7 @@ class MountOrder:
         prefetch: whether to fetch the hot blob at once.
         read_timeout_s: a read without its bytes by then ends with an errno.
         registry: registry.RegistryOptions as registry.fields writes them.
+        full_copy: off, on or idle: as cache.full_copy; "": as that says.
         by_node: instead of these, what the node's configuration says about registries whenever they are asked.
         seed: from the worker's starter only: a file with the bootstrap layer; the worker removes it.
         document, document_type: likewise: the image's manifest (base64) and its media type.
@@ -60,10 +61,13 @@ class MountOrder:
     bootstrap_dir: str | None = None
     record: bool = False
     by_node: bool = False
+    full_copy: str = ""
 
     def __post_init__(self) -> None:
         if self.driver not in {"auto", "erofs", "fuse"}:
             raise UsageError(f"unknown driver {self.driver!r:.40}: expected auto, erofs or fuse")
+        if self.full_copy not in {"", "off", "on", "idle"}:
+            raise UsageError(f"full copy {self.full_copy!r:.40}: expected off, on or idle")
         if not READ_TIMEOUT_S_MIN <= self.read_timeout_s <= READ_TIMEOUT_S_MAX:
             raise UsageError(f"read timeout {self.read_timeout_s} s: expected "
                              f"{READ_TIMEOUT_S_MIN:g} to {READ_TIMEOUT_S_MAX:g}")

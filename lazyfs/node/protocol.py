@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOUNT, UNMOUNT, LIST, STATS, SHUTDOWN = "mount", "unmount", "list", "stats", "shutdown"
 TOUCHED, HEALTH, USAGE, EVICT = "touched", "health", "usage", "evict"
+PIN, FETCH, COPIES = "pin", "fetch", "copies"    # node.copying
 STATUS, TRACE, DUMP = "status", "trace", "dump"    # node.observing
 CREDENTIALS, REST, SCRUB = "credentials", "rest", "scrub"
 LINE_BYTES_MAX = 1 << 20         # a mount request is 1 KiB; 1,000 mounts 300 KiB; 15,000 touches 750 KiB

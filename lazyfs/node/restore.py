@@ -84,6 +84,7 @@ def reopen(record: MountRecord, cache: CacheDir, fetcher: Fetcher, offline: bool
         opened.close()
         raise
     mounted.recorder.whole = False
+    mounted.read_before = record.was_read
     return mounted
 
 

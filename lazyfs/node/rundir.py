@@ -239,6 +239,8 @@ class WorkerDir:
         with contextlib.suppress(OSError):
             for path in (*self.root.glob("*.tmp"), *self.mounts.glob("*.tmp")):   # of a worker killed while it wrote
                 path.unlink(missing_ok=True)
+            for path in self.root.glob("fetch-*.json"):   # that nobody goes on with
+                path.unlink(missing_ok=True)
             for path in (self.fuse, self.mounts):
                 with contextlib.suppress(FileNotFoundError):   # whoever made the directory was killed over it
                     os.rmdir(path)   # noqa: PTH106 - refuses a mount point, and looks at nothing
@@ -264,6 +266,21 @@ class WorkerDir:
 
     def remove_record(self, slot: int) -> None:
         (self.mounts / f"{slot}.json").unlink(missing_ok=True)
+
+    def write_fetch(self, name: str, value: dict[str, Any]) -> None:
+        """Store atomically what was asked for by `cache fetch`, under a file name of its own. Raises OSError."""
+        _write_json(self.root / f"fetch-{name}.json", value)
+
+    def remove_fetch(self, name: str) -> None:
+        (self.root / f"fetch-{name}.json").unlink(missing_ok=True)
+
+    def fetches(self) -> dict[str, Any]:
+        """What write_fetch() stored, by name; what cannot be read is left out."""
+        found = {}
+        for path in sorted(self.root.glob("fetch-*.json")):
+            with contextlib.suppress(OSError, ValueError):
+                found[path.stem.removeprefix("fetch-")] = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
+        return found
 
     def records(self) -> list[MountRecord]:
         """All readable records, whoever wrote them: another version of us may know more fields, or fewer."""

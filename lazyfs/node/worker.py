@@ -21,6 +21,7 @@ from lazyfs import __version__
 from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import drivers, mountapi
 from lazyfs.node import restore
+from lazyfs.node.copying import Copying
 from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
 from lazyfs.node.mounted import MountedImage
@@ -79,6 +80,8 @@ class Worker:
         self.credentials = HandedCredentials(directory.handed)
         self.prefetching = Prefetching(fetcher, cache.path, lists=lists)
         self.touches = Touches(self._mounts.get)
+        self.copying = Copying(fetcher, cache, self.housekeeper, directory, mounts=self._mounts.values,
+                               note=self._note_again, ended=self.finish_if_idle)
         self.observer = Observer(directory, cache, fetcher, served, self)
         self.leaving: Callable[[MountedImage], None] = lambda _: None   # told of every mount that ends
         self.closing = False
@@ -189,6 +192,7 @@ class Worker:
             "pid": self._identity.pid,
             "fetch": {name: getattr(counters, name) for name in counters.__slots__},
             "cache": {**self._cache.health.describe(), **self.scrubbing.describe()},
+            "copies": self.copying.full.counters(),
             "mounts": self.list_mounts(),
             "sources": self._fetcher.describe_sources(),
             "servers": self._fetcher.describe_servers(),
@@ -223,6 +227,8 @@ class Worker:
             found.setdefault(mounted.opened.layer.digest.hex, []).append(mounted.order.target)
         for broken in self._broken.values():
             found.setdefault(broken.record.bootstrap.rpartition(":")[2], []).append(broken.record.target)
+        for name in self.copying.fetching.in_use():
+            found.setdefault(name, []).append("(being fetched)")
         return found
 
     def shut_down(self) -> None:
@@ -246,6 +252,7 @@ class Worker:
             nursery.start_soon(self.observer.run)
             nursery.start_soon(self._mounting.warming.run)
             nursery.start_soon(self.prefetching.run)
+            nursery.start_soon(self.copying.run)
 
     async def _tend_mounts(self) -> None:
         """Foreign unmounts, images that are complete, users that have gone."""
@@ -284,7 +291,7 @@ class Worker:
 
     def finish_if_idle(self, *, even_lasting: bool = False) -> None:
         """An embedded worker ends with its last mount."""
-        if self.idle and (even_lasting or not self._lasting):
+        if self.idle and (even_lasting or not (self._lasting or self.copying.fetching.busy)):
             self.dissolving = True
             self.shut_down()
 
