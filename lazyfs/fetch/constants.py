@@ -44,6 +44,7 @@ SPILL_BYTES_MAX = 16 * MIB       # chunks that could not be stored, kept for the
 # A source that asks for a longer pause is asked again all the same: reads that wait meanwhile get their try.
 RETRY_AFTER_MAX_S = limits.READ_DEADLINE_S / 2
 ERROR_MEMORY_S = 2.0             # the kernel repeats a failed read at once, page by page (reference: faults.md §2)
+ABANDON_S = 3.0                  # a transfer for reads of which none waits any more goes on so long, for the cache
 ERROR_MEMORY_COUNT_MAX = 1024
 BAD_CHUNK_TRY_COUNT = 2          # a digest that does not match: once more from the source, then an error
 # An attempt gets half of the time that is left, so that a connection gone dead leaves time for another one ...

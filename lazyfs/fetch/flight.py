@@ -28,6 +28,7 @@ class Flight:
     `done`. Under the interpreter lock one of them sees the other.
 
     :waiters: reads that want it, whether they sleep on it or on one of its neighbours.
+    :wanted: a read has asked for it; without waiters it is abandoned then, and not tried again.
     :event: made by the first read that sleeps on it.
     :stored_start, stored_size: where in `blob`, bytes.
     :deadline: the latest of all its waiters', time.monotonic() seconds.
@@ -46,6 +47,7 @@ class Flight:
         "answered_at", "attempt_count", "bad", "bad_count", "begun_at", "blob", "codec", "data", "deadline",
         "decoded_at", "device", "digest", "done", "error", "event", "index", "last_error", "made_at", "overtaken",
         "received_at", "request", "server", "settled_at", "size", "source", "stored_size", "stored_start", "waiters",
+        "wanted",
         "window",
     )  # fmt: skip
 
@@ -64,6 +66,7 @@ class Flight:
         self.size = device.table.chunk_bytes(index)
         self.deadline = deadline
         self.waiters = 0
+        self.wanted = False
         self.done = False
         self.data: bytes | memoryview | None = None
         self.error: LazyfsError | None = None

@@ -82,9 +82,11 @@ class Scheduler:
             flight = None
         if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
             flight = self._new_flight(device, index, deadline)
+            flight.wanted = True
             if flight.codec != Codec.ZERO:
                 self.lanes.of(flight.source).foreground.push(flight)
             return flight
+        flight.wanted = True
         self.statistics.waits += 1
         flight.deadline = max(flight.deadline, deadline)
         lane = self.lanes.get(flight.source)
@@ -149,7 +151,7 @@ class Scheduler:
         """Without those nobody can wait for any more. Cuts the run at a gap; the rest is queued again."""
         now = time.monotonic()
         for position, flight in enumerate(flights):
-            if flight.deadline <= now:
+            if flight.deadline <= now or not flight.waiters:
                 self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: no slot in time"))
                 for later in flights[position + 1 :]:
                     self.lanes.of(later.source).foreground.push(later)
@@ -321,7 +323,8 @@ class Scheduler:
             pause = 0.0 if down else retry.pause_s(error, max(1, flight.attempt_count))
             again = again and time.monotonic() + pause < flight.deadline
         flight.last_error = error
-        if again and not self._closed:
+        abandoned = transfer.priority is Priority.FOREGROUND and not flight.waiters
+        if again and not self._closed and not abandoned:
             return [flight]
         self._fail(flight, error)
         return []
@@ -377,6 +380,9 @@ class Scheduler:
 
     def _queue(self, flights: list[Flight]) -> None:
         for flight in flights:
+            if flight.wanted and not flight.waiters:    # its reader left during the pause
+                self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: nobody waits for it"))
+                continue
             lane = self.lanes.of(flight.source)
             (lane.foreground if flight.waiters else lane.background).push(flight)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
 from typing import TYPE_CHECKING
 
 from lazyfs import requestid
 from lazyfs.errors import BugError, DeadlineError, FormatError, IntegrityError, LazyfsError, SourceError
 from lazyfs.fetch.constants import (
+    ABANDON_S,
     ATTEMPT_SHARE,
     ATTEMPT_WHOLE_S,
     OVERTAKE_FACTOR,
@@ -51,7 +53,7 @@ class Transfer:
     """
     :flights: neighbours in one blob of one source, in its order.
     :received_bytes, remaining_bytes: stored bytes; written by the thread.
-    :cancelled: set by the loop; the thread gives up at the next piece.
+    :cancelled: set by the loop; the thread gives up at the next piece, and by itself when nobody wants it any more.
     :brake: what makes it wait for others; None: it goes first.
     :seconds_max: of a probe of a source that is down; None: no other bound than its flights' deadlines.
     :delay_s: from the request to the answer's header; 0.0: it has not come.
@@ -71,6 +73,7 @@ class Transfer:
         self.landed_count = 0
         self.seconds_max: float | None = None
         self.cancelled = False
+        self._unwanted_since = math.inf    # time.monotonic()
         self.error: LazyfsError | None = None
         self.delay_s = 0.0
         self.server = ""
@@ -105,6 +108,14 @@ class Transfer:
         if self.received_bytes < RATE_BYTES_MIN or took_s <= 0:
             return None
         return self.received_bytes / took_s
+
+    def _is_given_up(self) -> bool:
+        """Cancelled; or for reads, and none has waited for the rest of it for a while: killed, most likely."""
+        if self.priority is not Priority.FOREGROUND or self.is_wanted():
+            self._unwanted_since = math.inf
+        else:
+            self._unwanted_since = min(self._unwanted_since, time.monotonic())
+        return self.cancelled or time.monotonic() - self._unwanted_since > ABANDON_S
 
     def _goes_first(self) -> bool:
         """Windows make way unless a read waits for them; a read of a bulk reader makes way all the same."""
@@ -184,7 +195,8 @@ class Transfer:
         while done < len(view):
             if self.brake is not None:
                 self._held_s += self.brake.hold(self._unpaid_bytes, self._goes_first)
-            if self.cancelled:
+            if self._is_given_up():
+                self.cancelled = True
                 raise SourceError(f"{self.source.name}: transfer cancelled")
             count = stream.readinto(view[done:])
             if not 0 < count <= len(view) - done:
