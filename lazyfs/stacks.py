@@ -3,7 +3,7 @@ Where a process is: a line a thread, to look into one that goes on working, or h
 
 Light to import (the keeper uses it). Layer: beside logs. Who calls: install() from each of the node's processes,
 node.dumping for the worker's tasks. Nothing stops, nothing is changed; a dump is bounded in lines and their length.
-The signal's default would be death, so ignore() is for the time before there is anything to tell.
+The signals' default would be death, so ignore() is for the time before there is anything to tell.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from types import FrameType
 
 SIGNAL = signal.SIGUSR1
+HARD_SIGNAL = signal.SIGUSR2     # likewise, but raw, and also if the interpreter itself does not get on
 THREAD_COUNT_MAX = 100
 _FRAME_COUNT_MAX = 24            # innermost; a handler that waits for a chunk is 8 deep
 _OWN = os.path.dirname(os.path.dirname(__file__)) + "/"   # noqa: PTH120 - light
 
 
 def ignore() -> None:
-    """From now on the signal does nothing; what is started inherits that."""
-    signal.signal(SIGNAL, signal.SIG_IGN)
+    """From now on the signals do nothing; what is started inherits that."""
+    for number in (SIGNAL, HARD_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def enable_hard() -> None:
+    """On HARD_SIGNAL, and on SIGSEGV and the like, where each thread is goes to standard error as it is, at once."""
+    import faulthandler  # noqa: PLC0415 - not for the keeper
+
+    faulthandler.enable()
+    faulthandler.register(HARD_SIGNAL)
 
 
 def install(tell: Callable[[Iterable[str]], None]) -> None:

@@ -16,7 +16,6 @@ keeper that died) changes nothing: a later keeper fetches the descriptors from h
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import logging
 import os
@@ -77,7 +76,7 @@ def main() -> NoReturn:
         os.set_inheritable(descriptor, False)   # a credential helper must not hold our mounts
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # ^C is for the keeper
     stacks.ignore()       # until there is something to tell, and for ever in what is started
-    faulthandler.enable()   # where it was, in the log, if it dies of itself
+    stacks.enable_hard()
     from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
 
     _, mounter = start_mounter()   # before threads and big imports

@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
+from lazyfs import stacks
 from lazyfs.node import notify
 from lazyfs.node.keeperchild import Child
 from lazyfs.node.keeperclients import Clients, reply
@@ -63,7 +64,7 @@ class Keeper:
         self._start_at = 0.0
         self._failed = 0
         self._deaths: list[float] = []
-        self._turns = 0
+        self._turns, self._died, self._hung = (self._resume or {}).get("counts", (0, 0, 0))
         self._began = time.time()
         self._stopping = False
         self._told_to_stop = False
@@ -81,6 +82,7 @@ class Keeper:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
+        stacks.install(lambda lines: stacks.tell_stderr([f"lazyfs keeper: {json.dumps(self._status())}", *lines]))
         self._adopt()
         while True:
             if self._told_to_stop:
@@ -149,6 +151,7 @@ class Keeper:
                 self._retire_by = now + _HANDOVER_S
         elif trouble := self._watch.trouble(current, now):
             _say(f"worker {current.pid} {trouble}: replaced")
+            self._hung += 1
             self._trouble = trouble
             current.kill()
             current.last_sign = now
@@ -157,6 +160,7 @@ class Keeper:
             if self._next is None and not self._stopping and now >= self._start_at:
                 self._start_next()
                 self._is_spare = True
+                current.kill(stacks.HARD_SIGNAL)   # where it hangs, if it does, in the log
         elif self._is_spare and now > self._spare_until:
             self._dismiss_spare()
 
@@ -246,6 +250,7 @@ class Keeper:
             return
         if not self._retire_by:
             _say(f"worker {child.pid} died: {how}")
+            self._died += 1
             if not child.ready:
                 self._failed += 1
                 self._undo_upgrade(f"the new worker could not serve ({how}); one with the old settings follows")
@@ -309,6 +314,7 @@ class Keeper:
     def _status(self) -> dict[str, Any]:
         return {
             "keeper": os.getpid(), "worker": self._worker_pid(), "turns": self._turns, "since": self._began,
+            "died": self._died, "hung": self._hung,
             "ready": bool(self._current is not None and self._current.ready), "stopping": self._stopping,
             "trouble": self._trouble, "waiting": self._watch.connection.waiting(),
         }
@@ -359,7 +365,9 @@ class Keeper:
         for descriptor in descriptors.values():
             os.set_inheritable(descriptor, True)
         signal.set_wakeup_fd(-1)
-        settings = {**self._settings, "resume": {**descriptors, "pid": child.pid, "begun": kept.begun}}
+        settings = {**self._settings, "resume": {**descriptors, "pid": child.pid, "begun": kept.begun,
+                                                "counts": (self._turns, self._died, self._hung)}}
+        stacks.ignore()
         os.execv(sys.executable, [sys.executable, "-m", "lazyfs.node.keeper", json.dumps(settings)])  # noqa: S606
 
     def _stop(self) -> None:
@@ -402,6 +410,7 @@ def _say(text: str) -> None:
 
 def main() -> NoReturn:
     """Keep. Exit codes: 0, stopped; those of keeperstart."""
+    stacks.ignore()
     sys.exit(Keeper(json.loads(sys.argv[1])).run())
 
 

@@ -15,6 +15,8 @@ import socket
 import sys
 import time
 
+from lazyfs import stacks
+
 _PIDFD_GETFD = 438               # asm-generic/unistd.h; the same number on every architecture
 _LINE_BYTES_MAX = 4096
 
@@ -116,6 +118,7 @@ def _become_worker(place: str, descriptors: tuple[int, ...]) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        stacks.ignore()
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
