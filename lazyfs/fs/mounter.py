@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import BugError
@@ -73,13 +74,14 @@ def serve(connection: socket.socket) -> None:
 
 class MounterClient:
     """
-    The worker's end. Blocking; call it from a thread, one call at a time (the caller holds a lock).
+    The worker's end. Blocking; call it from a thread. One call at a time, the others wait.
 
     `lost`: the process has died, or does not answer: no call will succeed any more.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self.lost = False
+        self._lock = threading.Lock()
         self._connection = connection
         self._stream = connection.makefile("rwb")
 
@@ -92,9 +94,15 @@ class MounterClient:
             BugError: the mounter process is gone.
 
         """
+        with self._lock:
+            reply = self._ask({"call": name, "arguments": arguments, "timeout_s": timeout_s}, timeout_s)
+        if "error" in reply:
+            raise error_from(reply["error"])
+        return reply["result"]
+
+    def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         try:
             self._connection.settimeout(timeout_s + 5)   # it answers at timeout_s; this is for a dead one
-            request = {"call": name, "arguments": arguments, "timeout_s": timeout_s}
             self._stream.write(json.dumps(request).encode() + b"\n")
             self._stream.flush()
             line = self._stream.readline()
@@ -104,10 +112,8 @@ class MounterClient:
         if not line:
             self.lost = True
             raise BugError("the mounter process has died")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise error_from(reply["error"])
-        return reply["result"]
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def close(self) -> None:
         """Let the mounter end."""

@@ -7,7 +7,7 @@ its turn: the pause that readers see is a hand-over, not a start.
 
 Layer: node. PLACE: JSON of `Place`. Channel to the keeper (node.keeper has the other end), lines of text:
 
-    worker  imported | ready | beat               keeper  go | go-on | retire | leave
+    worker  imported | ready | beat ANSWERED HELD    keeper  go | go-on | retire | leave
 
 "go": mount, "go-on": take over, "retire": step aside, "leave": end if there is nothing to serve. The channel's end (a
 keeper that died) changes nothing: a later keeper fetches the descriptors from here (keeper.json says their numbers).
@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 
     from lazyfs.config import Config
     from lazyfs.fs.mounter import MounterClient
+    from lazyfs.fs.session import FuseSession
     from lazyfs.node.rundir import WorkerDir
     from lazyfs.node.worker import Worker
 
-IMPORTED, READY, BEAT = b"imported\n", b"ready\n", b"beat\n"
+IMPORTED, READY, BEAT = b"imported\n", b"ready\n", b"beat %d %d\n"
 GO, GO_ON, RETIRE, LEAVE = b"go\n", b"go-on\n", b"retire\n", b"leave\n"
 _log = logging.getLogger("lazyfs.node")
 
@@ -77,7 +79,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # ^C is for the keeper
     stacks.ignore()       # until there is something to tell, and for ever in what is started
     stacks.enable_hard()
+    from lazyfs.fs.confine import hide_memory  # noqa: PLC0415
     from lazyfs.fs.mounter import start_mounter  # noqa: PLC0415
+
+    hide_memory()
 
     _, mounter = start_mounter()   # before threads and big imports
     code = _run(place, mounter)
@@ -112,12 +117,46 @@ def _run(place: Place, mounter: socket.socket) -> int:
     if turn not in {GO, GO_ON}:
         return 0   # not needed, or the keeper is gone: the worker before us goes on
     try:
+        if turn == GO:
+            _mount(place, channel)
+        serving.confine_worker(place.config.daemon, _ports(place.config))
         trio.run(_serve, place, channel, lines, MounterClient(mounter), turn == GO_ON)
     except (LazyfsError, BaseExceptionGroup) as raised:
         error = serving.first_error(raised)
         _log.error("cannot serve: %s", error, exc_info=None if isinstance(error, LazyfsError) else raised)
         return error.exit_code if isinstance(error, LazyfsError) else BugError.exit_code
     return 0
+
+
+def _mount(place: Place, channel: socket.socket) -> None:
+    """Mount the keeper's connection, as long as we may (fs.confine), and give signs of life. Raises HostError."""
+    from lazyfs.fs.session import mount_fuse  # noqa: PLC0415
+    from lazyfs.node.rundir import WorkerDir  # noqa: PLC0415
+    from lazyfs.node.unmount import clean_stale  # noqa: PLC0415
+
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(place.config.daemon.heartbeat_s):
+            _say(channel, BEAT % (0, -1))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        directory = WorkerDir(Path(place.root))
+        for target in clean_stale(directory):
+            _log.error("%s was lost with the process that held it: restart what uses it", target)
+        mount_fuse(directory.fuse, place.fuse)
+    finally:
+        done.set()
+        beating.join()
+
+
+def _ports(config: Config) -> tuple[int, ...]:
+    """Where this worker listens."""
+    from lazyfs.config.kinds import split_address  # noqa: PLC0415
+
+    return tuple(split_address(one)[1] for one in (config.daemon.health_address, config.profile.collect) if one)
 
 
 async def _serve(
@@ -133,7 +172,6 @@ async def _serve(
     from lazyfs.node import serving  # noqa: PLC0415
     from lazyfs.node.prefetching import bounds_of  # noqa: PLC0415
     from lazyfs.node.rundir import ProcessIdentity, WorkerDir  # noqa: PLC0415
-    from lazyfs.node.unmount import clean_stale  # noqa: PLC0415
     from lazyfs.node.worker import Worker  # noqa: PLC0415
 
     directory = WorkerDir(Path(place.root))
@@ -148,18 +186,14 @@ async def _serve(
     session = FuseSession(operations, directory.fuse, os.dup(place.fuse))
     cache = CacheDir.open(Path(place.cache_dir))
     async with Fetcher(bounds_of(place.config.daemon)) as fetcher, trio.open_nursery() as signs:
-        signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s)
+        signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s, session)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True,
                         lists=place.config.daemon.prefetch_lists)
-        worker.copying.configured = place.config.cache
         worker.observer.begin(place.config.daemon.slow_read_s)
+        worker.copying.configured = place.config.cache
         if take_over:
             await worker.restore()
             session.take_over()
-        else:
-            for target in await trio.to_thread.run_sync(clean_stale, directory):
-                _log.error("%s was lost with the process that held it: restart what uses it", target)
-            session.open()
         async with serving.running(session) as nursery:
             nursery.start_soon(serving.accept, serving.listener_of(place.listener), worker, nursery)
             nursery.start_soon(worker.tend)
@@ -174,7 +208,7 @@ async def _serve(
             await worker.finished.wait()
             nursery.cancel_scope.cancel()
         if worker.dissolving:
-            session.close()
+            session.close(mounter)
             await trio.to_thread.run_sync(cache.checkpoint)
         else:
             session.leave()   # no goodbye to the mounts, if any: whoever comes next goes on with the connection
@@ -199,12 +233,12 @@ def _start_services(config: Config, directory: WorkerDir, worker: Worker, nurser
         nursery.start_soon(uploads.run)
 
 
-async def _beat(channel: socket.socket, every_s: float) -> None:
-    """Tell the keeper that the loop turns, also while images are restored."""
+async def _beat(channel: socket.socket, every_s: float, session: FuseSession) -> None:
+    """Tell the keeper that the loop turns, also while images are restored; and what it did (node.keeperwatch)."""
     import trio  # noqa: PLC0415
 
     while True:
-        _say(channel, BEAT)
+        _say(channel, BEAT % session.progress)
         await trio.sleep(every_s)
 
 

@@ -23,6 +23,7 @@ import time
 from typing import Any, NoReturn
 
 from lazyfs import stacks
+from lazyfs.fs.confine import hide_memory
 from lazyfs.node import notify
 from lazyfs.node.keeperchild import Child
 from lazyfs.node.keeperclients import Clients, reply
@@ -411,6 +412,7 @@ def _say(text: str) -> None:
 def main() -> NoReturn:
     """Keep. Exit codes: 0, stopped; those of keeperstart."""
     stacks.ignore()
+    hide_memory()   # what a worker was handed passes through here
     sys.exit(Keeper(json.loads(sys.argv[1])).run())
 
 

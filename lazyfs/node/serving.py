@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ from lazyfs.cache.store import CacheDir
 from lazyfs.errors import BugError, HostError, LazyfsError
 from lazyfs.fetch.engine import Fetcher
 from lazyfs.fs import drivers
+from lazyfs.fs.confine import confine, hide_memory
 from lazyfs.fs.isolate import error_to
 from lazyfs.fs.mounter import MounterClient
 from lazyfs.fs.operations import LazyOperations
 from lazyfs.fs.served import Served
-from lazyfs.fs.session import FuseSession
+from lazyfs.fs.session import FuseSession, mount_fuse, open_device
 from lazyfs.limits import MIB
 from lazyfs.node import control
 from lazyfs.node.prefetching import bounds_of
@@ -61,8 +63,18 @@ def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mount
     """
     logs.setup(config.Log(format="text"), program="worker")
     tune_malloc()
+    client = MounterClient(mounter)
     try:
-        trio.run(_serve, directory, cache_dir, first, MounterClient(mounter))
+        with CacheDir.open(Path(cache_dir)) as cache:
+            settings, served = _settings(), Served()
+            session = _mount(directory, served, settings)
+            confine_worker(settings)
+            try:
+                trio.run(partial(_serve, directory, cache, settings, served, session, first=first, mounter=client))
+            finally:
+                session.close(client)
+            cache.checkpoint()
+        _leave(directory)
     except (LazyfsError, BaseExceptionGroup) as raised:
         error = first_error(raised)
         _log.error("cannot serve: %s", error, exc_info=None if isinstance(error, LazyfsError) else raised)
@@ -75,6 +87,7 @@ def run_worker(directory: WorkerDir, cache_dir: str, first: socket.socket, mount
 
 def run_employed(cache_dir: str, first: socket.socket, mounter: socket.socket) -> int:
     """run_worker() for a process that was started early: now its messages have a place to go."""
+    hide_memory()
     directory = WorkerDir.of_cache(cache_dir)
     log = os.open(directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     for number in (1, 2):
@@ -96,32 +109,46 @@ def tune_malloc() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
-async def _serve(directory: WorkerDir, cache_dir: str, first: socket.socket, mounter: MounterClient) -> None:
+def _mount(directory: WorkerDir, served: Served, settings: config.Daemon) -> FuseSession:
+    """A FUSE mount of our own. Raises HostError."""
+    descriptor = open_device()
+    mount_fuse(directory.fuse, descriptor)
+    return FuseSession(LazyOperations(served, patient=settings.read_policy == "wait"), directory.fuse, descriptor)
+
+
+def confine_worker(settings: config.Daemon, ports: tuple[int, ...] = ()) -> None:
+    """Give up what a worker does not need (fs.confine); `ports`: on which it is to listen."""
+    for problem in confine(ports) if settings.confine else ():
+        _log.warning("this worker keeps more rights than it needs: %s", problem)
+
+
+async def _serve(directory: WorkerDir, cache: CacheDir, settings: config.Daemon, served: Served, session: FuseSession,
+                 *, first: socket.socket, mounter: MounterClient) -> None:
     identity = ProcessIdentity.of(os.getpid())
     assert identity is not None
     directory.write_worker(identity)
-    served = Served()
-    with CacheDir.open(Path(cache_dir)) as cache:
-        settings = _settings()
-        async with Fetcher(bounds_of(settings)) as fetcher, _mounted(directory, served, settings) as nursery:
-            worker = Worker(directory, cache, fetcher, served, mounter, lists=settings.prefetch_lists)
-            worker.observer.begin(settings.slow_read_s)
-            listener = control.listen(directory.socket)
-            try:
-                nursery.start_soon(_serve_first, _stream(first), worker)
-                nursery.start_soon(trio.to_thread.run_sync, import_registry_client)
-                nursery.start_soon(accept, listener, worker, nursery)
-                nursery.start_soon(worker.tend)
-                nursery.start_soon(worker.housekeeper.run)
-                nursery.start_soon(worker.scrubbing.run)
-                await nursery.start(_watch_signals, worker)
-                await worker.finished.wait()
-                await trio.sleep(0.05)   # the last answer goes out
-            finally:
-                directory.socket.unlink(missing_ok=True)
-                with trio.move_on_after(_END_S, shield=True):
-                    await worker.unmount_all()
-        await trio.to_thread.run_sync(cache.checkpoint)
+    async with Fetcher(bounds_of(settings)) as fetcher, running(session) as nursery:
+        worker = Worker(directory, cache, fetcher, served, mounter, lists=settings.prefetch_lists)
+        worker.observer.begin(settings.slow_read_s)
+        listener = control.listen(directory.socket)
+        try:
+            nursery.start_soon(_serve_first, _stream(first), worker)
+            nursery.start_soon(trio.to_thread.run_sync, import_registry_client)
+            nursery.start_soon(accept, listener, worker, nursery)
+            nursery.start_soon(worker.tend)
+            nursery.start_soon(worker.housekeeper.run)
+            nursery.start_soon(worker.scrubbing.run)
+            await nursery.start(_watch_signals, worker)
+            await worker.finished.wait()
+            await trio.sleep(0.05)   # the last answer goes out
+        finally:
+            directory.socket.unlink(missing_ok=True)
+            with trio.move_on_after(_END_S, shield=True):
+                await worker.unmount_all()
+
+
+def _leave(directory: WorkerDir) -> None:
+    """Nothing of us stays in the run directory."""
     directory.identity.unlink(missing_ok=True)
     lock = directory.try_lock(make=False)
     if lock is not None:   # else another command is about to start a worker here
@@ -136,18 +163,6 @@ def _settings() -> config.Daemon:
     except LazyfsError as error:
         _log.warning("the configuration is left aside: %s", error)
         return config.Daemon()
-
-
-@contextlib.asynccontextmanager
-async def _mounted(directory: WorkerDir, served: Served, settings: config.Daemon) -> AsyncIterator[trio.Nursery]:
-    """A FUSE session of our own, mounted as long as the block runs."""
-    session = FuseSession(LazyOperations(served, patient=settings.read_policy == "wait"), directory.fuse)
-    session.open()
-    try:
-        async with running(session) as nursery:
-            yield nursery
-    finally:
-        session.close()
 
 
 @contextlib.asynccontextmanager
@@ -167,9 +182,12 @@ def import_registry_client() -> None:
 
 
 def import_for_mounts() -> None:
-    """What a first mount needs, 50 ms of it: for a daemon, which has the time. Not before a hand-over: readers wait."""
+    """What a first mount needs, 70 ms of it: for a daemon, which has the time. Not before a hand-over: readers wait."""
+    importlib.import_module("lazyfs.image.manifest")
+    importlib.import_module("lazyfs.registry.select")
     importlib.import_module("lazyfs.image.erofs.reader")
     importlib.import_module("numpy.ma")   # behind its set operations, on the first chunk table
+    importlib.import_module("encodings.idna")   # behind the first host name
 
 
 async def _run_session(session: FuseSession, task_status: trio.TaskStatus[None]) -> None:
