@@ -20,6 +20,7 @@ from lazyfs.fs import drivers, mountapi
 from lazyfs.fs.drivers import Driver
 from lazyfs.node.hotstart import HotStart
 from lazyfs.node.mounted import MountedImage, open_devices
+from lazyfs.node.opening import store_tree
 from lazyfs.node.warming import Warming
 
 if TYPE_CHECKING:
@@ -56,15 +57,37 @@ class Mounting:
         self._identity = identity
         self.warming = Warming()
 
-    async def attach(self, mounted: MountedImage) -> None:
+    async def attach(
+        self, mounted: MountedImage, erofs: bytes | memoryview, fetch_ahead: Callable[[MountedImage], None]
+    ) -> None:
         """
         Mount it on its target.
+
+        Args:
+            mounted: opened by open_tables().
+            erofs: its EROFS image, unchecked.
+            fetch_ahead: called as soon as that can begin: data comes while the tree is checked, and mounted.
 
         Raises:
             LazyfsError: not possible; devices, numbers, records and perhaps a mount are left for the caller to undo.
 
         """
         await self._housekeeper.with_room(open_devices, mounted, self._cache, self._fetcher)
+        fetch_ahead(mounted)
+        try:
+            mounted.opened, tree = await self._housekeeper.with_room(store_tree, mounted.opened, erofs, mounted.order)
+            if mounted.driver is Driver.EROFS and mounted.hot is not None:
+                order = mounted.order
+                mounted.start = HotStart() if order.prefetch and not order.record else None
+            self.warming.prepare(mounted, tree)
+            del tree
+            await self._attach(mounted)
+        except BaseException:
+            self.warming.forget(mounted)
+            raise
+        self.warming.begin(mounted)
+
+    async def _attach(self, mounted: MountedImage) -> None:
         if mounted.driver is Driver.EROFS:
             try:
                 await self._mount_erofs(mounted)
@@ -84,7 +107,6 @@ class Mounting:
         if order.record and mounted.driver is Driver.FUSE:
             drivers.set_read_ahead([entry.device], drivers.READ_AHEAD_RECORDING_KIB)   # of all images of this worker
         self._write_record(mounted)
-        self.warming.begin(mounted)
 
     async def unmount(self, mounted: MountedImage, flags: int) -> None:
         """Have its target unmounted, with none of our own files open below it. Raises as call()."""
@@ -115,8 +137,6 @@ class Mounting:
         mounted.local = all(index < 0 for index in mounted.device_indexes)
         self._note(mounted)
         target = mounted.order.target
-        if mounted.order.prefetch and mounted.hot is not None and not mounted.order.record:
-            mounted.start = HotStart()
         one_page = mounted.order.record or mounted.start is not None
         for last in (False, False, False, True):
             mounted.bdi_names = await self.call(

@@ -17,7 +17,7 @@ import mmap
 import os
 import stat
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class OpenedImage:
 
 def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> OpenedImage:
     """
-    Open and check an image.
+    Open and check an image: open_tables() and store_tree().
 
     Args:
         order: which.
@@ -89,6 +89,22 @@ def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> 
     Raises:
         LazyfsError: it cannot be had, is no lazy image, or is damaged.
 
+    """
+    opened, erofs = open_tables(order, cache_dir, offline=offline)
+    try:
+        return store_tree(opened, erofs, order)[0]
+    except BaseException:
+        opened.close()
+        raise
+
+
+def open_tables(
+    order: MountOrder, cache_dir: Path, *, offline: bool = False
+) -> tuple[OpenedImage, bytes | memoryview]:
+    """
+    The first half of open_image(): enough to fetch data, which has digests. Returns also its EROFS image, unchecked.
+
+    Nothing of the image may be mounted before store_tree() has checked that too.
     """
     lazy = None
     if order.layer is None:
@@ -104,18 +120,39 @@ def open_image(order: MountOrder, cache_dir: Path, *, offline: bool = False) -> 
             bootstrap = _read_unpacked(layer, cache_dir, order.bootstrap_dir)
         if lazy is not None:
             check_parts(lazy, bootstrap)
-        path = erofs_path(cache_dir, layer.digest)
-        want_tree = choose_driver(order.driver) is Driver.FUSE
-        tree = _store_erofs(bootstrap, path, checked=order.checked, want_tree=want_tree)
         # copies: the tables are views of the whole bootstrap, which then can go
         devices = tuple(
             (device.digest, ChunkTable(device.table.chunk_size, device.table.device_size, np.array(device.table.rows)))
             for device in bootstrap.devices
         )
-        return OpenedImage(source, layer, bootstrap.blobs, devices, path, tree, _copied(bootstrap.hot))
+        path = erofs_path(cache_dir, layer.digest)
+        opened = OpenedImage(source, layer, bootstrap.blobs, devices, path, None, _copied(bootstrap.hot))
     except BaseException:
         source.close()
         raise
+    return opened, bootstrap.erofs
+
+
+def store_tree(
+    opened: OpenedImage, erofs: bytes | memoryview, order: MountOrder
+) -> tuple[OpenedImage, ErofsImage | None]:
+    """
+    The second half of open_image(): check the EROFS image, and have it in its file.
+
+    Returns:
+        The image, and the tree, if it had to be parsed: it keeps `erofs` in memory.
+
+    Raises:
+        LazyfsError: it is damaged, or cannot be stored. `opened` is the caller's to close.
+
+    """
+    sizes = [table.device_size for _, table in opened.devices]
+    mapped, tree = _store_erofs(erofs, opened.erofs_path, sizes, checked=order.checked)
+    if choose_driver(order.driver) is not Driver.FUSE:
+        return opened, tree
+    # A tree that stays keeps the bytes that it was made of: those of the file, whose pages need not stay in memory.
+    tree = _parse_tree(mapped, sizes)
+    return replace(opened, parsed=tree), tree
 
 
 def _copied(hot: HotPart | None) -> HotPart | None:
@@ -180,25 +217,26 @@ def _read_bounded(path: Path) -> bytes | None:
     return None
 
 
-def _store_erofs(bootstrap: Bootstrap, path: Path, *, checked: bool, want_tree: bool) -> ErofsImage | None:
+def _store_erofs(
+    erofs: bytes | memoryview, path: Path, sizes: list[int], *, checked: bool
+) -> tuple[mmap.mmap, ErofsImage | None]:
     """
-    Check the EROFS image and have it in `path`: exactly the bytes that will be mounted.
+    Check the EROFS image and have it in `path`: exactly the bytes that will be mounted. The tree, if it was parsed.
 
     Raises:
         FormatError: the image is not a valid one.
 
     """
-    sizes = [device.table.device_size for device in bootstrap.devices]
-    mapped = _map_holding(path, bootstrap.erofs)
+    tree = None
+    mapped = _map_holding(path, erofs)
     if mapped is None:
         if not checked:
-            _parse_tree(bootstrap.erofs, sizes)
-        _write_file(path, bootstrap.erofs)
-        mapped = _map_holding(path, bootstrap.erofs)
+            tree = _parse_tree(erofs, sizes)
+        _write_file(path, erofs)
+        mapped = _map_holding(path, erofs)
     if mapped is None:
         raise IntegrityError(f"{path} does not hold what was written to it", hint="check the disk")
-    # A tree keeps the bytes that it was made of: those of the file, whose pages need not stay in memory.
-    return _parse_tree(mapped, sizes) if want_tree else None
+    return mapped, tree
 
 
 def _map_holding(path: Path, data: bytes | memoryview) -> mmap.mmap | None:

@@ -53,6 +53,12 @@ class Prefetching:
         self._threads = trio.CapacityLimiter(_LOOK_COUNT_MAX)
         self._send, self._receive = trio.open_memory_channel["MountedImage"](_WAITING_COUNT_MAX)
 
+    def begin_hot(self, mounted: MountedImage) -> None:
+        """Fetch the hot part of an image that is being mounted; one without is asked about when it is mounted."""
+        if mounted.order.prefetch and mounted.opened.hot is not None and mounted.prefetch is None:
+            mounted.plan_from = HOT
+            mounted.prefetch = self._fetcher.prefetch(hot_plan(mounted))
+
     def begin(self, mounted: MountedImage) -> None:
         """Fetch ahead of an image that has just been mounted, or gets another container. Cheap where that was done."""
         mounted.resting = False

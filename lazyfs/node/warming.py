@@ -27,6 +27,7 @@ from lazyfs.limits import KIB, MIB
 from lazyfs.node.warmplan import WarmPlan, make_warm_plan
 
 if TYPE_CHECKING:
+    from lazyfs.image.erofs import ErofsImage
     from lazyfs.node.mounted import MountedImage
 
 STEP_BYTES = 128 * KIB           # of one call: the kernel takes no more than its default read-ahead, and drops the rest
@@ -40,11 +41,21 @@ _log = logging.getLogger("lazyfs.node")
 
 
 class Warm:
-    """One image's: `stop` tells the thread, `ended` is set when nothing is open any more."""
+    """
+    One image's: `stop` tells the thread, `ended` is set when nothing is open any more.
 
-    def __init__(self) -> None:
+    `mounted`: set when its files may be opened. `tree`: the parsed one, if there is, until the plan is made.
+    """
+
+    def __init__(self, tree: ErofsImage | None) -> None:
         self.stop = False
+        self.tree = tree
+        self.mounted = trio.Event()
         self.ended = trio.Event()
+
+    def end(self) -> None:
+        self.stop = True
+        self.mounted.set()
 
 
 class Warming:
@@ -55,18 +66,36 @@ class Warming:
         self._threads = trio.CapacityLimiter(_THREADS_MAX)
         self._warm: dict[MountedImage, Warm] = {}
 
-    def begin(self, mounted: MountedImage) -> None:
-        """Of an image that has just been mounted and starts from its hot part; others are left alone."""
-        if mounted.start is not None and mounted.driver is Driver.EROFS and mounted not in self._warm:
+    def prepare(self, mounted: MountedImage, tree: ErofsImage | None = None) -> None:
+        """
+        Plan for an image that is about to be mounted and starts from its hot part; others are left alone.
+
+        `tree`: of that image, if it is at hand. To be followed by begin() or forget().
+        """
+        if mounted.driver is Driver.EROFS and mounted.start is not None and mounted not in self._warm:
             with contextlib.suppress(trio.WouldBlock):
                 self._send.send_nowait(mounted)
-                self._warm[mounted] = Warm()
+                self._warm[mounted] = Warm(tree)
+
+    def begin(self, mounted: MountedImage) -> None:
+        """Of an image that has just been mounted; or of one that a worker before this one has mounted."""
+        if mounted.start is None or mounted.driver is not Driver.EROFS:
+            self.forget(mounted)
+            return
+        self.prepare(mounted)
+        if mounted in self._warm:
+            self._warm[mounted].mounted.set()
+
+    def forget(self, mounted: MountedImage) -> None:
+        """It was not mounted, or does not start from its hot part after all: nothing of it was opened."""
+        if mounted in self._warm:
+            self._warm[mounted].end()
 
     async def stop(self, mounted: MountedImage) -> None:
         """No file below it is open afterwards. Checkpoint: perhaps."""
         warm = self._warm.get(mounted)
         if warm is not None:
-            warm.stop = True
+            warm.end()
             with trio.move_on_after(_STOP_S):
                 await warm.ended.wait()
 
@@ -93,13 +122,15 @@ class Warming:
         root = os.fsencode(mounted.order.target)
 
         def plan_it() -> WarmPlan:
-            return make_warm_plan(extents, device.table.chunk_size, opened.tree)
+            tree, warm.tree = warm.tree or opened.tree, None
+            return make_warm_plan(extents, device.table.chunk_size, tree)
 
         def read(begin: int, end: int) -> None:
             hot.warmer_id = threading.get_native_id()
             ask_for(root, plan, begin, end, warm)
 
         plan = await trio.to_thread.run_sync(plan_it, abandon_on_cancel=True, limiter=self._threads)
+        await warm.mounted.wait()
         position, pause_s = 0, _PAUSE_S
         while position < len(plan.chunks) and not warm.stop:
             end = _batch(plan, position)

@@ -27,7 +27,7 @@ from lazyfs.node.housekeeping import Housekeeper
 from lazyfs.node.mounted import MountedImage
 from lazyfs.node.mounting import Mounting
 from lazyfs.node.observing import Observer
-from lazyfs.node.opening import open_image
+from lazyfs.node.opening import open_tables
 from lazyfs.node.prefetching import Prefetching
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
 from lazyfs.node.scrubbing import Scrubbing
@@ -115,10 +115,11 @@ class Worker:
         try:
             # both abandoned on cancel: they only read, and may wait for a file server, or a registry, that is down
             await trio.to_thread.run_sync(check_target, order.target, abandon_on_cancel=True)
-            opened = await self.housekeeper.with_room(open_image, order, self._cache.path, abandon_on_cancel=True)
+            opened, erofs = await self.housekeeper.with_room(
+                open_tables, order, self._cache.path, abandon_on_cancel=True)
             mounted = MountedImage(order, self._served.new_slot(), opened, driver)
             try:
-                await self._mounting.attach(mounted)
+                await self._mounting.attach(mounted, erofs, self.prefetching.begin_hot)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._undo(mounted)

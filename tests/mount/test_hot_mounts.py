@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,6 @@ from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.mountkit import Machine
 
@@ -185,6 +185,28 @@ def test_a_mount_is_unmounted_while_it_is_warmed(machine: Machine, image: str) -
         target = machine.target(f"mnt{number}")
         machine.mount(image, target, "--driver", "erofs")
         machine.umount(target)
+    machine.assert_clean()
+
+
+def test_hot_data_comes_while_the_image_is_being_mounted(machine: Machine, image: str) -> None:
+    with running_daemon(machine) as daemon:
+        (mounter,) = Path(f"/proc/{daemon.worker()}/task/{daemon.worker()}/children").read_text().split()
+        target = machine.target()
+        os.kill(int(mounter), signal.SIGSTOP)    # the kernel is asked, and the answer takes its time
+        try:
+            mounting = machine.start("mount", image, target, "--driver", "erofs")
+            deadline = time.monotonic() + 20
+            while not machine.statistics()["fetch"]["chunks_prefetched"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert not target.is_mount()
+        finally:
+            os.kill(int(mounter), signal.SIGCONT)
+        mounting.communicate(timeout=60)
+        assert mounting.returncode == 0
+        read_hot(target)
+        machine.umount(target)
+        daemon.stop()
     machine.assert_clean()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from lazyfs import limits
@@ -363,3 +364,27 @@ def test_extents_cover_every_byte() -> None:
                 else:
                     assert [(e[0], e[2] + position - e[1]) for e in inside] == [(device, place)]
                 position += length
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_paths_are_those_of_a_walk(seed: int) -> None:
+    image = roundtrip(random_tree(random.Random(seed)))
+    names: dict[int, set[bytes]] = {}
+    for path, nid in image.walk():
+        names.setdefault(nid, set()).add(path)
+    asked = np.array(sorted(nid for nid in names if nid != image.root_nid), dtype=np.int64)
+    found = image.paths(asked)
+    assert set(found) == set(asked.tolist())
+    assert all(path in names[nid] for nid, path in found.items())
+    assert image.paths(asked[:0]) == {}
+
+
+def test_the_path_of_a_file_as_deep_as_can_be() -> None:
+    root = below = directory()
+    for _ in range(limits.PATH_DEPTH_MAX - 1):
+        below.children = {b"d": directory()}
+        below = below.children[b"d"]
+    below.children = {b"f": symlink(b"x")}
+    image = roundtrip(root)
+    deepest = max(image.walk(), key=lambda one: len(one[0]))
+    assert image.paths(np.array([deepest[1]])) == {deepest[1]: deepest[0]}

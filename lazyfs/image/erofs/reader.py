@@ -187,6 +187,31 @@ class ErofsImage:
             if kind is FileType.DIRECTORY:
                 stack.append((path + b"/", self.entries(nid)[::-1]))
 
+    def paths(self, nids: Int64s) -> dict[int, bytes]:
+        """A path of each of these inodes, without a slash in front; of several names one. The root has none."""
+        rows = np.flatnonzero(np.isin(self._entry_nids, nids))
+        entries: dict[int, int] = dict(zip(self._entry_nids[rows].tolist(), rows.tolist(), strict=True))
+        rows = np.flatnonzero(self._entry_types == FileType.DIRECTORY)
+        entry_of: dict[int, int] = dict(zip(self._entry_nids[rows].tolist(), rows.tolist(), strict=True))
+        nid_of = np.empty_like(self._directory_nids)
+        nid_of[self._directory_order] = self._directory_nids
+
+        def holder(entry: int) -> int:
+            return int(nid_of[self._first_entry.searchsorted(entry, side="right") - 1])
+
+        prefixes = {self.root_nid: b""}    # of directories, with a slash behind
+        found: dict[int, bytes] = {}
+        for nid, entry in entries.items():
+            directory, unknown = holder(entry), []
+            while directory not in prefixes:
+                unknown.append(directory)
+                directory = holder(entry_of[directory])
+            for below in reversed(unknown):
+                prefixes[below] = prefixes[directory] + self._name(entry_of[below]) + b"/"
+                directory = below
+            found[nid] = prefixes[directory] + self._name(entry)
+        return found
+
     def to_tree(self) -> Inode:
         """The model's tree; hard links are one Inode. `device` of a file without data is 0."""
         inodes = {nid: self._inode(nid) for nid in self._nids.tolist()}
