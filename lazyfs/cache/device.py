@@ -15,11 +15,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs.cache import files
-from lazyfs.cache.health import NO_SPACE
+from lazyfs.cache.health import NO_SPACE, CacheCounters
 from lazyfs.cache.presence import Identity, Record, checksum, checksum_of_zeros, encode_entry, entry_offset
 from lazyfs.errors import CacheError
 
@@ -34,18 +33,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _USE_NOTED_EVERY_S = 600.0       # of a device in use; eviction asks who was used last, not when exactly
 Reader = Callable[[int, int, int], bytes | memoryview]    # as os.pread; raises OSError
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """Since the device was opened. Approximate under races of threads; for people, not for decisions."""
-
-    chunks_stored: int = 0
-    store_errors: int = 0        # write() could not store: disk full, quota, floor of free space, I/O error
-    chunks_forgotten: int = 0    # present, but could not be read back, or were damaged
-    checkpoints: int = 0
-    checkpoint_errors: int = 0
-    drops: int = 0               # fsync failed: all data dropped
 
 
 class CachedDevice:
@@ -73,13 +60,21 @@ class CachedDevice:
         self._change = object()              # another one after each change of what is present
         self._saved: object | None = None    # the change that the checkpoint has
         self._durable = b""                  # the map that the checkpoint has
-        self._generation = self._take_up()
+        self._storing = True
+        self._kept = True                    # False: the disk takes no files, and this one is not to be written to
+        try:
+            self._generation = self._take_up()
+        except OSError as error:
+            if error.errno not in files.NO_WRITES:
+                raise
+            self._health.writing.failed(error)
+            self._generation = files.open_unkept(directory, identity, boot_id)
+            self._storing = self._kept = False
         self._inherited = bytes(self._generation.present)    # what was there when the device was opened
         self._dropped: list[files.Generation] = []
         self._reference_count = 1
         self._reference_lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
-        self._storing = True
 
     def _take_up(self) -> files.Generation:
         generation, saved = files.open_generation(self._directory, self._identity, self._boot_id)
@@ -311,7 +306,7 @@ class CachedDevice:
         """
         with self._checkpoint_lock:
             old = self._generation
-            if files.is_in_place(old):
+            if not self._kept or files.is_in_place(old):
                 return False
             try:
                 new = self._take_up()
@@ -392,21 +387,25 @@ class CachedDevice:
 
     def _begin_anew(self) -> bool:
         try:
-            new = files.create_generation(self._directory, self._identity, self._boot_id)
-        except OSError as failure:
-            _log.warning("cached device %s: no new data file: %s", self.digest.short, failure)
+            if self._kept:
+                new = files.create_generation(self._directory, self._identity, self._boot_id)
+            else:
+                new = self._take_up()
+        except OSError as error:
+            _log.info("cached device %s: no new data file: %s", self.digest.short, error)
+            self._health.writing.failed(error)
             return False
         self._dropped.append(self._generation)
         self._generation = new
-        self._storing = True
+        self._storing = self._kept = True
         return True
 
     def _store_again(self) -> bool:
         """After a new data file could not be made; the next chunk then goes there."""
         if self._checkpoint_lock.acquire(blocking=False):
             try:
-                if not self._storing and not self._begin_anew():
-                    self._health.writing.failed("no new data file")
+                if not self._storing:
+                    self._begin_anew()
             finally:
                 self._checkpoint_lock.release()
         return False

@@ -36,6 +36,8 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 _NOT_DAMAGE = _NO_RIGHT + _SHORTAGE
+# Of a disk that serves what it has, but takes nothing.
+NO_WRITES = (errno.EROFS, errno.EIO)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +82,32 @@ def open_generation(directory: Path, identity: Identity, boot_id: bytes) -> tupl
     with contextlib.suppress(OSError):   # what lies about besides does not matter
         _remove_others(directory, {generation.data_path.name, _LIVE, _CHECKPOINT, RECORD_OF_SCRUB})
     return generation, saved
+
+
+def open_unkept(directory: Path, identity: Identity, boot_id: bytes) -> Generation:
+    """
+    What the directory holds, where nothing can be written: to be read only. What is not readable is not present.
+
+    Raises:
+        OSError: no memory, or no descriptor.
+
+    """
+    live_fd = os.memfd_create("lazyfs-live")
+    try:
+        with contextlib.suppress(OSError):
+            saved = presence.decode_checkpoint(_read(directory / _CHECKPOINT, identity), identity)
+            record = presence.decode_live(_read(directory / _LIVE, identity), identity, boot_id) or saved
+            path = _data_path(directory, record.generation if record else b"")
+            data_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if record and os.fstat(data_fd).st_size == identity.device_size:
+                return Generation(record.generation, path, data_fd, live_fd, record.present, record.sums)
+            os.close(data_fd)
+        empty = Record.empty(bytes(GENERATION_BYTES), identity.chunk_count)
+        data_fd = os.memfd_create("lazyfs-nothing")
+        return Generation(empty.generation, _data_path(directory, b""), data_fd, live_fd, empty.present, empty.sums)
+    except BaseException:
+        os.close(live_fd)
+        raise
 
 
 def create_generation(directory: Path, identity: Identity, boot_id: bytes) -> Generation:

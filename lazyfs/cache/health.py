@@ -46,6 +46,18 @@ class CacheStatistics:
     checkpoint_errors: int = 0
 
 
+@dataclass(slots=True)
+class CacheCounters:
+    """Of one device since it was opened. As approximate."""
+
+    chunks_stored: int = 0
+    store_errors: int = 0        # write() could not store: disk full, quota, floor of free space, I/O error
+    chunks_forgotten: int = 0    # present, but could not be read back, or were damaged
+    checkpoints: int = 0
+    checkpoint_errors: int = 0
+    drops: int = 0               # fsync failed: all data dropped
+
+
 class Trouble:
     """One kind of operation, and how it has been failing. Without trouble `may_try` is one comparison."""
 
@@ -84,9 +96,9 @@ class Trouble:
             self._probing = True
             return True
 
-    def failed(self, why: OSError | str) -> None:
+    def failed(self, why: OSError) -> None:
         """It was tried in vain."""
-        text = (why.strerror or str(why)) if isinstance(why, OSError) else why
+        text = why.strerror or str(why)
         with self._lock:
             now = self._clock()
             begins = self._began is None

@@ -105,6 +105,16 @@ def _ourselves() -> tuple[str, str, str, str]:
     return str(os.getpid()), program, host, namespace
 
 
+def _open_lock(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, flags | os.O_RDONLY)    # what is there can be served all the same; nobody else may write
+
+
 class DirectoryLock:
     """Exclusive ownership of a prepared directory, until close() or the end of the process."""
 
@@ -112,7 +122,7 @@ class DirectoryLock:
         """Raises CacheOwnedError (it says who the holder is) or CacheError."""
         self._path = path = directory / _LOCK_NAME
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = _open_lock(path)
         except OSError as error:
             raise_cache_error(directory, "open its lock", error)
         try:

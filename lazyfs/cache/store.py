@@ -16,8 +16,8 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from lazyfs.cache import evict, inventory
-from lazyfs.cache.device import CacheCounters, CachedDevice
-from lazyfs.cache.health import Health
+from lazyfs.cache.device import CachedDevice
+from lazyfs.cache.health import CacheCounters, Health
 from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
 from lazyfs.cache.presence import Identity, read_boot_id
 from lazyfs.cache.space import Space
