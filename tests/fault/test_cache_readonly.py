@@ -47,11 +47,13 @@ async def read_all(fetcher: Fetcher, device: FetchDevice, sample: Sample) -> Non
         assert data == sample.data[offset : offset + size]
 
 
-async def read_until_complete(fetcher: Fetcher, device: FetchDevice, sample: Sample) -> None:
+async def read_until_complete(device: FetchDevice, sample: Sample) -> None:
+    """By another fetcher each time: what one has in memory it need not store."""
     deadline = time.monotonic() + 30
     while not device.cached.complete:
         assert time.monotonic() < deadline
-        await read_all(fetcher, device, sample)
+        async with Fetcher(FetchLimits()) as fetcher:
+            await read_all(fetcher, device, sample)
 
 
 @pytest.mark.trio
@@ -77,9 +79,8 @@ async def test_opened_on_a_read_only_disk_what_is_there_is_read_and_the_rest_is_
             assert trouble["why"] == "Read-only file system"
             assert fetcher.statistics.errors == 0
         remount(disk, "rw")
-        async with Fetcher(FetchLimits()) as fetcher:    # another one: what this one has in memory it need not store
-            for device, sample in zip(devices, (kept, fresh), strict=True):
-                await read_until_complete(fetcher, device, sample)
+        for device, sample in zip(devices, (kept, fresh), strict=True):
+            await read_until_complete(device, sample)
         assert all(device.cached.make_durable() for device in devices)
         assert cache.health.describe()["trouble"] == []
         for device in devices:
@@ -122,5 +123,4 @@ async def test_a_disk_that_dies_under_the_cache_ends_no_read(mounts: Mounts, tmp
         cache = stack.enter_context(CacheDir.open(disk / "cache"))
         device = sample.device(cache, source)
         stack.callback(device.cached.release)
-        async with Fetcher(FetchLimits()) as fetcher:
-            await read_until_complete(fetcher, device, sample)
+        await read_until_complete(device, sample)
