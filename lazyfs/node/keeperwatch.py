@@ -110,9 +110,10 @@ class Watch:
         if child is None or not child.ready or child.killed:
             return               # one that hangs in the kernel may take its time to end
         waiting = self.connection.waiting() if self._held >= 0 else None
-        if waiting is None or waiting <= self._held or self._answered != self._answered_before:
-            if self._answered != self._answered_before:
-                self._stuck_pause_s = self.hang_s
+        all_known = waiting is not None and waiting <= self._held
+        if all_known:
+            self._stuck_pause_s = self.hang_s
+        if waiting is None or all_known or self._answered != self._answered_before:
             self._answered_before = self._answered
             self._moved_at = now
         if now - child.last_sign <= self.hang_s:
