@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lazyfs.errors import HostError, LazyfsError, UsageError
+from lazyfs.errors import HostError, LazyfsError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.node.rundir import WorkerDir
 
 FILE_VARIABLE = "LAZYFS_CONFIG"
+_DUMP_S = 10.0
 _EPILOG = """\b
 Examples:
   lazyfs daemon                 run it here (systemd does this)
   lazyfs daemon status          who serves, since when, what
+  lazyfs daemon dump            what its worker is doing at this moment
   lazyfs daemon upgrade         go on with the version that is installed now; no reader sees an error
   lazyfs daemon stop            end it; mounts that are in use are still served, by its worker alone
 """
@@ -94,6 +96,25 @@ def status_command(*, as_json: bool) -> None:
     else:
         _print_status(status)
     sys.exit(0 if ready else HostError.exit_code)
+
+
+@daemon_command.command("dump")
+def dump_command() -> None:
+    """
+    Show what the worker is doing at this moment: threads, tasks, reads that wait, chunks on their way.
+
+    Nothing stops. A worker that does not answer writes the same to its log on SIGUSR1 (kill -USR1), the keeper too.
+    """
+    from lazyfs.cli.output import printable  # noqa: PLC0415
+    from lazyfs.node.protocol import DUMP, ControlClient, WorkerGoneError  # noqa: PLC0415
+
+    directory = _directory()
+    try:
+        with ControlClient.connect(directory.socket) as client:
+            for line in client.request(DUMP, _DUMP_S)["lines"]:
+                print(printable(line))
+    except WorkerGoneError as error:
+        raise TargetError(f"nobody answers at {directory.socket} ({error})", hint="start it: lazyfs daemon") from None
 
 
 @daemon_command.command("upgrade")

@@ -28,6 +28,11 @@ def format_bytes(size_bytes: int) -> str:
     raise AssertionError(size_bytes)
 
 
+def printable(text: str) -> str:
+    """For a terminal: names of files, processes, registries may hold what it obeys, and line ends."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

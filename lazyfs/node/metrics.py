@@ -70,6 +70,13 @@ def _takeovers(snapshot: Snapshot) -> Values:
     return [] if turns is None else [((), float(max(0, turns - 1)))]
 
 
+def _mounts(snapshot: Snapshot) -> Values:
+    if "broken" not in snapshot:
+        return []
+    return [*_several(("attached", ("mounted",)), ("detached", ("detached",)))(snapshot),
+            (("broken",), float(len(snapshot["broken"])))]
+
+
 def _sources(key: str) -> Callable[[Snapshot], Values]:
     def read(snapshot: Snapshot) -> Values:
         return [((one["source"],), float(one[key])) for one in _known(snapshot) if key in one]
@@ -87,7 +94,7 @@ def _known(snapshot: Snapshot) -> list[Mapping[str, Any]]:
 
 
 def _troubles(snapshot: Snapshot) -> Values:
-    return [((), float(len(snapshot.get("cache", {}).get("trouble", ()))))]
+    return [((), float(len(snapshot["cache"]["trouble"])))] if "trouble" in snapshot.get("cache", {}) else []
 
 
 def _hits(snapshot: Snapshot) -> Values:
@@ -96,7 +103,7 @@ def _hits(snapshot: Snapshot) -> Values:
 
 METRICS: tuple[Metric, ...] = (
     Metric("lazyfs_build_info", GAUGE, ("version",), "1; which lazyfs the worker runs.",
-           lambda snapshot: [((snapshot["version"],), 1.0)]),
+           lambda snapshot: [((snapshot["version"],), 1.0)] if "version" in snapshot else []),
     Metric("lazyfs_ready", GAUGE, (), "Whether the worker serves mounts.", _one("ready")),
     Metric("lazyfs_worker_start_time_seconds", GAUGE, (), "When the worker began, since 1970.", _one("started")),
     Metric("lazyfs_keeper_start_time_seconds", GAUGE, (), "When the keeper began, since 1970; only of a daemon.",
@@ -104,10 +111,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("lazyfs_takeovers_total", COUNTER, (),
            "Times that a worker went on for another one (a crash, a hang, an upgrade), since the keeper began.",
            _takeovers),
+    Metric("lazyfs_worker_deaths_total", COUNTER, (), "Workers that died of themselves, since the keeper began.",
+           _one("keeper", "died")),
+    Metric("lazyfs_worker_hangs_total", COUNTER, (), "Workers that the keeper replaced because they hung.",
+           _one("keeper", "hung")),
     Metric("lazyfs_mounts", GAUGE, ("state",),
            "Images: attached; detached and still in use; broken: answered with errors until they can be served.",
-           lambda snapshot: [*_several(("attached", ("mounted",)), ("detached", ("detached",)))(snapshot),
-                             (("broken",), float(len(snapshot.get("broken", ()))))]),
+           _mounts),
     # --- reads
     Metric("lazyfs_reads_total", COUNTER, ("cache",),
            "Reads of image data that reached the worker: answered from the cache at once (hit), or after a wait for a "

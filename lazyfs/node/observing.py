@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.engine import Fetcher
     from lazyfs.fs.served import Served
+    from lazyfs.node.copying import Copying
     from lazyfs.node.housekeeping import Housekeeper
     from lazyfs.node.mounted import MountedImage
     from lazyfs.node.rundir import WorkerDir
@@ -55,6 +56,9 @@ class Observed(Protocol):
     def health(self) -> dict[str, Any]: ...
 
     def all_mounts(self) -> Iterable[MountedImage]: ...
+
+    @property
+    def copying(self) -> Copying: ...
 
     @property
     def housekeeper(self) -> Housekeeper: ...
@@ -106,7 +110,7 @@ class Observer:
             "version": health["version"], "ready": health["ready"], "cache_dir": health["cache_dir"],
             "mounted": health["mounts"], "detached": health["detached"], "broken": health["broken"],
             "started": self._began, "time": time.time(), "log": str(self._directory.log),
-            "reads": self._describe_reads(), "sources": self._fetcher.describe_sources(),
+            "reads": self._describe_reads(), "copying": self._worker.copying.describe(),
             "flights": len(self._fetcher.flights()), "running": self._fetcher.running(),
             "evicted": dict(self._worker.housekeeper.evicted),
             "minute": self._lately(MINUTE_S), "errors_lately": self._errors_lately(),

@@ -79,10 +79,10 @@ class ImageFiles:
         for touch in recording.touches:
             digest = recording.devices[touch.device][0]
             for start, end in next(fresh[digest]):
-                for path, low, high in self._files_in(digest, start, end):
+                for path, low, high in self.files_in(digest, start, end):
                     yield Part(exact_pattern(path), low, high, first_ms=touch.ms)
 
-    def _files_in(self, digest: str, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    def files_in(self, digest: str, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
         """(path, start, end in the file) of all files' bytes in [start, end) of a device, in its order."""
         pieces, starts = self._pieces[digest]
         for index in range(max(bisect_right(starts, start) - 1, 0), len(pieces)):

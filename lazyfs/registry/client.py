@@ -230,7 +230,7 @@ class RegistryClient:
                 answer.close()
                 raise
             answer.set_deadline(deadline)
-            answer.server = server.key
+            answer.server = server.host
             if self._mirrors:
                 given_s = deadline - time.monotonic()
                 answer.on_failure = lambda error: _blame(server, error, given_s)
