@@ -49,6 +49,7 @@ def prepare_directory(path: Path) -> Path:
     """
     try:
         path = path.resolve()
+        _refuse_mounts(path)
         path.mkdir(mode=_PRIVATE_MODE, parents=True, exist_ok=True)
         status = path.stat()
     except FileExistsError:
@@ -58,11 +59,16 @@ def prepare_directory(path: Path) -> Path:
     except RuntimeError as error:    # pathlib's word for a loop of symbolic links
         raise CacheError(f"cache {path}: loop of symbolic links") from error
     _check_owner(path, status)
-    kind = file_system_type(path)
+    return path
+
+
+def _refuse_mounts(path: Path) -> None:
+    """Raises CacheError: it would lie on a mount of a kind that may be ours. OSError: nobody can look there."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    kind = file_system_type(there)
     if kind.startswith(_REFUSED_TYPES):
         hint = "name a directory on a local disk with --cache-dir"
         raise CacheError(f"cache {path}: lies on a {kind} mount", hint=hint)
-    return path
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -137,9 +138,13 @@ def stop_command() -> None:
 
 
 def _become_keeper(settings: dict[str, Any]) -> NoReturn:
+    from lazyfs.cache.ownership import prepare_directory  # noqa: PLC0415 - asking a daemon needs none
+
     if os.geteuid() != 0:
         raise HostError("the daemon needs root: it mounts", hint="run it with sudo")
     directory = _directory()
+    if not directory.records():   # else readers wait, and whatever is wrong with the cache is told in the log
+        prepare_directory(Path(settings["cache_dir"]))
     directory.create()
     words = [sys.executable, "-m", "lazyfs.node.keeper", json.dumps({"root": str(directory.root), **settings})]
     sys.stdout.flush()
