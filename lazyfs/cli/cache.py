@@ -1,6 +1,6 @@
 """
-`lazyfs cache ls|gc|rm|scrub`: what the cache holds, and making room in it. Thin; the work is in
-lazyfs.node.housekeeping (scrub: cli.cache_scrub).
+`lazyfs cache ls|gc|rm`: what the cache holds, and making room in it. Thin; the work is in lazyfs.node.housekeeping.
+scrub: cli.cache_scrub; fetch, pin, unpin: cli.cache_fetch.
 
 Looking needs nobody: the directory is read as it is. What removes asks the worker that owns the directory, or, where
 none does, owns it for a moment.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazyfs.cli.cache_copies import ask_copies, copy_words
+from lazyfs.cli.cache_fetch import fetch_command, pin_command, unpin_command
 from lazyfs.cli.cache_scrub import scrub_command
 from lazyfs.cli.cacheowner import ask_owner
 from lazyfs.cli.output import format_bytes, note, print_json
@@ -34,6 +36,8 @@ Examples:
   lazyfs cache gc --quota 20GiB          down to 20 GiB now
   lazyfs cache gc --all --dry-run        what would go if all went that is not mounted
   lazyfs cache rm registry/app:lazy      one image, but for layers that others here have
+  lazyfs cache fetch registry/app:lazy   all of an image, mounted or not
+  lazyfs cache pin registry/app:lazy     never evict it
   lazyfs cache scrub                     compare what is cached with its checksums
 """
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -61,7 +65,7 @@ def ls_command(path: Path, *, as_json: bool) -> None:
     """
     Show images and layer devices.
 
-    Size on disk, how much of them is there, last use, who uses them.
+    Size on disk, how much of them is there, what becomes of the rest, last use, who uses them.
     """
     from lazyfs.cache import inventory  # noqa: PLC0415
 
@@ -108,7 +112,8 @@ def rm_command(path: Path, name: str, *, dry_run: bool, as_json: bool) -> None:
     _report(_evict(path, Request(remove=name, dry_run=dry_run)), dry_run=dry_run, as_json=as_json)
 
 
-cache_command.add_command(scrub_command)
+for _command in (scrub_command, fetch_command, pin_command, unpin_command):
+    cache_command.add_command(_command)
 
 
 def check_cache(path: Path) -> None:
@@ -168,16 +173,17 @@ def _report(answer: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
     note(f"{answer['device_count']} layer devices, {answer['image_count']} images: "
          f"{format_bytes(answer['freed_bytes'])} {free}, {format_bytes(answer['used_bytes'])} left")
     if answer["freed_bytes"] < answer["wanted_bytes"]:
-        note(f"hint: {format_bytes(answer['wanted_bytes'])} were to go, but the rest is mounted: lazyfs cache ls")
+        note(f"hint: {format_bytes(answer['wanted_bytes'])} were to go; the rest is in use or pinned: lazyfs cache ls")
 
 
 def _describe(path: Path, found: Inventory) -> dict[str, Any]:
     """All that `ls --json` shows. Sizes: bytes allocated; times: seconds since 1970."""
-    from lazyfs.cache import inventory  # noqa: PLC0415
+    from lazyfs.cache import inventory, pins  # noqa: PLC0415
     from lazyfs.cache.presence import read_boot_id  # noqa: PLC0415
     from lazyfs.node.housekeeping import mounts_of  # noqa: PLC0415
 
     mounts, boot_id = mounts_of(path), read_boot_id()
+    pinned, copies = pins.pinned(path), ask_copies(path)
     users: dict[str, list[str]] = {}
     for image in found.images.values():
         for device in image.record.all_devices:
@@ -203,6 +209,8 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
             "present": sum(present) / (len(present) + missing) if present else 0.0,
             "lastUse": image.last_use_ns / 1e9,
             "mountedOn": sorted(mounts.get(image.name, ())),
+            "pinned": image.name in pinned,
+            "copy": copies.get(f"sha256:{image.name}"),
         })
     images.sort(key=lambda image: -image["lastUse"])
     return {"path": str(path), "bytes": found.use.size_bytes, "inodes": found.use.inodes,
@@ -214,7 +222,7 @@ def _print_table(described: dict[str, Any]) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("", "digest", "size", "present", "last use", "used by"):
+    for name in ("", "digest", "size", "present", "rest", "last use", "used by"):
         table.add_column(name, justify="right" if name in {"size", "present"} else "left", no_wrap=True)
     for image in described["images"]:
         table.add_row(image["image"] or "(name unknown)", image["bootstrap"][:19], *_columns(image))
@@ -226,10 +234,11 @@ def _print_table(described: dict[str, Any]) -> None:
                f"{format_bytes(described['bytes'])}")
 
 
-def _columns(one: dict[str, Any]) -> tuple[str, str, str, str]:
+def _columns(one: dict[str, Any]) -> tuple[str, ...]:
     present = "?" if one["present"] is None else f"{one['present']:.0%}"
     ago = _ago(max(0.0, time.time() - one["lastUse"])) if one["lastUse"] else "-"
-    return format_bytes(one["bytes"]), present, ago, ", ".join(one["mountedOn"]) or "-"
+    users = [*(["pinned"] if one.get("pinned") else []), *one["mountedOn"]]
+    return format_bytes(one["bytes"]), present, copy_words(one.get("copy")), ago, ", ".join(users) or "-"
 
 
 def _ago(seconds: float) -> str:

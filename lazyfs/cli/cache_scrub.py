@@ -67,7 +67,7 @@ def scrub_command(path: Path, name: str | None, *, rate: str | None, as_json: bo
     from lazyfs.cli.cache import check_cache  # noqa: PLC0415
 
     check_cache(path)
-    rate_bytes = _rate(rate)
+    rate_bytes = parse_rate(rate)
     found = inventory.take(path)
     devices = _devices(found, name)
     result = _Found()
@@ -92,7 +92,8 @@ def scrub_command(path: Path, name: str | None, *, rate: str | None, as_json: bo
             hint="they are fetched again when they are read; if it goes on, check the disk (dmesg, smartctl)")
 
 
-def _rate(text: str | None) -> int:
+def parse_rate(text: str | None) -> int:
+    """Bytes a second; 0: no bound. Raises UsageError."""
     from lazyfs.config.kinds import Size  # noqa: PLC0415
 
     if text is None:

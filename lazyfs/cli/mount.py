@@ -85,7 +85,7 @@ def mount_command(
         image=absolute_image(image, str(Path.cwd())), target=target, driver=driver, platform=platform,
         prefetch=configured.prefetch and not no_prefetch,
         read_timeout_s=configured.read_timeout_s if read_timeout is None else read_timeout,
-        registry=_registry_fields(registry), full_copy=full_copy or "",
+        registry=registry_fields(registry), full_copy=full_copy or "",
     )
     if cache_dir is None:
         daemon = find_daemon()
@@ -164,7 +164,7 @@ def _check_before(target: str, driver: str) -> None:
         check_target(target)
 
 
-def _registry_fields(registry: RegistryOptions) -> dict[str, Any]:
+def registry_fields(registry: RegistryOptions) -> dict[str, Any]:
     """The options as JSON; with the credentials file of *this* user and environment, not the worker's."""
     from lazyfs.registry.fields import default_auth_file, to_fields  # noqa: PLC0415
 

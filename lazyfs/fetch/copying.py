@@ -16,6 +16,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import trio
+
 from lazyfs.errors import CacheError
 from lazyfs.fetch.brake import Brake, Traffic
 from lazyfs.fetch.constants import COPY_WINDOW_BYTES, COPY_WINDOW_BYTES_MIN, FetchLimits
@@ -25,8 +27,11 @@ from lazyfs.fetch.transfer import Priority
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.prefetch import Entry
     from lazyfs.fetch.transfer import Transfer
+
+ROOM_RETRY_S = 1.0               # after there was no room
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,14 @@ class CopyTerms:
     :rate_bytes_s: stored bytes a second; 0: no bound.
     :quiet_s: so long nothing else was fetched before a window starts.
     :patience_s: others that go on and on are waited for so long, then one window starts all the same.
+    :has_room: whether so many more bytes (uncompressed) may be stored; without room it looks again now and then. None:
+        as much as the cache takes; when it takes no more, the copy ends.
     """
 
     rate_bytes_s: int = 0
     quiet_s: float = 0.5
     patience_s: float = 5.0
+    has_room: Callable[[int], bool] | None = None
 
 
 class CopyHandle(PrefetchHandle):
@@ -50,6 +58,7 @@ class CopyHandle(PrefetchHandle):
 
     :held: its caller wants no further window for the time being (any reason); set by hold().
     :making_way: its next window waits for the traffic of others.
+    :lacks_room: its next window waits for room in the cache.
     :received_bytes: stored bytes, those of damaged chunks and broken windows included.
     :landed_bytes: stored bytes of the chunks that it has put into the cache.
     :on_window: called on the loop after each window.
@@ -67,6 +76,7 @@ class CopyHandle(PrefetchHandle):
         self.terms = terms
         self.held = False
         self.making_way = False
+        self.lacks_room = False
         self.received_bytes = 0
         self.landed_bytes = 0
         self.on_window: Callable[[], None] = lambda: None
@@ -96,6 +106,21 @@ class CopyHandle(PrefetchHandle):
         at = min(quiet, self._ready_since + self.terms.patience_s)
         self.making_way = at > now
         return at
+
+    def next_window(
+        self, handle_count: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]
+    ) -> tuple[list[Entry], bool]:
+        """See PrefetchHandle; nothing as long as there is no room for it, and for what is on its way."""
+        window, stopped = super().next_window(handle_count, wanted)
+        if window and self.terms.has_room is not None:
+            coming = [flight.size for one in self.running for flight in one.flights if not flight.done]
+            size = sum(coming) + sum(device.table.chunk_bytes(index) for device, index in window)
+            self.lacks_room = not self.terms.has_room(size)
+            if self.lacks_room:
+                self.put_back(window)
+                self.paused_until = trio.current_time() + ROOM_RETRY_S
+                return [], False
+        return window, stopped
 
     def window_ended(self, transfer: Transfer) -> None:
         """Account for it; a cache without room ends the copy."""

@@ -61,6 +61,7 @@ class PrefetchHandle:
         self.fetched_count = 0
         self.skipped_count = 0
         self.error: LazyfsError | None = None
+        self.last_error: LazyfsError | None = None    # of the last window, if that failed
 
     @property
     def done(self) -> bool:
@@ -82,11 +83,12 @@ class PrefetchHandle:
     def failed(self, error: LazyfsError, entries: list[Entry], *, counts: bool = True) -> None:
         """A window failed; `entries` of it are wanted still. `counts`: False while the whole source is down."""
         self.failure_count += counts
+        self.last_error = error
         if self.failure_count >= PREFETCH_FAILURE_COUNT_MAX:
             self.error = error
             self.cancel()
         if not self.cancelled:
-            self._again.extendleft(reversed(entries))
+            self.put_back(entries)
 
     def check_end(self) -> None:
         if not self.running and not self._again and self._cursor >= len(self._plan):
@@ -114,6 +116,8 @@ class PrefetchHandle:
         """Account for it."""
         self.running.remove(transfer)
         self.fetched_count += transfer.landed_count
+        if transfer.landed_count:
+            self.last_error = None
 
     def next_window(
         self, handle_count: int, wanted: Callable[[FetchDevice, int], tuple[object, int, int] | None]
@@ -155,6 +159,10 @@ class PrefetchHandle:
                 self.skipped_count += 1
             self._advance()
         return window, not window
+
+    def put_back(self, window: list[Entry]) -> None:
+        """What next_window() gave and was not started: the next one begins with it."""
+        self._again.extendleft(reversed(window))
 
     def _peek(self) -> Entry | None:
         if self._again:

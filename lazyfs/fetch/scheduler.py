@@ -169,9 +169,10 @@ class Scheduler:
         if self.running[Priority.COPY] >= self.bounds.copy_streams or not self.copies.handles:
             return False
         now = trio.current_time()
-        ready, later = self.copies.ready(now)
+        ready, _ = self.copies.ready(now)
         if self._start_next_window(ready, self.copies.handles, now):
             return True
+        _, later = self.copies.ready(now)    # now: one may have paused itself
         if later < self._copies_wake_at or self._copies_wake_at <= now:
             self._copies_wake_at = later
             if later < math.inf:

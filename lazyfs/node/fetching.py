@@ -25,6 +25,7 @@ from lazyfs.cache.store import CacheDir
 from lazyfs.errors import BusyError, CacheError, LazyfsError, NotFoundError, SourceError
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.engine import CopyTerms, Fetcher
+from lazyfs.fs.isolate import error_to
 from lazyfs.node.copyplan import Share, missing_bytes
 from lazyfs.node.copyrun import CopyRun
 from lazyfs.node.housekeeping import Housekeeper, Request, mounts_of
@@ -52,6 +53,7 @@ class Fetch:
     One image that was asked for.
 
     :state: opening | fetching | complete | failed; `error`: why it failed; `since`: seconds since 1970.
+    :order: its target means nothing.
     """
 
     order: MountOrder
@@ -77,6 +79,7 @@ class Fetch:
         share = self.share if self.run is None or self.over else self.run.share
         return {"image": self.order.image, "bootstrap": f"sha256:{self.name}" if self.name else "",
                 "state": self.state, "reason": "" if self.error is None else str(self.error), "since": self.since,
+                "error": None if self.error is None else error_to(self.error),
                 "present_bytes": share.present_bytes, "total_bytes": share.total_bytes,
                 "rate_bytes_s": 0 if self.run is None or self.over else round(self.run.rate_bytes_s)}
 

@@ -15,22 +15,22 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from lazyfs import config
 from lazyfs.cache.space import Disk
-from lazyfs.errors import LazyfsError
 from lazyfs.fetch.engine import CopyTerms
 from lazyfs.limits import MIB
 from lazyfs.node.copyplan import Share
 from lazyfs.node.copyrun import SAVING, CopyRun
+from lazyfs.node.housekeeping import configured_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lazyfs.cache.space import Space
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.engine import Fetcher
@@ -98,14 +98,11 @@ class FullCopies:
     async def run(self, configured: config.Cache | None = None) -> None:
         """Copy what is to be copied, for ever. `configured`: None reads it."""
         if configured is None:
-            configured = await trio.to_thread.run_sync(_configured)
+            configured = await trio.to_thread.run_sync(configured_cache)
         self._settings = configured
         async with trio.open_nursery() as nursery:
             while True:
-                try:
-                    await self._tick(nursery)
-                except (LazyfsError, OSError) as error:    # a disk that does not even say how large it is
-                    _log.warning("copies in the background: %s", error)
+                self._tick(nursery)
                 await trio.sleep(TICK_S)
 
     def describe(self, mounted: MountedImage) -> dict[str, Any]:
@@ -129,16 +126,16 @@ class FullCopies:
 
     # --- one look -------------------------------------------------------------------------------------------------
 
-    async def _tick(self, nursery: trio.Nursery) -> None:
+    def _tick(self, nursery: trio.Nursery) -> None:
         images = {_name(mounted): mounted for mounted in self._mounts() if mounted.devices}
         for name in set(self._known) - set(images):
             del self._known[name]
         for name, mounted in images.items():
             self._look(self._known.setdefault(name, Progress()), mounted)
         self._look_at_reads()
-        await self._go_on()
+        self._go_on()
         if self._run is None:
-            await self._begin(nursery, images)
+            self._begin(nursery, images)
 
     def _look(self, progress: Progress, mounted: MountedImage) -> None:
         """Whether it is to be copied, and since when."""
@@ -169,7 +166,7 @@ class FullCopies:
         if count != self._read_count:
             self._read_count, self._read_at = count, time.monotonic()
 
-    async def _go_on(self) -> None:
+    def _go_on(self) -> None:
         """The one that is under way: hold it, let it go, or stop it."""
         run = self._run
         if run is None or self._of is None:
@@ -179,20 +176,20 @@ class FullCopies:
             run.handle.cancel()
             return
         run.hold(READS, held=policy == "idle" and time.monotonic() - self._read_at < IDLE_QUIET_S)
-        room = await trio.to_thread.run_sync(has_room, self._cache)
-        if run.ended:
-            return
-        self.statistics.held_for_room += not room and ROOM not in run.holds
-        run.hold(ROOM, held=not room)
         holds = run.holds - {SAVING}
+        if run.handle.lacks_room:
+            holds.add(ROOM)
+            self.statistics.held_for_room += progress.reason != ROOM
         if holds:
             progress.become("paused", ", ".join(sorted(holds)))
+        elif run.handle.last_error is not None:
+            progress.become("paused", str(run.handle.last_error))
         elif run.handle.making_way:
             progress.become("paused", READS)
         else:
             progress.become("copying")
 
-    async def _begin(self, nursery: trio.Nursery, images: dict[str, MountedImage]) -> None:
+    def _begin(self, nursery: trio.Nursery, images: dict[str, MountedImage]) -> None:
         now = time.monotonic()
         due = [mounted for name, mounted in images.items()
                if self._known[name].state in {"waiting", "failed", "paused"}
@@ -205,15 +202,9 @@ class FullCopies:
                 self._known[_name(mounted)].become("waiting", "another image is copied first")
         mounted = due[0]
         progress = self._known[_name(mounted)]
-        if not await trio.to_thread.run_sync(has_room, self._cache):
-            self.statistics.held_for_room += progress.reason != ROOM
-            progress.become("paused", ROOM)
-            return
-        if not mounted.devices:    # unmounted meanwhile
-            return
         idle = self._policy(mounted) == "idle"
         terms = CopyTerms(self._settings.full_copy_rate, IDLE_QUIET_S if idle else GENTLY.quiet_s,
-                          float("inf") if idle else GENTLY.patience_s)
+                          float("inf") if idle else GENTLY.patience_s, partial(has_room, self._cache))
         self._run, self._of = CopyRun(self._fetcher, _devices(mounted), terms), mounted
         mounted.copy = self._run.handle
         progress.become("copying")
@@ -250,18 +241,22 @@ class FullCopies:
         progress.become("failed", reason)
 
 
-def has_room(cache: CacheDir) -> bool:
-    """Whether a copy may store more without having others evicted. Blocking. Raises OSError."""
-    return _has_room(cache.space, Disk.of(cache.path))
+def has_room(cache: CacheDir, size_bytes: int) -> bool:
+    """
+    Whether a copy may store so many more bytes: nothing of others is evicted for it, and reads keep some room.
 
-
-def _has_room(space: Space, disk: Disk) -> bool:
-    limits = space.limits
+    It looks at the disk (statvfs: a microsecond). A disk that does not say how full it is has none.
+    """
+    limits, used_bytes = cache.space.limits, cache.space.used_bytes
     if limits.quota_bytes:
         spare = min(ROOM_BYTES, int(limits.quota_bytes * _ROOM_SHARE))
-        if space.used_bytes + spare > limits.quota_bytes:
+        if used_bytes + size_bytes + spare > limits.quota_bytes:
             return False
-    return disk.free_bytes - ROOM_BYTES >= limits.floor.of(disk.size_bytes)
+    try:
+        disk = Disk.of(cache.path)
+    except OSError:
+        return False
+    return disk.free_bytes - size_bytes - ROOM_BYTES >= limits.floor.of(disk.size_bytes)
 
 
 def _name(mounted: MountedImage) -> str:
@@ -270,12 +265,3 @@ def _name(mounted: MountedImage) -> str:
 
 def _devices(mounted: MountedImage) -> list[FetchDevice]:
     return [one.device for one in mounted.devices]
-
-
-def _configured() -> config.Cache:
-    """A configuration that cannot be read is no reason not to serve: defaults then."""
-    try:
-        return config.load().cache
-    except LazyfsError as error:
-        _log.error("full copies are as by default: %s", error)
-        return config.Cache()

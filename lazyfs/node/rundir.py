@@ -69,6 +69,7 @@ class MountRecord:
         device_indexes: of dev/<index>, in the image's order; -1: the kernel reads the cache's own file.
         detached: gone from its target, still in use.
         order: node.order.MountOrder as JSON; it may hold a password, and the file is for root only.
+        was_read: somebody has read from it.
 
     """
 
@@ -88,6 +89,7 @@ class MountRecord:
     bdi_names: list[str] = field(default_factory=list)
     detached: bool = False
     order: dict[str, Any] = field(default_factory=dict, repr=False)
+    was_read: bool = False
 
     @property
     def worker(self) -> ProcessIdentity:
