@@ -75,6 +75,14 @@ def ext4(path: Path, size: int) -> Path:
     return path
 
 
+def xfs(path: Path) -> Path:
+    """300 MB, sparse: mkfs.xfs makes nothing smaller."""
+    with path.open("wb") as file:
+        file.truncate(300 << 20)
+    run("mkfs.xfs", "-q", "-f", "-K", path)
+    return path
+
+
 def wait_detached(image: Path) -> None:
     """A mount namespace that another process made meanwhile has a copy of the mount: the disk is still in use."""
     for _ in range(300):
@@ -85,7 +93,7 @@ def wait_detached(image: Path) -> None:
 
 
 def cut_power(disk: Path) -> None:
-    """Shut the ext4 on `disk` down without flushing its log, as xfstests do."""
+    """Shut the ext4 or XFS on `disk` down without flushing its log, as xfstests do: both know this number."""
     fd = os.open(disk, os.O_RDONLY)
     fcntl.ioctl(fd, SHUTDOWN, NO_LOG_FLUSH)
     os.close(fd)
@@ -120,5 +128,31 @@ class CuttingOs:
                 raise PowerCutError
             self.calls_left -= 1
             return function(*arguments)
+
+        return call
+
+
+class FailingOs:
+    """As CuttingOs, but the Nth call fails with errno `number`: that one, or (`lasting`) all from then on."""
+
+    CALLS = (*CuttingOs.CALLS, "pread", "preadv", "fstat", "utime")
+
+    def __init__(self, calls_left: int, number: int, *, lasting: bool = False) -> None:
+        self.calls_left = calls_left
+        self.number = number
+        self.lasting = lasting
+        self.failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        if name not in self.CALLS:
+            return function
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls_left -= 1
+            if self.calls_left == -1 or (self.lasting and self.calls_left < 0):
+                self.failed = True
+                raise OSError(self.number, os.strerror(self.number))
+            return function(*arguments, **options)
 
         return call
