@@ -14,7 +14,7 @@ class FetchLimits:
     How much the engine does at once.
 
     Memory: a transfer holds at most one stored and one decoded chunk, whatever its size, so the threads together
-    hold `2 * thread_count * CHUNK_SIZE_MAX_BYTES` at most: asserted below to fit `IN_FLIGHT_BYTES_MAX`.
+    hold `2 * thread_count * CHUNK_SIZE_MAX_BYTES` at most: asserted below to fit into `IN_FLIGHT_BYTES_MAX`.
     """
 
     foreground_per_source: int = 8     # of one image
@@ -39,8 +39,13 @@ class FetchLimits:
         return self.foreground_total + self.prefetch_streams + self.background_streams + self.copy_streams
 
 
-IN_FLIGHT_BYTES_MAX = 64 * MIB
-SPILL_BYTES_MAX = 16 * MIB       # chunks that could not be stored, kept for the neighbouring reads of 128 KiB
+IN_FLIGHT_BYTES_MAX = 64 * MIB   # the worker's budget: transfers, spilled chunks and held ones, whoever reads
+SPILL_BYTES_MAX = 8 * MIB        # chunks that could not be stored, kept for the neighbouring reads of 128 KiB
+# A transfer ends early after so much that was not stored, and for a while no other has more than one chunk: else each
+# would hold all of its run.
+UNSTORED_BYTES_MAX = limits.CHUNK_SIZE_MAX_BYTES
+UNSTORED_S = 2.0
+HELD_BYTES_MAX = 8 * MIB         # the same, held by reads of several chunks until all are there (fetch.budget)
 # A source that asks for a longer pause is asked again all the same: reads that wait meanwhile get their try.
 RETRY_AFTER_MAX_S = limits.READ_DEADLINE_S / 2
 ERROR_MEMORY_S = 2.0             # the kernel repeats a failed read at once, page by page (reference: faults.md §2)
@@ -81,6 +86,7 @@ READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between 
 VERIFY_DEADLINE_SHARE = 0.25     # of a read's time, for the disk to give a chunk that the read takes a sample of
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)
 
-assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES + SPILL_BYTES_MAX <= IN_FLIGHT_BYTES_MAX
+assert FetchLimits().thread_count * 2 * limits.CHUNK_SIZE_MAX_BYTES <= (
+    IN_FLIGHT_BYTES_MAX - SPILL_BYTES_MAX - HELD_BYTES_MAX)
 assert FetchLimits().copy_streams * COPY_WINDOW_BYTES <= 8 * MIB    # the promise above
 assert FetchLimits().merge_bytes_max <= FetchLimits().window_bytes_max <= limits.RANGE_REQUEST_BYTES_MAX

@@ -7,6 +7,7 @@ calls: lazyfs.fs (read), lazyfs.node (prefetch, statistics). Concurrency, state 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import trio
 
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError
+from lazyfs.fetch.budget import Budget, NoRoomError
 from lazyfs.fetch.constants import (
     CLOSE_GRACE_S,
     ERROR_MEMORY_S,
+    HELD_BYTES_MAX,
     READ_ROUND_COUNT_MAX,
     VERIFY_DEADLINE_SHARE,
     FetchLimits,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
+    from lazyfs.fetch.budget import Reservation
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.flight import Flight
     from lazyfs.fetch.hotview import HotDevice, Part
@@ -48,6 +52,7 @@ class Fetcher:
 
     def __init__(self, bounds: FetchLimits | None = None) -> None:
         self._bounds = bounds or FetchLimits()
+        self._budget = Budget(HELD_BYTES_MAX)
         self._manager: AbstractAsyncContextManager[trio.Nursery] = trio.open_nursery()
 
     async def __aenter__(self) -> Self:
@@ -174,13 +179,15 @@ class Fetcher:
             return None
         try:
             now = time.monotonic()
-            memory = await self._arrive(hot.device, missing, now + (deadline - now) * HOT_DEADLINE_SHARE)
+            with self._reserve(hot.device, missing) as room:
+                memory = await self._arrive(hot.device, missing, now + (deadline - now) * HOT_DEADLINE_SHARE, room)
             pieces = [_assemble(one, start, length, memory if one is hot.device else {})
                       for one, start, length in parts]
         except BugError:
             raise
-        except LazyfsError as error:
-            hot.failed(error)
+        except (NoRoomError, LazyfsError) as error:
+            if isinstance(error, LazyfsError):
+                hot.failed(error)
             return None
         finally:
             device.cached.release()
@@ -229,17 +236,37 @@ class Fetcher:
         self, device: FetchDevice, offset: int, size: int, deadline: float
     ) -> bytes | memoryview | None:
         first, last = offset >> device.shift, (offset + size - 1) >> device.shift
-        memory = await self._arrive(device, device.cached.missing(first, last), deadline)
-        data = device.cached.read_if_present(offset, size)
-        return _assemble(device, offset, size, memory) if data is None else data
+        missing = device.cached.missing(first, last)
+        with self._reserve(device, missing) as room:
+            memory: Memory | None = None
+            with contextlib.suppress(NoRoomError):    # over when we wait: its traceback holds the chunks
+                memory = await self._arrive(device, missing, deadline, room)
+            if memory is None:
+                await room.wait(deadline)
+                memory = await self._arrive(device, missing, deadline, room)
+            data = device.cached.read_if_present(offset, size)
+            return _assemble(device, offset, size, memory) if data is None else data
 
-    async def _arrive(self, device: FetchDevice, missing: list[int], deadline: float) -> Memory:
-        """Until these chunks are there; returns those that could not be stored."""
+    def _reserve(self, device: FetchDevice, missing: list[int]) -> Reservation:
+        """Room for chunks that may have to be held, if they are several: one is given away as soon as it is here."""
+        return self._budget.reserve(len(missing) * device.table.chunk_size if len(missing) > 1 else 0)
+
+    async def _arrive(
+        self, device: FetchDevice, missing: list[int], deadline: float, room: Reservation
+    ) -> Memory:
+        """
+        Until these chunks are there; returns those that could not be stored.
+
+        Raises:
+            NoRoomError: there are such, and `room` is not to be had now.
+
+        """
         memory: Memory = {}
         flights: list[Flight] = []
         for index in missing:
             spilled = self._scheduler.spill.get(device.cached, index)
             if spilled is not None:
+                room.take()
                 memory[index] = spilled
                 continue
             error = device.remembered_error(index)
@@ -258,6 +285,7 @@ class Fetcher:
                 if flight.error is not None:
                     flights.extend(self._instead(device, flight, deadline))
                 elif flight.data is not None:
+                    room.take()
                     memory[flight.index] = flight.data
         finally:
             for flight in flights:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.constants import FetchLimits
     from lazyfs.fetch.flight import Flight
     from lazyfs.fetch.sources import SourceState
+    from lazyfs.fetch.transfer import Transfer
     from lazyfs.registry.place import ImageSource
 
 
@@ -118,6 +119,19 @@ class Lanes:
     def admits(self, source: ImageSource, now: float) -> bool:
         """Whether something may be asked of a source now."""
         return self.sources.of(source).admits(now)
+
+    def judge(self, transfer: Transfer, now: float) -> float | None:
+        """What a transfer tells of its source. Returns when that is to be tried, if it is down now: trio's clock."""
+        state = self.sources.of(transfer.source)
+        bad = next((flight.bad for flight in transfer.flights if flight.bad is not None), None)
+        error = transfer.error or bad
+        if transfer.cancelled:
+            state.abandoned()
+        elif transfer.landed_count or error is None:
+            state.succeeded()
+        else:
+            return state.failed(error, now)
+        return None
 
     def next_foreground(self, running_count: int, now: float) -> Lane | None:
         """

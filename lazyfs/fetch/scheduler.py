@@ -20,7 +20,7 @@ from lazyfs import limits, requestid
 from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
 from lazyfs.fetch.brake import Brake, Traffic
-from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, FetchLimits
+from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, UNSTORED_S, FetchLimits
 from lazyfs.fetch.copying import Copies
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lanes import Lanes
@@ -62,6 +62,7 @@ class Scheduler:
         self.running = dict.fromkeys(Priority, 0)
         self.copies = Copies()
         self._copies_wake_at = math.inf    # trio's clock
+        self._unstored_at = -math.inf      # the same; when a chunk had no room in the cache
         self._reads = Traffic()
         self.brake = Brake(self._reads, bounds.prefetch_rate)    # of all prefetch windows together
         self._ahead_brake = Brake(self._reads)                   # of read-ahead
@@ -137,7 +138,8 @@ class Scheduler:
         lane = self.lanes.next_foreground(self.running[Priority.FOREGROUND], now)
         if lane is None:
             return False
-        flights = self._alive(lane.foreground.pop_run(self.bounds.merge_bytes_max))
+        single = self._unstored_at + UNSTORED_S > now    # what is not stored is held in memory
+        flights = self._alive(lane.foreground.pop_run(1 if single else self.bounds.merge_bytes_max))
         if flights:
             transfer = Transfer(flights, Priority.FOREGROUND, self._bulk_brake if lane.is_bulk(now) else None)
             lane.share.add(transfer.size, now)
@@ -266,7 +268,9 @@ class Scheduler:
             if transfer.brake is None:
                 self._first_reads.end()
         self.statistics.count(transfer)
-        self._judge(transfer)
+        probe_at = self.lanes.judge(transfer, trio.current_time())
+        if probe_at is not None and not self._closed:
+            self._nursery.start_soon(self._later, probe_at, [])
         again: list[Flight] = []
         for flight in transfer.flights:
             if flight.done and flight.error is None:
@@ -287,29 +291,18 @@ class Scheduler:
         self.lanes.sweep(trio.current_time())
         self.dispatch()
 
-    def _judge(self, transfer: Transfer) -> None:
-        """What the transfer tells of its source."""
-        state = self.lanes.sources.of(transfer.source)
-        bad = next((flight.bad for flight in transfer.flights if flight.bad is not None), None)
-        error = transfer.error or bad
-        if transfer.cancelled:
-            state.abandoned()
-        elif transfer.landed_count or error is None:
-            state.succeeded()
-        else:
-            probe_at = state.failed(error, trio.current_time())
-            if probe_at is not None and not self._closed:
-                self._nursery.start_soon(self._later, probe_at, [])
-
     def _land(self, flight: Flight) -> None:
         self._remove(flight)
         if flight.data is not None:
             self.statistics.not_stored += 1
+            self._unstored_at = trio.current_time()
             self.spill.put(flight.device.cached, flight.index, flight.data)
         flight.wake()
 
     def _not_landed(self, flight: Flight, transfer: Transfer) -> list[Flight]:
         """The flight, if it is to be tried again; else it has failed."""
+        if transfer.cut_short and flight.bad is None:
+            return [flight]
         if flight.bad is not None:
             error, flight.bad = flight.bad, None
             flight.bad_count += 1
@@ -332,12 +325,15 @@ class Scheduler:
 
     def _give_back(self, handle: PrefetchHandle, transfer: Transfer, again: list[Flight]) -> list[Flight]:
         """Of a failed window, those that nobody waits for go back into the plan; returns the others."""
-        if transfer.error is None:
+        if transfer.error is None and not transfer.cut_short:
             handle.failure_count = 0
             return again
         unwanted = [flight for flight in again if not flight.waiters]
         for flight in unwanted:
             self._remove(flight)
+        if transfer.error is None:
+            handle.cancel()    # there is no room for what is fetched ahead
+            return [flight for flight in again if flight.waiters]
         if transfer.landed_count:
             handle.failure_count = 0
         down = self.lanes.sources.of(transfer.source).down

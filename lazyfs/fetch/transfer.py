@@ -24,6 +24,7 @@ from lazyfs.fetch.constants import (
     PREFETCH_OVERLAP_BYTES,
     PREFETCH_OVERLAP_FACTOR,
     RATE_BYTES_MIN,
+    UNSTORED_BYTES_MAX,
 )
 from lazyfs.image.codec import Codec, decompress
 from lazyfs.image.digest import chunk_digest
@@ -53,6 +54,7 @@ class Transfer:
     """
     :flights: neighbours in one blob of one source, in its order.
     :received_bytes, remaining_bytes: stored bytes; written by the thread.
+    :cut_short: it ended before its last flights, for the cache did not store: they are to be fetched again.
     :cancelled: set by the loop; the thread gives up at the next piece, and by itself when nobody wants it any more.
     :brake: what makes it wait for others; None: it goes first.
     :seconds_max: of a probe of a source that is down; None: no other bound than its flights' deadlines.
@@ -80,6 +82,8 @@ class Transfer:
         self.request = next((flight.request for flight in flights if flight.request), "")
         self._answered_at = 0.0      # time.monotonic()
         self._held_s = 0.0           # by the brake, since then
+        self.cut_short = False
+        self._unstored_bytes = 0     # of chunks that it has in memory
         self._unpaid_bytes = 0       # received, and the brake not told
 
     def is_nearly_done(self) -> bool:
@@ -183,12 +187,20 @@ class Transfer:
                 if flight.done:
                     if flight.event is not None:
                         wake(flight.wake)
+                    if self._holds_too_much(flight):
+                        break
                 elif flight.bad is not None and distrust(stream, flight.bad):
                     # a mirror's fault, and it is not asked again: the source itself is not in doubt
                     detour = SourceError(f"{flight.bad}: a mirror gave it; another is asked")
                     flight.bad = None
         if detour is not None:
             raise detour
+
+    def _holds_too_much(self, flight: Flight) -> bool:
+        """After a chunk: whether the rest is to come later, because what has come was not stored."""
+        self._unstored_bytes += len(flight.data or b"")
+        self.cut_short = self._unstored_bytes >= UNSTORED_BYTES_MAX and flight is not self.flights[-1]
+        return self.cut_short
 
     def _fill(self, view: memoryview, stream: ByteStream) -> None:
         done = 0

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Less than this in a window (twice the I/O timeout: a minute) is no progress: 1 KiB/s, slower than any modem.
 PROGRESS_BYTES = 64 * KIB
+RANGE_WINDOW_S, RANGE_BYTES_MIN = 5.0, 10 * KIB   # 2 KiB/s: a chunk of 1 MiB would take eight times a read's deadline
 
 
 class _Stream:
@@ -53,35 +54,50 @@ class _Stream:
 
 
 class RangeStream(_Stream):
-    """Exactly `size` bytes out of one answer, whose deadline was set when it was asked for."""
+    """
+    Exactly `size` bytes out of one answer, whose deadline was set when it was asked for.
 
-    __slots__ = ("_left", "_response", "_size")
+    Who drips is left before that: less than RANGE_BYTES_MIN in RANGE_WINDOW_S of waiting is no way to get a chunk in
+    time, and another server, or connection, may be better. A caller that is slow itself is not the server's fault.
+    """
+
+    __slots__ = ("_left", "_response", "_size", "_waited_s", "_window_bytes")
 
     def __init__(self, response: HttpResponse, size: int) -> None:
         self._response = response
         self._size = self._left = size
+        self._waited_s = 0.0
+        self._window_bytes = 0
 
     def read(self, size: int) -> bytes:
         left = self._left
         if left == 0:
             return b""
+        began = time.monotonic()
         data = self._response.read(min(left, size))
-        self._count(len(data))
+        self._count(len(data), began)
         return data
 
     def readinto(self, view: memoryview) -> int:
         left = self._left
         if left == 0:
             return 0
+        began = time.monotonic()
         count = self._response.readinto(view[:left])
-        self._count(count)
+        self._count(count, began)
         return count
 
-    def _count(self, came: int) -> None:
-        """Note that so many bytes came. Raises SourceError: the body is not as long as it should be."""
+    def _count(self, came: int, began: float) -> None:
+        """Note that so many bytes came. Raises SourceError: the body is not as long as it should be, or drips."""
         if not came:
             raise self._wrong(f"the body ended after {self._size - self._left} of {self._size} bytes")
         self._left -= came
+        self._window_bytes += came
+        self._waited_s += time.monotonic() - began
+        if self._waited_s >= RANGE_WINDOW_S:
+            if self._left and self._window_bytes < RANGE_BYTES_MIN:
+                raise self._wrong(f"only {self._window_bytes} bytes in {self._waited_s:.0f} s")
+            self._waited_s, self._window_bytes = 0.0, 0
         if self._left == 0:
             # A chunked body is only right once its end was seen; one with a length was compared beforehand.
             if self._response.length is None and self._response.read(1):

@@ -9,6 +9,7 @@ a core); its connections are those of dial.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import socket
 import ssl
@@ -20,7 +21,7 @@ import urllib3
 import urllib3.exceptions as u3
 
 from lazyfs import requestid
-from lazyfs.errors import DeadlineError, FormatError, LazyfsError, SourceError
+from lazyfs.errors import DeadlineError, FormatError, LazyfsError, ResourceError, SourceError
 from lazyfs.limits import KIB
 from lazyfs.registry.addresses import Reach, origin_of, printable, reach_of
 from lazyfs.registry.dial import CURRENT, DeadlineResponse, check_reach, make_pool
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _DRAIN_BYTES = 64 * KIB  # an unread rest up to this is read off, so that the connection can be used again
 _ON_NODES = 'for what a node reads: ca_file or insecure in [registry.host."NAME"], or hosts.toml (docs/credentials.md)'
+# They pass: back-pressure, no failure of anybody. The last two are getaddrinfo's, when it has no descriptor or memory.
+_OUR_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_SYSTEM, socket.EAI_MEMORY}
 _FAILURES = (u3.HTTPError, OSError, http.client.HTTPException, ValueError)
 
 
@@ -264,6 +267,9 @@ def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsEr
     origin = origin_of(url)
     host = f"{origin.host}:{origin.port}"
     root = _root(error)
+    if isinstance(root, OSError) and root.errno in _OUR_LIMITS:
+        return ResourceError(f"{where}: this process cannot open another connection: {root.strerror}",
+                             hint="raise the limit of open files (LimitNOFILE=) or of memory")
     if isinstance(root, socket.gaierror):
         # Only "try again" is worth trying again; a wrong name stays wrong.
         return SourceError(f"cannot find the host {origin.host}: {root.strerror}", hint="check the name",
@@ -274,9 +280,10 @@ def explain(error: Exception, where: str, url: str, deadline: float) -> LazyfsEr
         return SourceError(f"{where}: {host} sent nothing for too long", hint="is the registry reachable and healthy?")
     if isinstance(root, ssl.SSLError) and not isinstance(root, ssl.SSLEOFError):
         return _explain_tls(root, host)
-    if isinstance(error, u3.NewConnectionError):
-        return SourceError(f"cannot connect to {host}: {_cause(root)}", hint="is the registry running and reachable?")
-    return SourceError(f"{where}: the connection to {host} broke: {_cause(root)}")
+    refused = isinstance(error, u3.NewConnectionError)
+    return SourceError(f"cannot connect to {host}: {_cause(root)}" if refused else
+                       f"{where}: the connection to {host} broke: {_cause(root)}",
+                       hint="is the registry running and reachable?" if refused else "")
 
 
 def _explain_tls(root: ssl.SSLError, host: str) -> SourceError:
