@@ -54,6 +54,13 @@ class IntegrityError(LazyfsError):
     exit_code = 12
 
 
+class SignatureError(LazyfsError):
+    """Nobody whom this node trusts has signed the image (docs/signatures.md)."""
+
+    exit_code = 13
+    errno = errno.EACCES
+
+
 class SourceError(LazyfsError):
     """A registry or directory did not deliver. `transient`: trying again may help."""
 

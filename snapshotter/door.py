@@ -27,6 +27,7 @@ import time
 from typing import Any, Final, NoReturn
 
 from lazyfs.node import notify
+from lazyfs.node.callers import foreigner
 from snapshotter.relay import GREETING, PAIRS_MAX, Relay
 
 SERVER_SOCKET: Final = "server.sock"
@@ -153,6 +154,10 @@ class Door:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):   # it has gone already
             client, _ = self._listener.accept()
+            if who := foreigner(client):
+                _say(f"connection refused: {who}")
+                client.close()
+                return
             client.setblocking(False)
             if not self._ready or not self._pass_on(client, b"", greeted=False):
                 self._wait_with(client, b"", greeted=False)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from snapshotter.lazyhook import LazyLayer
 
 LABEL_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+LABEL_MANIFEST = "containerd.io/snapshot/cri.manifest-digest"
 LABEL_FULL_COPY = "containerd.io/snapshot/lazyfs.full-copy"   # off, on, idle: an annotation of the bootstrap layer
 _log = logging.getLogger("lazyfs.snapshotter")
 
@@ -188,7 +189,8 @@ class LazyImages:
         order = MountOrder(
             image, str(target), self._settings.driver, prefetch=self._settings.prefetch,
             read_timeout_s=self._settings.read_timeout_s, layer=(record.digest, 0, 0),
-            bootstrap_dir=str(bootstrap.fs_dir), by_node=True, full_copy=_full_copy(bootstrap))
+            bootstrap_dir=str(bootstrap.fs_dir), by_node=True, full_copy=_full_copy(bootstrap),
+            manifest=bootstrap.labels.get(LABEL_MANIFEST, ""))
         keeper = self._daemon.keeper()   # before: if it is another one afterwards, nothing is confirmed
         try:
             self._daemon.mount(order)

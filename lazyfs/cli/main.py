@@ -47,6 +47,8 @@ COMMANDS = {
     "doctor": ("lazyfs.cli.doctor:doctor_command", "Look at everything a node needs, and say what to do."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
     "profile": ("lazyfs.cli.profile:profile_command", "Show, merge, compare and check prefetch lists."),
+    "sign": ("lazyfs.cli.sign:sign_command", "Sign an image, as cosign does."),
+    "verify": ("lazyfs.cli.sign:verify_command", "Say whether an image is signed by one of some keys."),
     "check": ("lazyfs.cli.check:check_command", "Verify a lazy image, also against its source image."),
 }
 

@@ -20,8 +20,11 @@ from lazyfs.config.table import (
     Registry,
     RegistryHost,
     Snapshotter,
+    Verify,
+    VerifyRule,
     all_keys,
 )
 
 __all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Profile", "Registry",
-           "RegistryHost", "Snapshotter", "all_keys", "check", "from_plain", "load", "split_address", "to_plain"]
+           "RegistryHost", "Snapshotter", "Verify", "VerifyRule", "all_keys", "check", "from_plain", "load",
+           "split_address", "to_plain"]

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.config.kinds import Amount
-from lazyfs.config.table import SECTIONS, Config, Key, RegistryHost, keys_of
+from lazyfs.config.table import SECTIONS, Config, Key, RegistryHost, VerifyRule, keys_of
 
 BEGIN, END = "<!-- generated: python -m lazyfs.config.document -->", "<!-- end of generated -->"
 HOST_SECTION = 'registry.host."NAME"'
+RULE_SECTION = 'verify.rule."NAME"'
+_NAMED: dict[str, type[Any]] = {HOST_SECTION: RegistryHost, RULE_SECTION: VerifyRule}
 _WIDTH = 100
 
 
@@ -35,7 +37,8 @@ def sample() -> str:
     lines = ["# /etc/lazyfs/config.toml: every key, at its default. LAZYFS_<SECTION>_<KEY> overrides the file.", ""]
     for section, table in SECTIONS.items():
         lines += [f"[{section}]", *_sample_keys(section, table)]
-    lines += [f"# [{HOST_SECTION}]", *_sample_keys(HOST_SECTION, RegistryHost)]
+    for section, table in _NAMED.items():
+        lines += [f"# [{section}]", *_sample_keys(section, table)]
     return "\n".join(lines)
 
 
@@ -53,11 +56,15 @@ def effective(config: Config) -> str:
         lines.append(f"[registry.host.{json.dumps(host)}]   # {config.file}")
         lines += [f"{key.name} = {as_toml(getattr(entry, key.name))}" for key in keys_of(HOST_SECTION, RegistryHost)]
         lines.append("")
+    for name, rule in config.verify.rule.items():
+        lines.append(f"[verify.rule.{json.dumps(name)}]   # {config.file}")
+        lines += [f"{key.name} = {as_toml(getattr(rule, key.name))}" for key in keys_of(RULE_SECTION, VerifyRule)]
+        lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def effective_json(config: Config) -> dict[str, Any]:
-    """The same for programs: {"file": ..., "keys": {path: {"value", "default", "origin", "unit"}}, "hosts": {...}}."""
+    """The same for programs: {"file": ..., "keys": {path: {"value", "default", "origin", "unit"}}, "hosts", "rules"}"""
     keys = {
         key.path: {"value": _plain(config.value(key)), "default": _plain(key.default),
                    "origin": config.origins.get(key.path, "default"), "unit": key.unit}
@@ -65,13 +72,15 @@ def effective_json(config: Config) -> dict[str, Any]:
     }
     hosts = {host: {key.name: getattr(entry, key.name) for key in keys_of(HOST_SECTION, RegistryHost)}
              for host, entry in config.registry.host.items()}
-    return {"file": config.file, "keys": keys, "hosts": hosts}
+    rules = {name: {key.name: _plain(getattr(rule, key.name)) for key in keys_of(RULE_SECTION, VerifyRule)}
+             for name, rule in config.verify.rule.items()}
+    return {"file": config.file, "keys": keys, "hosts": hosts, "rules": rules}
 
 
 def tables() -> str:
     """The generated part of docs/configuration.md."""
     parts = []
-    for section, table in {**SECTIONS, HOST_SECTION: RegistryHost}.items():
+    for section, table in {**SECTIONS, **_NAMED}.items():
         parts.append(f"### [{section}]\n\n| key | default | is | description |\n|---|---|---|---|")
         parts += [_row(key) for key in keys_of(section, table)]
         parts.append("")
@@ -104,6 +113,8 @@ def _sample_keys(section: str, table: type[Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Amount) else value
 
 

@@ -75,6 +75,24 @@ class AbsolutePath(Kind):
         raise ValueError(value)
 
 
+class Paths(Kind):
+    """Paths from the root: a list, in the environment with a colon between them. The value is a tuple."""
+
+    _COUNT_MAX = 64
+
+    @property
+    def expected(self) -> str:
+        return "a list of absolute paths"
+
+    def accept(self, value: object) -> object:
+        if not isinstance(value, list | tuple) or len(value) > self._COUNT_MAX:
+            raise ValueError(value)
+        return tuple(AbsolutePath().accept(one) for one in value)
+
+    def from_text(self, text: str) -> object:
+        return self.accept([one for one in text.split(":") if one])
+
+
 class Choice(Kind):
     """One of some words."""
 

@@ -6,12 +6,13 @@ Layer: config. Who calls: the command line, the processes of the node, through l
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazyfs.config.kinds import Amount
-from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, Key, RegistryHost, all_keys, keys_of
+from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, Key, RegistryHost, Verify, VerifyRule, all_keys, keys_of
 from lazyfs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
 _PROBLEM_COUNT_MAX = 50
 _HOST_COUNT_MAX = 100            # the configuration travels to the worker as one argument: 128 KiB (execve(2))
 _HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?"
+_REPOSITORY = rf"({_HOST})(/[a-z0-9._/\-]{{1,255}})?"
 # What kubelet puts into pods for a Service that happens to be called lazyfs-daemon, lazyfs-cache ...
 _OF_SERVICES = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 _SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
@@ -79,6 +81,7 @@ def to_plain(config: Config) -> dict[str, Any]:
     names = [key.name for key in keys_of("registry.host", RegistryHost)]
     plain["registry"]["host"] = {host: {name: getattr(entry, name) for name in names}
                                  for host, entry in config.registry.host.items()}
+    plain["verify"]["rule"] = {name: dataclasses.asdict(rule) for name, rule in config.verify.rule.items()}
     return plain
 
 
@@ -133,9 +136,12 @@ class _Sections:
             else:
                 known = {key.name: key for key in keys_of(section, SECTIONS[section])}
                 hosts = content.pop("host", None) if section == "registry" else None
+                rules = content.pop("rule", None) if section == "verify" else None
                 found[section] = self._table(section, known, content)
                 if hosts is not None:
                     found[section]["host"] = self._hosts(hosts)
+                if rules is not None:
+                    found[section]["rule"] = self._rules(rules)
         return found, self._origins
 
     def _table(self, section: str, known: dict[str, Key], content: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +179,23 @@ class _Sections:
                 entry = RegistryHost(**self._table(section, known, content))
                 self._check_host(section, entry)
                 found[host] = entry
+        return found
+
+    def _rules(self, rules: object) -> dict[str, VerifyRule]:
+        found: dict[str, VerifyRule] = {}
+        if not isinstance(rules, dict) or len(rules) > _HOST_COUNT_MAX:
+            self._wrong("verify.rule", f"at most {_HOST_COUNT_MAX} tables by repository", rules)
+            return found
+        known = {key.name: key for key in keys_of("verify.rule", VerifyRule)}
+        for name, content in rules.items():
+            section = f'verify.rule."{name:.100}"'
+            if re.fullmatch(_REPOSITORY, name) is None:
+                hint = 'write it as in image references, in quotes: [verify.rule."registry.example/team"]'
+                self._problems.append(Problem(self._file, f"{section}: expected HOST or HOST/REPOSITORY", hint))
+            elif not isinstance(content, dict):
+                self._wrong(section, "a table", content)
+            else:
+                found[name] = VerifyRule(**self._table(section, known, content))
         return found
 
     def _check_host(self, section: str, entry: RegistryHost) -> None:
@@ -232,6 +255,12 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
                            ("key_file", "cert_file")):
         if getattr(profile, given) and not getattr(profile, missing):
             problems.append(Problem(where, f"profile.{given}: expected profile.{missing} beside it, found none"))
+    rules: dict[str, Verify | VerifyRule] = {"verify": config.verify}
+    rules |= {f'verify.rule."{name}"': rule for name, rule in config.verify.rule.items()}
+    for section, rule in rules.items():
+        if rule.policy != "off" and not rule.keys:
+            text = f"{section}: policy {rule.policy} expects keys beside it, found none"
+            problems.append(Problem(where, text, "name files of public keys, as cosign.pub; docs/signatures.md"))
     for one, other in ((daemon.cache_dir, config.snapshotter.root), (config.snapshotter.root, daemon.cache_dir)):
         if f"{one}/".startswith(f"{other}/"):
             text = (f"daemon.cache_dir and snapshotter.root: expected two directories beside each other, "

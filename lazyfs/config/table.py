@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazyfs import limits
-from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Size, Url
+from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Paths, Size, Url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -220,6 +220,30 @@ class Registry:
     host: Mapping[str, RegistryHost] = field(default_factory=dict)
 
 
+_POLICIES = Choice(("off", "warn", "enforce"))
+
+
+@dataclass(frozen=True)
+class VerifyRule:
+    """[verify.rule."NAME"]: for HOST/REPOSITORY and all repositories below it. Not set by the environment."""
+
+    policy: str = _key(_POLICIES, "enforce", "As above.")
+    keys: tuple[str, ...] = _key(Paths(), (), "As above; only these count.")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """[verify]. `rule`: by HOST, or HOST/REPOSITORY, as in image references."""
+
+    policy: str = _key(_POLICIES, "off",
+                       "Signatures of images (docs/signatures.md): not looked at; looked at, and missed in the log; or "
+                       "nothing is mounted without one.")
+    keys: tuple[str, ...] = _key(Paths(), (),
+                                 "Files of public keys (PEM, as cosign.pub): one of them must have signed.")
+    timeout_s: float = _key(Number(1, 120), 15.0, "So long the registry may take to say what is signed.", unit="s")
+    rule: Mapping[str, VerifyRule] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Config:
     """
@@ -237,6 +261,7 @@ class Config:
     profile: Profile = field(default_factory=Profile)
     log: Log = field(default_factory=Log)
     registry: Registry = field(default_factory=Registry)
+    verify: Verify = field(default_factory=Verify)
     file: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -247,6 +272,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "profile": Profile, "log": Log, "registry": Registry,
+    "verify": Verify,
 }
 
 
@@ -259,5 +285,5 @@ def keys_of(section: str, table: type[Any]) -> Iterator[Key]:
 
 
 def all_keys() -> list[Key]:
-    """Every key but those of [registry.host]."""
+    """Every key but those of [registry.host] and [verify.rule]."""
     return [key for section, table in SECTIONS.items() for key in keys_of(section, table)]

@@ -35,7 +35,7 @@ TOOL_KEY = "containerd.io/snapshot/lazyfs.tool"       # as in a lazy image's man
 ARTIFACT_LIST_BYTES_MAX = 8 * limits.MIB    # read before a start; a recorded one takes some hundred KiB
 REFERRER_COUNT_MAX = 4096                   # in all pages: signatures and reports of years
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"          # RFC 3339, in UTC
-_TAG = re.compile(r"sha256-[0-9a-f]{64}")
+_TAG = re.compile(r"sha256-[0-9a-f]{64}(\.(sig|att|sbom))?")   # also cosign's
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 

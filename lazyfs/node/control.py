@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import socket
-import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +20,7 @@ import trio
 from lazyfs.errors import LazyfsError, UsageError
 from lazyfs.fs.isolate import error_to
 from lazyfs.node import copying, protocol
+from lazyfs.node.callers import foreigner
 from lazyfs.node.housekeeping import Housekeeper, Request
 from lazyfs.node.order import MountOrder
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lazyfs.node.touches import Touches
 
 _log = logging.getLogger("lazyfs.node")
-_CREDENTIALS = struct.Struct("3i")   # struct ucred: pid, uid, gid (unix(7))
 _CONNECTION_COUNT_MAX = 64
 
 
@@ -57,10 +56,10 @@ class Controlled(Protocol):
     def touches(self) -> Touches: ...
 
     @property
-    def copying(self) -> copying.Copying: ...
+    def observer(self) -> Observer: ...
 
     @property
-    def observer(self) -> Observer: ...
+    def copying(self) -> copying.Copying: ...
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]: ...
 
@@ -92,13 +91,6 @@ def listen(path: Path) -> trio.SocketListener:
     return trio.SocketListener(server)
 
 
-def allowed(connection: trio.SocketStream) -> bool:
-    """Whether the peer is root or our own user."""
-    raw = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(raw)
-    return uid in {0, os.geteuid()}
-
-
 async def serve_connection(connection: trio.SocketStream, worker: Controlled, *, starter: bool = False) -> None:
     """
     Answer one connection's requests until it closes. Never raises an Exception.
@@ -113,8 +105,8 @@ async def serve_connection(connection: trio.SocketStream, worker: Controlled, *,
     fine: list[str] = []
     try:
         async with connection:
-            if not allowed(connection):
-                _log.warning("control connection of a foreign user refused")
+            if who := foreigner(connection.socket):
+                _log.warning("control connection refused: %s", who)
                 return
             await _serve_lines(connection, Asked(worker, attached, starter, fine))
     except (trio.BrokenResourceError, trio.ClosedResourceError):

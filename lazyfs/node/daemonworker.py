@@ -102,9 +102,11 @@ def _run(place: Place, mounter: socket.socket) -> int:
     from lazyfs.fs.mounter import MounterClient  # noqa: PLC0415
     from lazyfs.node import serving  # noqa: PLC0415
     from lazyfs.node.noderegistry import set_node_registry  # noqa: PLC0415
+    from lazyfs.node.verifying import set_node_verify  # noqa: PLC0415
 
     serving.import_registry_client()
     set_node_registry(place.config.registry)
+    set_node_verify(place.config.verify)
     gc.freeze()
     gc.enable()
     logs.setup(place.config.log, program="worker")

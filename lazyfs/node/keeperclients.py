@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
+from lazyfs.node.callers import foreigner
 from lazyfs.node.keeperstart import listen
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _REPLY_S = 1.0
 
 
 class Clients:
-    """See the module. For root only: the socket's mode says so. `root`: the run directory."""
+    """See the module. For root only: the socket's mode says so, and callers.foreigner(). `root`: the run directory."""
 
     def __init__(self, root: str) -> None:
         self._server = listen(root, "keeper.sock", _BACKLOG)
@@ -53,6 +55,10 @@ class Clients:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             client, _ = self._server.accept()
+            if who := foreigner(client):
+                print(f"lazyfs keeper: connection refused: {who}", file=sys.stderr, flush=True)
+                client.close()
+                return
             client.setblocking(False)
             self._silent[client.fileno()] = client
             if len(self._silent) > _CLIENT_COUNT_MAX:

@@ -41,6 +41,7 @@ class MountOrder:
         origin: likewise: where the registry was found (RegistryOptions.origin), "": not at all.
         bootstrap_dir: a directory of root's that holds the unpacked bootstrap layer (the snapshotter's), or None; with
             it, and `layer`, no registry is asked before data is read.
+        manifest: digest of its manifest, if it is known already: where to look for signatures; never believed.
         record: what is read is to be recorded: every read must reach the worker, and little but what was asked for.
 
     """
@@ -61,6 +62,7 @@ class MountOrder:
     bootstrap_dir: str | None = None
     record: bool = False
     by_node: bool = False
+    manifest: str = ""
     full_copy: str = ""
 
     def __post_init__(self) -> None:

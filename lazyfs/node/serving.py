@@ -35,6 +35,7 @@ from lazyfs.limits import MIB
 from lazyfs.node import control
 from lazyfs.node.prefetching import bounds_of
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
+from lazyfs.node.verifying import set_node_verify
 from lazyfs.node.worker import Worker
 
 if TYPE_CHECKING:
@@ -159,10 +160,12 @@ def _leave(directory: WorkerDir) -> None:
 def _settings() -> config.Daemon:
     """What a worker without a daemon is configured to do. Its starter has refused what is wrong; it may be by now."""
     try:
-        return config.load().daemon
+        found = config.load()
     except LazyfsError as error:
         _log.warning("the configuration is left aside: %s", error)
-        return config.Daemon()
+        found = config.Config(verify=config.Verify(policy="enforce"))   # what it said about signatures is not known
+    set_node_verify(found.verify)
+    return found.daemon
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ import trio
 from lazyfs import __version__
 from lazyfs.errors import BusyError, LazyfsError, TargetError
 from lazyfs.fs import drivers, mountapi
-from lazyfs.node import restore
+from lazyfs.node import restore, verifying
 from lazyfs.node.copying import Copying
 from lazyfs.node.handed import HandedCredentials
 from lazyfs.node.housekeeping import Housekeeper
@@ -80,9 +80,9 @@ class Worker:
         self.credentials = HandedCredentials(directory.handed)
         self.prefetching = Prefetching(fetcher, cache.path, lists=lists)
         self.touches = Touches(self._mounts.get)
+        self.observer = Observer(directory, cache, fetcher, served, self)
         self.copying = Copying(fetcher, cache, self.housekeeper, directory, mounts=self._mounts.values,
                                note=self._note_again, ended=self.finish_if_idle)
-        self.observer = Observer(directory, cache, fetcher, served, self)
         self.leaving: Callable[[MountedImage], None] = lambda _: None   # told of every mount that ends
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
@@ -103,6 +103,7 @@ class Worker:
 
         """
         driver = drivers.choose_driver(order.driver)
+        admitted = await verifying.admit(order, self._cache.path)
         if order.target in self._busy_targets:
             raise BusyError(f"{order.target} is being mounted or unmounted by another command")
         known = self._mounts.get(order.target)
@@ -116,7 +117,7 @@ class Worker:
             # both abandoned on cancel: they only read, and may wait for a file server, or a registry, that is down
             await trio.to_thread.run_sync(check_target, order.target, abandon_on_cancel=True)
             opened, erofs = await self.housekeeper.with_room(
-                open_tables, order, self._cache.path, abandon_on_cancel=True)
+                open_tables, admitted, self._cache.path, abandon_on_cancel=True)
             mounted = MountedImage(order, self._served.new_slot(), opened, driver)
             try:
                 await self._mounting.attach(mounted, erofs, self.prefetching.begin_hot)
