@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from lazyfs import stacks
 from lazyfs.fs.confine import hide_memory
 from lazyfs.node import notify
-from lazyfs.node.keeperchild import Child
+from lazyfs.node.keeperchild import Child, reap_orphans
 from lazyfs.node.keeperclients import Clients, reply
 from lazyfs.node.keeperstart import Kept, find_kept
 from lazyfs.node.keeperwatch import Connection, Watch
@@ -123,7 +123,7 @@ class Keeper:
                 self._ended(child)
         for client, request in self._clients.take(ready):
             self._serve(client, request)
-        self._reap_others()
+        reap_orphans({child.pid for child in (self._current, self._next, *self._dismissed) if child is not None})
         self._on_time()
 
     def _on_time(self) -> None:
@@ -163,7 +163,7 @@ class Keeper:
                 self._is_spare = True
                 current.kill(stacks.HARD_SIGNAL)   # where it hangs, if it does, in the log
         elif self._is_spare and now > self._spare_until:
-            self._dismiss_spare()
+            self._dismiss_next()
 
     def _give_up(self) -> None:
         """The last line of defence: no worker has served for so long that readers are to get errors."""
@@ -173,7 +173,12 @@ class Keeper:
         if self._current is not None:
             self._current.kill()     # the next one begins when it has ended
         else:
-            self._kept.renew_fuse()
+            self._renew_connection()
+
+    def _renew_connection(self) -> None:
+        self._kept.renew_fuse()
+        if self._next is not None:
+            self._dismiss_next()     # it was given the old one
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +199,7 @@ class Keeper:
         self._next = Child.start(self._worker_settings(), self._kept.fuse, self._kept.listener)
         self._is_spare = False
 
-    def _dismiss_spare(self) -> None:
+    def _dismiss_next(self) -> None:
         assert self._next is not None
         self._next.kill()
         self._dismissed.append(self._next)
@@ -259,10 +264,10 @@ class Keeper:
         self._retire_by = 0.0
         if self._kept.is_aborted or (self._failed >= _FAILED_COUNT_MAX and self._kept.begun):
             _say("its connection is given up: what is mounted now answers with errors, until it is mounted again")
-            self._kept.renew_fuse()
+            self._renew_connection()
             self._failed = 0
         elif not self._kept.begun:
-            self._kept.renew_fuse()
+            self._renew_connection()
         self._hand_over()
 
     def _delay(self, now: float) -> None:
@@ -282,15 +287,6 @@ class Keeper:
         if self._waiting:
             self._reply_upgrade({"result": self._status()})
             self._become_new()
-
-    def _reap_others(self) -> None:
-        """As process 1 of a container, we are who collects a dead worker's children."""
-        if os.getpid() == 1:
-            known = {child.pid for child in (self._current, self._next, *self._dismissed) if child is not None}
-            with contextlib.suppress(ChildProcessError):
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if info is not None and info.si_pid not in known:
-                    os.waitpid(info.si_pid, os.WNOHANG)
 
     def _worker_settings(self) -> dict[str, Any]:
         return {**self._settings["worker"], "root": self._root, "cache_dir": self._settings["cache_dir"]}
@@ -322,7 +318,7 @@ class Keeper:
 
     def _upgrade(self, client: socket.socket, settings: object) -> None:
         if self._is_spare:
-            self._dismiss_spare()
+            self._dismiss_next()
         if self._next is not None or self._current is None or self._stopping:
             reply(client, {"error": "a worker is being started or stopped at this moment"})
             return
@@ -383,26 +379,17 @@ class Keeper:
             self._current.say(b"leave\n")
             self._wait_left(self._current)
         else:   # it ended a moment before
-            self._let_go()
+            self._kept.let_go()
 
     def _wait_left(self, child: Child) -> None:
         poll = select.poll()
         poll.register(child.pidfd, select.POLLIN)
         if poll.poll(_LEAVE_S * 1000):
             child.collect()
-            self._let_go()
+            self._kept.let_go()
         else:
             _say(f"worker {child.pid} still serves mounts, and goes on; the next start takes it over")
         self._current = None
-
-    def _let_go(self) -> None:
-        """No worker is left: nor is anything else, but for mounts of one that stepped aside (SIGTERM to all of us)."""
-        if self._kept.has_mounts:
-            _say("its mounts are left: they are served again if the next start gets the connection (systemd)")
-            return
-        notify.forget("fuse")
-        notify.forget("control")
-        self._kept.remove()
 
 
 def _say(text: str) -> None:

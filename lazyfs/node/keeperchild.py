@@ -92,6 +92,15 @@ class Child:
         return text
 
 
+def reap_orphans(known: set[int]) -> None:
+    """As process 1 of a container, we are who collects a dead worker's children. `known`: ours, collected elsewhere."""
+    if os.getpid() == 1:
+        with contextlib.suppress(ChildProcessError):
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if info is not None and info.si_pid not in known:
+                os.waitpid(info.si_pid, os.WNOHANG)
+
+
 def fetch_descriptor(pid: int, number: int) -> int:
     """
     A duplicate of another process's descriptor (pidfd_getfd(2)).

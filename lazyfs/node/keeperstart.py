@@ -75,6 +75,16 @@ class Kept:
         """Whether mounts are on record: somebody may read from them."""
         return any(name.endswith(".json") for name in _names(f"{self.root}/mounts"))
 
+    def let_go(self) -> None:
+        """No worker is left: nor is anything else, but for mounts of one that stepped aside (SIGTERM to all of us)."""
+        if self.has_mounts:
+            print("lazyfs keeper: its mounts are left: they are served again if the next start gets the connection "
+                  "(systemd)", file=sys.stderr, flush=True)
+            return
+        notify.forget("fuse")
+        notify.forget("control")
+        self.remove()
+
     def remove(self) -> None:
         """
         Nothing is served any more: take our files away. Refuses, as rmdir(2) does, where something is left.

@@ -121,8 +121,8 @@ class Watch:
 
     def trouble(self, child: Child, now: float) -> str:
         """Why this worker is to be replaced now; "": it is not."""
-        if child.channel is None:
-            return ""            # of a keeper before us: its beats go nowhere, and it is being replaced
+        if child.channel is None or child.killed:
+            return ""            # of a keeper before us, its beats go nowhere, or ending: being replaced anyway
         if now - child.last_sign > self.hang_s:
             return f"gave no sign of life for {self.hang_s:g} s"
         if child.ready and now - self._moved_at > self._stuck_pause_s:
