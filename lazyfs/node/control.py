@@ -69,8 +69,6 @@ class Controlled(Protocol):
 
     def list_mounts(self) -> list[dict[str, Any]]: ...
 
-    def statistics(self) -> dict[str, Any]: ...
-
     def health(self) -> dict[str, Any]: ...
 
     def shut_down(self) -> None: ...
@@ -218,7 +216,7 @@ async def _dispatch(asked: Asked, request: dict[str, Any]) -> Any:
         return await waiting[operation]()
     plain: dict[Any, Callable[[], Any]] = {
         protocol.TRACE: lambda: _trace(worker, request), protocol.DUMP: worker.observer.dump,
-        protocol.LIST: worker.list_mounts, protocol.STATS: worker.statistics, protocol.HEALTH: worker.health,
+        protocol.LIST: worker.list_mounts, protocol.STATS: worker.observer.statistics, protocol.HEALTH: worker.health,
         protocol.TOUCHED: lambda: _touched(asked, request),
         protocol.REST: lambda: worker.rest(str(request["target"])),
         protocol.CREDENTIALS: lambda: worker.credentials.take(request.get("entries"), more=bool(request.get("more"))),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lazyfs.node.housekeeping import Housekeeper
     from lazyfs.node.mounted import MountedImage
     from lazyfs.node.rundir import WorkerDir
+    from lazyfs.node.scrubbing import Scrubbing
 
 HUNG_S = 10.0                    # a read that waits longer is called hung: people at a terminal have given up
 SAMPLE_S = 10.0
@@ -51,7 +52,10 @@ _COMM = "/proc/%d/comm"
 class Observed(Protocol):
     """The worker."""
 
-    def statistics(self) -> dict[str, Any]: ...
+    def list_mounts(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def scrubbing(self) -> Scrubbing: ...
 
     def health(self) -> dict[str, Any]: ...
 
@@ -106,7 +110,7 @@ class Observer:
             looked = await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
         health = self._worker.health()
         return {
-            **self._worker.statistics(),
+            **self.statistics(),
             "version": health["version"], "ready": health["ready"], "cache_dir": health["cache_dir"],
             "mounted": health["mounts"], "detached": health["detached"], "broken": health["broken"],
             "started": self._began, "time": time.time(), "log": str(self._directory.log),
@@ -115,6 +119,19 @@ class Observer:
             "evicted": dict(self._worker.housekeeper.evicted),
             "minute": self._lately(MINUTE_S), "errors_lately": self._errors_lately(),
             "space": self._space(looked.get("disk")), **looked,
+        }
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters since the worker's start, the mounts, and the state of sources. For STATS: at once."""
+        counters = self._fetcher.statistics
+        return {
+            "pid": os.getpid(),
+            "fetch": {name: getattr(counters, name) for name in counters.__slots__},
+            "cache": {**self._cache.health.describe(), **self._worker.scrubbing.describe()},
+            "copies": self._worker.copying.full.counters(),
+            "mounts": self._worker.list_mounts(),
+            "sources": self._fetcher.describe_sources(),
+            "servers": self._fetcher.describe_servers(),
         }
 
     def _look(self) -> dict[str, Any]:

@@ -187,19 +187,6 @@ class Worker:
     def list_mounts(self) -> list[dict[str, Any]]:
         return [mounted.describe() for mounted in self.all_mounts()]
 
-    def statistics(self) -> dict[str, Any]:
-        """Counters of the fetch engine (fetch.statistics), and the mounts."""
-        counters = self._fetcher.statistics
-        return {
-            "pid": self._identity.pid,
-            "fetch": {name: getattr(counters, name) for name in counters.__slots__},
-            "cache": {**self._cache.health.describe(), **self.scrubbing.describe()},
-            "copies": self.copying.full.counters(),
-            "mounts": self.list_mounts(),
-            "sources": self._fetcher.describe_sources(),
-            "servers": self._fetcher.describe_servers(),
-        }
-
     def health(self) -> dict[str, Any]:
         """Whether it serves, and what it cannot serve."""
         return {
