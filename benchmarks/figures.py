@@ -25,7 +25,7 @@ class Figure:
     Attributes:
         key: row and letter (`1a`), or with a suffix where the table has no target for it (`1a-hot`).
         value: median over the runs (of a ratio: median against median).
-        target: at most this; None: reported only.
+        target: at most this (at least, where `better` is "higher"); None: reported only.
         spread: smallest and largest single value.
         samples: what was measured, by name, in the order of the runs.
 
@@ -39,10 +39,13 @@ class Figure:
     runs: int
     spread: tuple[float, float]
     samples: dict[str, list[float]] = field(default_factory=dict)
+    better: str = "lower"
 
     @property
     def met(self) -> bool | None:
-        return None if self.target is None else self.value <= self.target
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
 def ratio(
@@ -66,7 +69,8 @@ def plain(key: str, title: str, target: float | None, unit: str, values: list[fl
 def show(figure: Figure) -> str:
     """One line for people."""
     low, high = figure.spread
-    wanted = "" if figure.target is None else f"   target <= {figure.target:g}: {'met' if figure.met else 'MISSED'}"
+    sign = ">=" if figure.better == "higher" else "<="
+    wanted = "" if figure.target is None else f"   target {sign} {figure.target:g}: {'met' if figure.met else 'MISSED'}"
     return f"  {figure.key:12} {figure.title}: {figure.value:.3g} {figure.unit} ({low:.3g} to {high:.3g}){wanted}"
 
 
@@ -86,7 +90,7 @@ def save(figures: list[Figure], suite: str, machine: dict[str, str], commit: str
             newest[f"{suite}.{figure.key}"] = {
                 "value": round(figure.value, 4),
                 "target": figure.target,
-                "better": "lower",
+                "better": figure.better,
                 "unit": figure.unit,
                 "runs": figure.runs,
                 "spread": [round(end, 4) for end in figure.spread],

@@ -54,7 +54,7 @@ class NodeDaemon:
         words: list[str | Path] = [COMMAND, "mount", "--insecure", *options, image, target]
         run(words, timeout_s=_TOOL_TIMEOUT_S, env=environment(self._place))
 
-    def ask_mount(self, image: str, target: Path) -> None:
+    def ask_mount(self, image: str, target: Path, full_copy: str = "") -> None:
         """
         Mount by asking the worker, as the snapshotter does: without a process of its own.
 
@@ -64,7 +64,7 @@ class NodeDaemon:
         from lazyfs.node.protocol import MOUNT, ControlClient  # noqa: PLC0415
 
         target.mkdir(parents=True, exist_ok=True)
-        order = MountOrder(image, str(target), by_node=True).to_json()
+        order = MountOrder(image, str(target), by_node=True, full_copy=full_copy).to_json()
         with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
             client.request(MOUNT, _TOOL_TIMEOUT_S, order=order, attached=False)
 
@@ -100,6 +100,14 @@ class NodeDaemon:
 
         with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
             answer: dict[str, Any] = client.request(STATS, 10.0)
+            return answer
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Of each mounted image: how much of it is there (node.copying)."""
+        from lazyfs.node.protocol import COPIES, ControlClient  # noqa: PLC0415 - only some rows ask
+
+        with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
+            answer: list[dict[str, Any]] = client.request(COPIES, 10.0)["copies"]
             return answer
 
     def cpu_s(self) -> float:
