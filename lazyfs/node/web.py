@@ -56,7 +56,7 @@ class Site:
         admit: an answer at once, or None: read the body and call `respond`.
         respond: the answer.
         body_bytes_max: a larger body is refused.
-        connection_count_max: more wait in the kernel's queue.
+        connection_count_max: more take the place of who has not asked anything yet, or wait in the kernel's queue.
         connection_s: from accept to close.
         retry_s: between two attempts to listen: the worker before us still has the port.
         context: of TLS; None: plain HTTP.
@@ -87,47 +87,68 @@ async def serve(address: str, site: Site) -> None:
             await trio.sleep(site.retry_s)
             continue
         _log.info("listening", extra={"fields": {"key": site.key, "address": address}})
-        limit = trio.CapacityLimiter(site.connection_count_max)
+        guests = _Guests(trio.CapacityLimiter(site.connection_count_max))
         async with trio.open_nursery() as nursery:
             for listener in listeners:
-                nursery.start_soon(_accept, listener, site, limit, nursery)
+                nursery.start_soon(_accept, listener, site, guests, nursery)
 
 
-async def _accept(listener: trio.SocketListener, site: Site, limit: trio.CapacityLimiter,
-                  nursery: trio.Nursery) -> None:
+class _Guests:
+    """Who is connected. `silent`: the scopes of those who have not asked anything yet, oldest first."""
+
+    def __init__(self, limit: trio.CapacityLimiter) -> None:
+        self.limit = limit
+        self.silent: dict[trio.CancelScope, None] = {}
+
+    async def admit(self, token: object) -> None:
+        """Wait for room. Who has been silent for longest makes it: silent clients keep nobody out."""
+        if not self.limit.available_tokens and self.silent:
+            scope = next(iter(self.silent))
+            del self.silent[scope]
+            scope.cancel()
+        await self.limit.acquire_on_behalf_of(token)
+
+
+async def _accept(listener: trio.SocketListener, site: Site, guests: _Guests, nursery: trio.Nursery) -> None:
     async with listener:
         while True:
-            token = object()
-            await limit.acquire_on_behalf_of(token)
             try:
                 connection = await listener.accept()
             except OSError as error:   # no descriptor is left, the client is gone
-                limit.release_on_behalf_of(token)
                 _log.warning("%s: a request was not accepted: %s", site.key, error)
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_serve_one, connection, site, limit, token)
+            token = object()
+            await guests.admit(token)
+            nursery.start_soon(_serve_one, connection, site, guests, token)
 
 
-async def _serve_one(connection: trio.SocketStream, site: Site, limit: trio.CapacityLimiter, token: object) -> None:
+async def _serve_one(connection: trio.SocketStream, site: Site, guests: _Guests, token: object) -> None:
+    scope = trio.move_on_after(site.connection_s)
+
+    def heard() -> None:
+        guests.silent.pop(scope, None)
+
+    guests.silent[scope] = None
     try:
-        with trio.move_on_after(site.connection_s):
+        with scope:
             async with connection:
                 peer = str(connection.socket.getpeername()[0])
                 if site.context is None:
-                    await _exchange(connection, site, peer)
+                    await _exchange(connection, site, peer, heard)
                 else:
                     stream = trio.SSLStream(connection, site.context, server_side=True, https_compatible=True)
-                    await _exchange(stream, site, peer)
+                    await _exchange(stream, site, peer, heard)
     except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError):
         pass   # the client's affair
     except Exception:  # noqa: BLE001 - must not end the worker
         _log.exception("%s: a request failed", site.key)
     finally:
-        limit.release_on_behalf_of(token)
+        heard()
+        guests.limit.release_on_behalf_of(token)
 
 
-async def _exchange(connection: trio.abc.Stream, site: Site, peer: str) -> None:
+async def _exchange(connection: trio.abc.Stream, site: Site, peer: str, heard: Callable[[], object]) -> None:
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEADER_BYTES_MAX)
     request: Request | None = None
     body = bytearray()
@@ -139,6 +160,7 @@ async def _exchange(connection: trio.abc.Stream, site: Site, peer: str) -> None:
             return
         answer: Answer | None = None
         if isinstance(event, h11.Request):
+            heard()
             request = Request(event.method, event.target, dict(event.headers), peer)
             answer = site.admit(request)
             if answer is None and http.they_are_waiting_for_100_continue:
