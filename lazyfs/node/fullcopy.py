@@ -2,9 +2,9 @@
 The full copy in the background: which mounted image is copied when, and how gently. So that an outage harms nobody.
 
 An image that is read is copied as a whole, some time after its first read: one image at a time, the one with the
-smallest rest first, for so the most images soonest need no network. The copy ends with the mount, and goes on where it
-was with the next one, or the next worker: what has landed is there. It never makes room for itself: where the cache is
-at its limits it waits.
+smallest rest first, for so the most images soonest need no network. The copy ends with the mount, or with the last
+container (Prefetching.rest), and goes on where it was with the next one, or the next worker: what has landed is there.
+It never makes room for itself: where the cache is at its limits it waits.
 
 Layer: node. Who calls: node.serving and node.daemonworker run it beside everything else, node.worker asks for its
 state. On the trio loop. State: a Progress an image (by its bootstrap), of those that are mounted.
@@ -143,6 +143,8 @@ class FullCopies:
             progress.become("complete")
         elif self._policy(mounted) == "off":
             progress.become("off")
+        elif mounted.resting:
+            progress.become("waiting", "no container uses it")
         elif progress.due is None:
             progress.become("waiting", "nobody has read from it")
             if mounted.was_read:
@@ -172,7 +174,7 @@ class FullCopies:
         if run is None or self._of is None:
             return
         policy, progress = self._policy(self._of), self._known.get(_name(self._of))
-        if progress is None or policy == "off" or not self._of.devices:
+        if progress is None or policy == "off" or self._of.resting or not self._of.devices:
             run.handle.cancel()
             return
         run.hold(READS, held=policy == "idle" and time.monotonic() - self._read_at < IDLE_QUIET_S)
@@ -192,7 +194,7 @@ class FullCopies:
     def _begin(self, nursery: trio.Nursery, images: dict[str, MountedImage]) -> None:
         now = time.monotonic()
         due = [mounted for name, mounted in images.items()
-               if self._known[name].state in {"waiting", "failed", "paused"}
+               if not mounted.resting and self._known[name].state in {"waiting", "failed", "paused"}
                and (at := self._known[name].due) is not None and at <= now]
         if not due:
             return
