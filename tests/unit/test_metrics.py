@@ -20,7 +20,7 @@ SNAPSHOT: dict[str, Any] = {
     "fetch": {"hits": 10, "misses": 4, "hot_reads": 1, "requests": 6, "retries": 2, "chunks_fetched": 9,
               "chunks_prefetched": 3, "chunks_read_ahead": 2, "chunks_copied": 1, "copied_stored_bytes": 77,
               "bad_chunks": 1, "bytes_by_source": {'host"\\\n:1': 5, "b": 6}},
-    "reads": {"waiting": 2, "hung": 1, "oldest_s": 12.5, "slow": 3, "bounds_s": BOUNDS_S,
+    "reads": {"waiting": 2, "hung": 1, "hung_s": 10.0, "oldest_s": 12.5, "slow": 3, "slow_s": 1.0, "bounds_s": BOUNDS_S,
               "counts": [1] * (len(BOUNDS_S) + 1), "seconds": 99.5, "errors": {"deadline": 2}},
     "running": {"foreground": 1, "prefetch": 0}, "flights": 4,
     "sources": [{"source": "a:1", "state": "down", "requests": 9, "failures": 5, "outages": 1},

@@ -151,6 +151,20 @@ def test_holders_are_named(tmp_path: Path):
     assert describe_holders(str(tmp_path / "nothing")) == ""
 
 
+class FakeObserver:
+    def statistics(self) -> dict[str, Any]:
+        return {"x": 1}
+
+    def dump(self) -> dict[str, Any]:
+        return {"lines": ["here"]}
+
+    async def snapshot(self) -> dict[str, Any]:
+        return {"ready": True}
+
+    def trace(self, after: int, over_s: float) -> dict[str, Any]:
+        return {"after": after, "over": over_s}
+
+
 class FakeWorker:
     """What control needs of a worker."""
 
@@ -160,6 +174,7 @@ class FakeWorker:
         self.cancelled = 0
         self.block = False
         self.touches = Touches(lambda _: None)
+        self.observer = FakeObserver()
 
     async def mount(self, order: MountOrder, *, ensure: bool) -> dict[str, Any]:
         if self.block:
@@ -179,9 +194,6 @@ class FakeWorker:
 
     def list_mounts(self) -> list[dict[str, Any]]:
         return []
-
-    def statistics(self) -> dict[str, Any]:
-        return {"x": 1}
 
     def health(self) -> dict[str, Any]:
         return {"ready": True}
@@ -222,6 +234,12 @@ def test_requests_are_answered_in_order_and_errors_travel():
             assert connection.request("mount", 5, order=order.to_json()) == {"target": "/t"}
             assert connection.request("stats", 5) == {"x": 1}
             assert connection.request("list", 5) == []
+            assert connection.request("status", 5) == {"ready": True}
+            assert connection.request("dump", 5) == {"lines": ["here"]}
+            assert connection.request("trace", 5, after=3, over=0.5) == {"after": 3, "over": 0.5}
+            for wrong in ({"after": "x"}, {"after": []}, {"over": {}}, {"after": float("inf")}):
+                with pytest.raises(UsageError):
+                    connection.request("trace", 5, **wrong)
             with pytest.raises(TargetError, match="no") as info:
                 connection.request("mount", 5, order={**order.to_json(), "target": "/raise"})
             assert info.value.hint == "h"
