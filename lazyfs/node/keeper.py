@@ -139,12 +139,12 @@ class Keeper:
                 self._start_next()
         else:
             self._watch_current(current, now)
+        if self._watch.has_hope(now):
+            notify.watchdog(now)
         if self._kept.begun and not self._stopping and self._watch.is_given_up(now):
             self._give_up()
 
     def _watch_current(self, current: Child, now: float) -> None:
-        if current.ready and now - current.last_sign <= self._watch.hang_s:
-            notify.watchdog(now)
         if self._retire_by:
             if now > self._retire_by:
                 _say(f"worker {current.pid} does not step aside: killed")

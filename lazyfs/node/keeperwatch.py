@@ -25,6 +25,7 @@ _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432   # asm-generic/unistd.
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6                      # linux/mount.h
 _MNT_FORCE = 1
 SUSPICION_SHARE = 0.5            # of hang_s without a sign: the next worker begins to load, to be there when it counts
+HOPE_S = 60.0                    # after an abort: then who watches us (systemd) may try it with another keeper
 STUCK_PAUSE_MAX_S = 600.0        # requests that a new worker does not get either: another one now and then
 SLEPT_S = 2.0                    # our own turn came so late: the worker had no turn either
 _NUMBER_BYTES_MAX = 64
@@ -81,7 +82,7 @@ class Watch:
         self.connection = connection
         self.hang_s = hang_s
         self.abort_s = abort_s
-        self._looked_at = self._well_at = now
+        self._looked_at = self._well_at = self._served_at = now
         self._stuck_pause_s = hang_s
         self.begin(now)
 
@@ -104,6 +105,7 @@ class Watch:
         self._looked_at = now
         if slept_s > SLEPT_S:    # stopped, or the whole machine was: nobody could show a sign of life
             self._well_at += slept_s
+            self._served_at += slept_s
             self._moved_at += slept_s
             if child is not None:
                 child.last_sign = min(now, child.last_sign + slept_s)
@@ -117,7 +119,7 @@ class Watch:
             self._answered_before = self._answered
             self._moved_at = now
         if now - child.last_sign <= self.hang_s:
-            self._well_at = now
+            self._well_at = self._served_at = now
 
     def trouble(self, child: Child, now: float) -> str:
         """Why this worker is to be replaced now; "": it is not."""
@@ -143,6 +145,10 @@ class Watch:
         silent_s = now - child.last_sign
         left = [one - silent_s for one in (self.hang_s * SUSPICION_SHARE, self.hang_s) if one > silent_s]
         return min([most_s, *(one + 0.01 for one in left)])
+
+    def has_hope(self, now: float) -> bool:
+        """Whether a worker serves, or may yet; not so long after an abort that did not help."""
+        return now - self._served_at <= self.abort_s + HOPE_S
 
     def is_given_up(self, now: float) -> bool:
         """Whether nobody has served for so long that whoever waits is to get an error; asked again after another."""

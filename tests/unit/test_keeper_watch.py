@@ -121,6 +121,12 @@ def test_nobody_serves_for_too_long(world: World):
     world.turns(1)
     assert world.watch.is_given_up(world.now)
     assert not world.watch.is_given_up(world.now), "once"
+    assert world.watch.has_hope(world.now), "a keeper that is restarted now would begin to count again"
+    world.turns(keeperwatch.HOPE_S)
+    assert not world.watch.has_hope(world.now)
+    world.child.ready = True
+    world.turns(1, b"beat 5 0")
+    assert world.watch.has_hope(world.now)
 
 
 def test_a_connection_that_nobody_waits_for_is_not_given_up(world: World):
