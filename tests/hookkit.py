@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONTROL = "LAZYFS_TEST_HOOKS"       # names the file: lines of "<target> <kind>"
-HANGING = ".hanging"
+HANGING, CLOCK = ".hanging", ".clock"
 ROOT = Path(__file__).resolve().parents[1]
 _OPERATIONS = "lazyfs.fs.operations:LazyOperations"
 # What can be hooked. `device`: reads that have to wait, below the time limit of fs.
@@ -61,6 +61,12 @@ class Hooks:
     def clear(self) -> None:
         self._file.unlink(missing_ok=True)
 
+    def set_clock(self, ahead_s: float) -> None:
+        """The wall clock (time.time) of every worker jumps: so many seconds ahead of the machine's from now on."""
+        temporary = self._file.with_suffix(".new")
+        temporary.write_text(str(ahead_s))
+        temporary.replace(self._file.with_suffix(CLOCK))
+
     def is_hanging(self) -> bool:
         """Whether a worker has come to a `block` or `sleep` (since the Hooks were made)."""
         return self._file.with_suffix(HANGING).exists()
@@ -77,6 +83,8 @@ def install() -> None:
         owner, _, method = path.partition(".")
         kind = getattr(importlib.import_module(module), owner)
         setattr(kind, method, _wrapped(name, getattr(kind, method), file))
+    real, clock = time.time, Path(file).with_suffix(CLOCK)
+    time.time = lambda: real() + (float(clock.read_text()) if clock.exists() else 0.0)
 
 
 def _wrapped(name: str, function: Callable[..., Any], file: str) -> Callable[..., Any]:
