@@ -12,7 +12,8 @@ from benchmarks.figures import Figure, ratio
 from benchmarks.kit.lazy import LazyMount
 from benchmarks.profilerows.starts import PROGRAMS, fast_starts
 from benchmarks.rows.recording import record_list
-from converter.hot import ZSTD_LEVEL_MIN
+from converter.encode import Encoding
+from converter.hot import hot_encoding
 from lazyfs.image.codec import Codec, compress
 from lazyfs.image.prefetch import literal_path, parse_prefetch
 
@@ -52,7 +53,8 @@ def _working_set(session: Session, subject: Subject) -> tuple[int, int]:
     data = b"".join(_pages(mount.path, entries))
     mount.close()
     pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
-    return len(data), sum(len(compress(piece, Codec.ZSTD, ZSTD_LEVEL_MIN)[1]) for piece in pieces)
+    level = hot_encoding(Encoding(Codec.ZSTD, 1, _PIECE_BYTES), len(data)).level
+    return len(data), sum(len(compress(piece, Codec.ZSTD, level)[1]) for piece in pieces)
 
 
 def _pages(tree: Path, entries: tuple[PrefetchEntry, ...]) -> Iterator[bytes]:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from converter import hot, parallel
 from converter.encode import Encoding
-from converter.hot import HOT_CHUNK_BYTES, write_hot_blob
+from converter.hot import HOT_CHUNK_BYTES, SMALL_BYTES_MAX, hot_encoding, write_hot_blob
 from converter.reuse import LayerContent
 from lazyfs import limits
 from lazyfs.errors import IntegrityError
 from lazyfs.image.blob import FOOTER_BYTES, parse_footer
-from lazyfs.image.codec import Codec, decompress
+from lazyfs.image.codec import Codec, compress, decompress
 from lazyfs.image.digest import Digest, chunk_digest
 from lazyfs.image.hot import EXTENT, pack_hot, parse_hot
 from lazyfs.image.manifest import LayerBlob
@@ -88,6 +88,19 @@ def test_a_device_of_several_chunks(tmp_path: Path) -> None:
                              read=lambda _, offset, size: blob[offset : offset + size], path=tmp_path / "hot")
     assert [bytes(row["digest"]) for row in part.table.rows] == [
         chunk_digest(device[at : at + HOT_CHUNK_BYTES]) for at in range(BLOCK, len(device), HOT_CHUNK_BYTES)]
+
+
+@pytest.mark.parametrize(("level", "of_large"), [(3, 6), (12, 12)])
+def test_a_small_hot_part_is_compressed_as_well_as_can_be(tmp_path: Path, level: int, of_large: int) -> None:
+    device = b"".join(number.to_bytes(2, "big") * (number % 7) for number in range(40_000))
+    device = device[: len(device) // BLOCK * BLOCK]
+    layer, blob = layer_of(device, Codec.NONE)
+    encoding = Encoding(Codec.ZSTD, level, 1 << 16)
+    _, part = write_hot_blob(np.array([(0, 0, len(device) // BLOCK)], dtype=EXTENT), [layer], encoding, 1, hot_index=1,
+                             read=lambda _, offset, size: blob[offset : offset + size], path=tmp_path / "hot")
+    assert int(part.table.rows["stored_size"][0]) == len(compress(device, Codec.ZSTD, 19)[1])
+    assert hot_encoding(encoding, SMALL_BYTES_MAX + 1).level == of_large
+    assert hot_encoding(Encoding(Codec.LZ4, 2, 1 << 16), SMALL_BYTES_MAX).level == 2
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short"])
