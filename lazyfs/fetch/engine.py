@@ -140,6 +140,19 @@ class Fetcher:
         self._scheduler.add_prefetch(handle)
         return handle
 
+    async def watch(self, device: FetchDevice, index: int, timeout_s: float) -> None:
+        """
+        Until a chunk's flight is over, or the time is; without being one who wants it. Checkpoint: yes.
+
+        For those who look afterwards whether it is there. Without a flight: the time.
+        """
+        flight = self._scheduler.flights.get((device.cached, index))
+        with trio.move_on_after(timeout_s):
+            if flight is None or flight.done:    # done: it is here in a moment, or could not be stored
+                await trio.sleep(timeout_s)
+            else:
+                await flight.wait()
+
     def copy(self, plan: Sequence[tuple[FetchDevice, int]], terms: CopyTerms) -> CopyHandle:
         """
         Fetch chunks in the background, below everything else, as gently as `terms` say.

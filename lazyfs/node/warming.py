@@ -143,7 +143,7 @@ class Warming:
             elif mounted.prefetch is None or mounted.prefetch.done:
                 position = end    # it does not come, or is there as chunks of the layers
             else:
-                await trio.sleep(pause_s)
+                await mounted.devices[0].fetcher.watch(device, plan.chunks[position], pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_MAX_S)
 
 

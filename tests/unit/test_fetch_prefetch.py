@@ -60,6 +60,32 @@ async def test_the_plan_comes_in_windows_in_order_and_each_byte_once(tmp_path):
 
 
 @pytest.mark.trio
+async def test_who_watches_a_chunk_is_told_when_it_lands_and_wants_nothing(tmp_path):
+    async with bench(tmp_path, sample=BIG) as b:
+        b.source.gate.clear()
+        handle = b.fetcher.prefetch(plan(b))
+        await b.asked(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.fetcher.watch, b.device, 4, 60)
+            await trio.testing.wait_all_tasks_blocked()
+            (window,) = handle.running
+            assert not window.is_wanted()
+            assert not b.device.cached.present(4, 4)
+            b.source.gate.set()
+        assert b.device.cached.present(4, 4)
+        await handle.wait()
+        assert b.fetcher.statistics.waits == 0
+
+
+@pytest.mark.trio
+async def test_who_watches_a_chunk_that_nobody_fetches_waits_no_longer_than_told(tmp_path, autojump_clock):
+    async with bench(tmp_path, sample=BIG) as b:
+        began = trio.current_time()
+        await b.fetcher.watch(b.device, 4, 7)
+        assert trio.current_time() - began == 7
+
+
+@pytest.mark.trio
 async def test_windows_skip_what_is_present_or_on_its_way(tmp_path):
     async with bench(tmp_path, sample=BIG) as b:
         await b.chunk(3)
