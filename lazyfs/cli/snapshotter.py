@@ -20,6 +20,7 @@ import click
 from lazyfs import config, logs
 from lazyfs.cli.lazygroup import LazyGroup
 from lazyfs.errors import HostError
+from lazyfs.fs.confine import hide_memory
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -85,6 +86,7 @@ def _serve(settings: config.Config, behind: int, beat_s: float) -> None:
     """Until SIGTERM or SIGINT; says "ready" on descriptor `behind`, then "alive" now and then. Raises LazyfsError."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")   # we fork nothing that could use it
     os.set_inheritable(behind, False)
+    hide_memory()   # it holds what kubelet pulls with
     from snapshotter.core import Snapshots  # noqa: PLC0415 - gRPC is heavy: not for --help
     from snapshotter.credentials.make import credential_proxy  # noqa: PLC0415
     from snapshotter.door import SERVER_SOCKET  # noqa: PLC0415

@@ -90,6 +90,8 @@ def test_the_watchdog_is_fed_before_and_after_a_worker_is_replaced(machine: Mach
                               environment={"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "900000"})
         try:
             wait_watchdog(receiver)
+            while not daemon.directory.identity.exists():   # it is fed while the first one still imports
+                wait_watchdog(receiver)
             os.kill(daemon.worker(), 19)   # SIGSTOP: silent from now on, and replaced after 2 s
             worker = daemon.worker()
             deadline = time.monotonic() + WAIT_S

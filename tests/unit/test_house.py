@@ -79,3 +79,15 @@ def test_documents_link_to_files_that_exist() -> None:
     for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_threat_has_a_test() -> None:
+    text = (ROOT / "docs/threat-model.md").read_text()
+    threats = re.findall(r"^\| (T-\d+) \|.*\| `(tests/[^`:]+)::([^`]+)` \|$", text, re.MULTILINE)
+    assert [threat for threat, _, _ in threats] == re.findall(r"^\| (T-\d+) \|", text, re.MULTILINE)
+    assert len({threat for threat, _, _ in threats}) == len(threats) > 30
+    for threat, file, function in threats:
+        assert (ROOT / file).is_file(), f"{threat}: no file {file}"
+        assert f"def {function}(" in (ROOT / file).read_text(), f"{threat}: no test {function} in {file}"
+    for file in re.findall(r"`((?:fetch|registry|converter|image|node|fs|cache|snapshotter)/[a-z_/]+\.py)`", text):
+        assert any((ROOT / top / file).is_file() for top in ("", "lazyfs")), f"no file {file}"
