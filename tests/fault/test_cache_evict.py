@@ -34,6 +34,7 @@ from tests.diskkit import (
     run,
     umount,
     wait_detached,
+    xfs,
 )
 
 if TYPE_CHECKING:
@@ -131,10 +132,14 @@ def test_killed_at_any_call_eviction_leaves_each_device_whole_or_not_at_all(tmp_
 
 @needs_mounts
 @pytest.mark.mount
-def test_a_power_cut_at_any_call_of_an_eviction_leaves_whole_devices_or_none(mounts, tmp_path, monkeypatch):
-    for calls in range(0, 200, 2):
-        image = ext4(tmp_path / f"image{calls}", 16 * 1024 * 1024)
-        disk = mounts("-o", "loop", image, name=f"disk{calls}")
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_power_cut_at_any_call_of_an_eviction_leaves_whole_devices_or_none(mounts, tmp_path, monkeypatch, kind):
+    template = ext4(tmp_path / "template", 16 * 1024 * 1024) if kind == "ext4" else xfs(tmp_path / "template")
+    options = "loop" if kind == "ext4" else "loop,nouuid"    # copies of one file system
+    for calls in range(0, 200, 2 if kind == "ext4" else 5):
+        image = tmp_path / f"image{calls}"
+        run("cp", "--sparse=always", template, image)
+        disk = mounts("-o", options, image, name=f"disk{calls}")
         fill(disk / "cache", DIGESTS)
         run("sync", "-f", disk)
         finished = False
@@ -148,7 +153,7 @@ def test_a_power_cut_at_any_call_of_an_eviction_leaves_whole_devices_or_none(mou
         cut_power(disk)
         umount(disk)
         wait_detached(image)
-        run("mount", "-o", "loop", image, disk)
+        run("mount", "-o", options, image, disk)
         with contextlib.ExitStack() as stack:
             stack.callback(umount, disk)
             whole_or_nothing(disk / "cache", LATER_BOOT)
