@@ -82,7 +82,8 @@ class Watch:
         self.connection = connection
         self.hang_s = hang_s
         self.abort_s = abort_s
-        self._looked_at = self._well_at = self._served_at = now
+        self._looked_at = self._well_at = now
+        self._served_at = float("-inf")
         self._stuck_pause_s = hang_s
         self.begin(now)
 
@@ -147,7 +148,7 @@ class Watch:
         return min([most_s, *(one + 0.01 for one in left)])
 
     def has_hope(self, now: float) -> bool:
-        """Whether a worker serves, or may yet; not so long after an abort that did not help."""
+        """Whether a worker serves, or has served and may again; not so long after an abort that did not help."""
         return now - self._served_at <= self.abort_s + HOPE_S
 
     def is_given_up(self, now: float) -> bool:

@@ -113,6 +113,8 @@ def test_what_the_next_worker_does_not_get_either_is_not_tried_for_ever(world: W
 
 
 def test_nobody_serves_for_too_long(world: World):
+    assert not world.watch.has_hope(world.now), "it has not begun"
+    world.turns(1, b"beat 5 0")
     world.child.ready, world.goes_on = False, True
     world.connection.count = 1
     for _ in range(8):
