@@ -131,7 +131,8 @@ def is_gone(thread_id: int) -> bool:
         with open(f"/proc/{thread_id}/status", "rb") as file:  # noqa: PTH123 - many of them
             text = file.read()
     except (FileNotFoundError, ProcessLookupError):
-        return os.path.exists("/proc/self/status")  # noqa: PTH110 - likewise; else nothing can be told here
+        # Where not even process 1 is seen, there is no /proc, or it hides others from us (hidepid).
+        return os.path.exists("/proc/1/status")  # noqa: PTH110 - likewise
     except OSError:
         return False
     state = _field(text, b"State:")
