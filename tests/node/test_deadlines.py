@@ -224,3 +224,20 @@ def test_a_worker_that_cannot_even_be_killed_costs_its_mounts_and_nothing_more(
         again = mount(machine, proxy, "fuse", name="again")
         assert (again / "f4").read_bytes() == FILES["f4"]
         machine.umount(again)
+
+
+def test_the_next_worker_is_loaded_while_the_first_is_only_suspected(machine: Machine, registry: str) -> None:
+    """It ends nobody: the suspected one serves on when it gives a sign, and an upgrade does without it."""
+    with serving(machine, registry, hang_s=12, heartbeat_s=0.25) as (daemon, proxy):
+        target = mount(machine, proxy, "erofs")
+        worker, keeper = daemon.worker(), daemon.process.pid
+        children = Path(f"/proc/{keeper}/task/{keeper}/children")
+        os.kill(worker, signal.SIGSTOP)
+        wait_for(lambda: len(children.read_text().split()) == 2, "no other worker is begun")
+        os.kill(worker, signal.SIGCONT)
+        assert (target / "f1").read_bytes() == FILES["f1"]
+        assert daemon.wait_ready() == worker
+        machine.lazyfs("daemon", "upgrade")
+        assert daemon.wait_ready(not_worker=worker) != worker
+        wait_for(lambda: len(children.read_text().split()) == 1, "what was dismissed is still there")
+        machine.umount(target)
