@@ -45,7 +45,8 @@ def mount(machine: Machine, host: str, name: str, driver: str = "auto") -> Path:
 
 
 def kept(machine: Machine, folder: str) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in (machine.cache / folder).iterdir() if path.suffix != ".json"}
+    paths = (machine.cache / folder).iterdir()
+    return {path: path.read_bytes() for path in paths if path.suffix in {".erofs", ".zst"}}
 
 
 @pytest.mark.parametrize("driver", ["erofs", "fuse"])
