@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.image.prefetch import FileFinder, chunks_of, exact_pattern, literal_path, make_entry
+from lazyfs.image.prefetch import LOOKUP_STEPS, FileFinder, chunks_of, exact_pattern, literal_path, make_entry
 from lazyfs.profile.parts import OPEN_END, Part, Profile, distinct
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _find(entry: PrefetchEntry, finder: FileFinder, files: ImageFiles) -> _Found
     found = _Found([])
     for nid in finder.find(entry.components):
         found.file_count += 1
-        finder.spend(len(ranges))
+        finder.spend(len(ranges) * LOOKUP_STEPS)
         pattern, size = exact_pattern(files.path(nid)), files.tree.stat(nid).size
         for start, end in ranges:
             low, high = min(start, size), size if end is None else min(end, size)

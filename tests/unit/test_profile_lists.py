@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.errors import FormatError, UsageError
-from lazyfs.image.prefetch import PrefetchHeader, find, format_prefetch, parse_prefetch
+from lazyfs.image.prefetch import ENTRY_COUNT_MAX, PrefetchHeader, find, format_prefetch, parse_prefetch
 from lazyfs.profile import merge as merge_module
 from lazyfs.profile.coverage import Chunks, cover
 from lazyfs.profile.diff import compare
@@ -182,6 +182,15 @@ def test_covering_a_hostile_list_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     beyond = ",".join(["1000000-1000001"] * 400)
     with pytest.raises(FormatError, match="too many"):
         cover(parse_prefetch(f"** {beyond}"), image_files(LOWER))
+
+
+def test_covering_as_many_lines_as_a_list_may_have_ends_before_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took minutes. Here a thousandth of it: lines of names that are not there are cheap, but not for nothing."""
+    monkeypatch.setattr(find, "_STEPS_MAX", find._STEPS_MAX // 1000)
+    lines = [f"lib/gone-{number} 0-4095\n" for number in range(ENTRY_COUNT_MAX // 1000)]
+    with pytest.raises(FormatError, match="too many"):
+        cover(parse_prefetch("".join(lines)), image_files(LOWER))
+    assert len(cover(parse_prefetch("".join(lines[:500])), image_files(LOWER)).missing) == 500
 
 
 def test_merging_lists_that_cut_each_other_to_pieces_ends(monkeypatch: pytest.MonkeyPatch) -> None:

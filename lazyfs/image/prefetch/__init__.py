@@ -15,7 +15,7 @@ beside an image), lazyfs.profile.
 
 from __future__ import annotations
 
-from lazyfs.image.prefetch.find import FileFinder, chunks_of, wanted_extents
+from lazyfs.image.prefetch.find import LOOKUP_STEPS, FileFinder, chunks_of, wanted_extents
 from lazyfs.image.prefetch.grammar import (
     ENTRY_COUNT_MAX,
     LIST_BYTES_MAX,
@@ -34,7 +34,7 @@ from lazyfs.image.prefetch.grammar import (
 )
 
 __all__ = [
-    "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "PREFETCH_VERSION", "RUNS_MAX", "FileFinder", "PrefetchEntry",
-    "PrefetchHeader", "PrefetchList", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
+    "ENTRY_COUNT_MAX", "LIST_BYTES_MAX", "LOOKUP_STEPS", "PREFETCH_VERSION", "RUNS_MAX", "FileFinder",
+    "PrefetchEntry", "PrefetchHeader", "PrefetchList", "chunks_of", "exact_pattern", "format_entry", "format_pattern",
     "format_prefetch", "literal_path", "make_entry", "parse_prefetch", "wanted_extents",
 ]

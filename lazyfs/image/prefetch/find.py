@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from lazyfs.image.prefetch.grammar import PrefetchList
     from lazyfs.image.table import ChunkTable
 
-_STEPS_MAX = 100_000_000   # directory entries looked at, chunks named: what thousands of `**`, or of huge files, cost
+# A step takes about a microsecond: a directory entry looked at, a chunk named. So a list costs half a minute at most,
+# thousands of `**`, huge files, or a million lines: a name that is looked up, a range that is laid out weigh more.
+_STEPS_MAX = 30_000_000
+LOOKUP_STEPS = 20
 
 
 def wanted_extents(
@@ -97,7 +100,7 @@ class FileFinder:
         """Where bytes [start, end) of a file are, as ErofsImage.extents; end None: to the file's end."""
         size = (limits.FILE_BYTES_MAX if end is None else end) - start
         found = self._image.extents(nid, start, size)
-        self.spend(1 + sum(1 + (length // tables[device].chunk_size if device >= 0 else 0)
+        self.spend(LOOKUP_STEPS + sum(1 + (length // tables[device].chunk_size if device >= 0 else 0)
                            for device, _, length in found))
         return found
 
@@ -122,7 +125,7 @@ class FileFinder:
         self, directory: int, component: bytes, matches: _Matcher | None, *, recursive: bool
     ) -> list[tuple[bytes, int, FileType]]:
         if matches is None and not recursive:
-            self.spend(1)
+            self.spend(LOOKUP_STEPS)
             child = self._image.lookup(directory, component)
             return [] if child is None else [(component, child, self._image.stat(child).type)]
         if directory not in self._entries:
@@ -137,7 +140,7 @@ class FileFinder:
         nid, kind = directory, FileType.DIRECTORY
         while todo:
             name = todo.pop()
-            self.spend(1)
+            self.spend(LOOKUP_STEPS)
             if name in (b"", b"."):
                 continue
             if kind is not FileType.DIRECTORY:
