@@ -43,7 +43,8 @@ START_S = 60.0                   # for a container to come up, on a machine that
 _SUBREAPER = 36                  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 _SCRIPT = b"""
 d=/w/$1/$2
-cat /bin/busybox $d/warm >/dev/null && $d/warm.x && : >/ctl/$2.up
+until cat /bin/busybox $d/warm >/dev/null && $d/warm.x; do sleep 0.2; done
+: >/ctl/$2.up
 while [ ! -e /ctl/go ]; do sleep 0.1; done
 : >/ctl/$2.begun
 while :; do
