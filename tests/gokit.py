@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.kit.goprogram import go_command
 from lazyfs.fs import mountapi
 from tests import leaks
 from tests.containerdkit import GO_DIR
@@ -55,11 +55,6 @@ RECIPES = {
     "suite": Recipe("snapshotsuite", ("test", "-c", "-trimpath", "-ldflags=-s -w", ".")),
     "reference": Recipe("snapshotsuite", (*_BUILD, "./reference")),
 }
-
-
-def go_command() -> str | None:
-    """The go command, also where its directory is not in PATH."""
-    return shutil.which("go", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/go/bin")
 
 
 def program(name: str) -> Path:
