@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_files_and_functions_are_small(path: Path) -> None:
 def test_every_module_says_what_it_is(path: Path) -> None:
     source = path.read_text()
     assert not source.strip() or ast.get_docstring(ast.parse(source)), "module docstring is missing"
+
+
+def test_test_files_have_different_names() -> None:
+    """pytest imports them by their names alone: two of one name in one run are an error."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_exit_codes_are_unique_and_documented() -> None:
