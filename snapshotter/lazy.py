@@ -129,7 +129,7 @@ class LazyImages:
     def rest(self, bootstrap: LazyLayer, in_use: Callable[[Iterable[int]], bool]) -> None:
         """A container that is prepared in this moment, and not on record yet, reads on without what was to come."""
         record = self._records.of(bootstrap)
-        if record is None or not self._settings.prefetch:
+        if record is None:
             return
         with self._flights.alone(record.digest):
             if in_use([one.snapshot_id for one in self._records.all() if one.digest == record.digest]):

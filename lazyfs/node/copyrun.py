@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.engine import CopyHandle, CopyTerms, Fetcher
 
-# Stored bytes. 24 + 24 + 4 (a window ends beyond the mark) + 8 (two under way) < 64 MiB. Measured, 400 MB at 16 MiB/s:
-# docs/cache.md.
+# Stored bytes. 24 + 24 + 4 (a window ends beyond the mark) + 8 (two under way) < 64 MiB. Measured, 192 MiB as quick as
+# they go: 8 checkpoints instead of 1 take 0.02 of 0.26 s of CPU, and no more time.
 CHECKPOINT_BYTES = 24 * MIB
 SAVING = "the disk"              # a reason to hold
 _RATE_S = 5.0                    # what "now" means for a rate

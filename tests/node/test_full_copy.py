@@ -230,6 +230,29 @@ def test_a_full_cache_is_waited_for_and_nothing_of_others_goes(machine: Machine,
         read_all(target)                                # is served all the same
 
 
+def test_the_copy_ends_with_the_last_container_until_the_next(machine: Machine, registry: FaultProxy) -> None:
+    with daemon_with(machine, full_copy_rate="1MiB") as daemon:
+        target = mount(machine, registry)
+        touch(target)
+        until(lambda: state(daemon)["state"] == "copying")
+        ask(daemon, protocol.REST, target=str(target))
+        until(lambda: state(daemon)["reason"] == "no container uses it")
+        until(lambda: copies(daemon)["copies"][0]["rate_bytes_s"] == 0)
+        count = len(registry.seen("GET", r"/blobs/"))
+        started = copies(daemon)["statistics"]["started"]
+        assert machine_json(machine, "ls")["images"][0]["copy"]["reason"] == "no container uses it"    # takes a second
+        assert len(registry.seen("GET", r"/blobs/")) == count
+        registered = next(daemon.directory.mounts.glob("*.json"))
+        again = json.loads(registered.read_text())["order"]
+        ask(daemon, protocol.MOUNT, order=again, ensure=True)      # as the snapshotter does for the next container
+        until(lambda: copies(daemon)["statistics"]["started"] == started + 1)
+
+
+def ask(daemon: Daemon, operation: str, **arguments: Any) -> Any:
+    with protocol.ControlClient.connect(daemon.directory.socket) as client:
+        return client.request(operation, 20, **arguments)
+
+
 def machine_json(machine: Machine, *words: str) -> dict[str, Any]:
     """`lazyfs cache ... --json`."""
     with machine.start("cache", "--cache-dir", machine.cache, *words, "--json") as process:

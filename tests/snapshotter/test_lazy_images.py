@@ -17,7 +17,7 @@ from lazyfs.errors import HostError, IntegrityError, LazyfsError, NotFoundError
 from lazyfs.fs import mountapi
 from lazyfs.node import protocol
 from lazyfs.node.rundir import WorkerDir
-from snapshotter.lazy import LABEL_IMAGE_REF, LazyImages, MountSettings
+from snapshotter.lazy import LABEL_FULL_COPY, LABEL_IMAGE_REF, LazyImages, MountSettings
 from snapshotter.lazydaemon import DaemonLink
 from snapshotter.lazydigest import bootstrap_digest
 from snapshotter.lazyhook import LABEL_BLOB, LABEL_BOOTSTRAP, LayerKind, LazyLayer
@@ -151,6 +151,17 @@ def test_usage_is_what_the_cache_holds_of_the_image(rig: Rig, daemon: Daemon) ->
     assert total <= usage.size_bytes <= 2 * total
     assert usage.inodes
     lazy.forget(layer)
+    rig.assert_nothing_left()
+
+
+def test_what_the_image_says_of_its_full_copy_is_ordered(rig: Rig, daemon: Daemon) -> None:
+    lazy = rig.lazy()
+    for number, (said, ordered) in enumerate((("idle", "idle"), ("always", ""), ("", ""))):
+        layer = rig.layer(number, **({LABEL_FULL_COPY: said} if said else {}))
+        lazy.ensure_mounted(layer)
+        (record,) = rig.link.directory.records()
+        assert record.order["full_copy"] == ordered
+        lazy.forget(layer)
     rig.assert_nothing_left()
 
 
