@@ -103,13 +103,15 @@ class Trouble:
 
 
 @pytest.fixture
-def cache(machine: Machine, mounts: Mounts, tmp_path: Path) -> Path:
+def cache(machine: Machine, mounts: Mounts, tmp_path: Path) -> Iterator[Path]:
     """The daemon's cache, on a disk of its own that can be filled."""
     image = diskkit.ext4(tmp_path / "disk", DISK_BYTES)
     place = mounts("-o", "loop", image, name=machine.cache.name)
     place.chmod(0o700)
     assert place == machine.cache
-    return place
+    yield place
+    diskkit.umount(place)
+    diskkit.wait_detached(image)
 
 
 @pytest.mark.parametrize("rounds", [FAULTS, PAIRS], ids=["alone", "in pairs"])
