@@ -180,6 +180,7 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
     """All that `ls --json` shows. Sizes: bytes allocated; times: seconds since 1970."""
     from lazyfs.cache import inventory, pins  # noqa: PLC0415
     from lazyfs.cache.presence import read_boot_id  # noqa: PLC0415
+    from lazyfs.cache.scrub import last_scrub  # noqa: PLC0415
     from lazyfs.node.housekeeping import mounts_of  # noqa: PLC0415
 
     mounts, boot_id = mounts_of(path), read_boot_id()
@@ -191,7 +192,7 @@ def _describe(path: Path, found: Inventory) -> dict[str, Any]:
     hot = {image.record.hot for image in found.images.values()}
     devices: list[dict[str, Any]] = [
         {"digest": f"sha256:{one.name}", "hot": one.name in hot, "bytes": one.use.size_bytes,
-         "lastUse": one.last_use_ns / 1e9,
+         "lastUse": one.last_use_ns / 1e9, "scrubbed": last_scrub(path, one.name),
          "present": inventory.present_share(path, one.name, boot_id),
          "mountedOn": sorted(set(users.get(one.name, ())))}
         for one in sorted(found.devices.values(), key=lambda one: -one.last_use_ns)

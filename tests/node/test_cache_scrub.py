@@ -60,6 +60,14 @@ def scrub(machine: Machine, *words: str, code: int) -> dict[str, Any]:
     return found
 
 
+def scrubbed(machine: Machine) -> float:
+    """When the one device was looked through, as `lazyfs cache ls` has it."""
+    with machine.start("cache", "--cache-dir", machine.cache, "ls", "--json") as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return float(json.loads(output)["devices"][0]["scrubbed"])
+
+
 def spoil(machine: Machine, number: int) -> None:
     """Overwrite a part of a file's bytes in the cache, as rot does."""
     (data_file,) = (machine.cache / "v1").glob("*/data.*")
@@ -94,6 +102,7 @@ def test_below_a_native_mount_the_right_bytes_are_written_in_place(machine: Mach
         counters = machine.statistics()["cache"]
         assert (counters["chunks_damaged"], counters["repaired_chunks"]) == (1, 1)
         found = scrub(machine, code=0)
+        assert scrubbed(machine) > time.time() - 300
         assert found["checkedBytes"] >= FILE_COUNT * FILE_BYTES
         assert found["damaged"] == []
         machine.umount(target)
