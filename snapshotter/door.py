@@ -26,6 +26,7 @@ import sys
 import time
 from typing import Any, Final, NoReturn
 
+from lazyfs import stacks
 from lazyfs.node import notify
 from lazyfs.node.callers import foreigner
 from snapshotter.relay import GREETING, PAIRS_MAX, Relay
@@ -79,6 +80,7 @@ class Door:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        stacks.install(stacks.tell_stderr)
         self._epoll.register(self._wake_r, select.EPOLLIN)
         while not (self._stopping and not self._pid):
             self._turn()
@@ -311,6 +313,7 @@ def _become_server(words: list[str], said: int, parent: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        stacks.ignore()   # until it has something to tell
         os.set_inheritable(said, True)
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             os.environ.pop(name, None)

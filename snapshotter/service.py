@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from snapshotter import failures
 from snapshotter.api import snapshots_pb2 as api
 from snapshotter.api.mount_pb2 import Mount as MountMessage
 from snapshotter.api.snapshots_pb2_grpc import SnapshotsServicer, add_SnapshotsServicer_to_server
+from snapshotter.calls import CALLS, SLOW_S
 from snapshotter.model import Kind
 
 if TYPE_CHECKING:
@@ -193,7 +195,15 @@ def serve(snapshots: Snapshots, address: str, threads: int, until_end: Callable[
 
 @contextlib.contextmanager
 def _answering(context: Any, call: str, name: str) -> Iterator[None]:
-    """Errors become a status. Raises what gRPC's abort() raises."""
+    """Errors become a status, and all are counted. Raises what gRPC's abort() raises."""
+    with CALLS.answering(call, name) as end, _failing(context, call, name, end):
+        yield
+
+
+@contextlib.contextmanager
+def _failing(context: Any, call: str, name: str, end: list[str]) -> Iterator[None]:
+    """As above; `end`: of Calls.answering()."""
+    began = time.monotonic()
     try:
         yield
     except LazyfsError as error:
@@ -205,7 +215,10 @@ def _answering(context: Any, call: str, name: str) -> Iterator[None]:
         code, text = grpc.StatusCode.INTERNAL, f"a bug in lazyfs: unexpected {type(error).__name__}, see its log"
         _LOG.exception("%s %s: unexpected", call, name)
     else:
+        if (took_s := time.monotonic() - began) >= SLOW_S:
+            _LOG.info("%s %s took %.1f s", call, name, took_s)
         return
+    end.append(code.name)
     context.abort(code, _one_line(text))
 
 

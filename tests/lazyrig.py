@@ -56,6 +56,7 @@ class SnapshotterProcess:
     containerd_address: Path
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    words: tuple[str, ...] = ()      # options besides
 
     @property
     def root(self) -> Path:
@@ -72,7 +73,7 @@ class SnapshotterProcess:
     def start(self) -> None:
         """Start it, and wait until it listens."""
         words = ["snapshotter", "--root", self.root, "--address", self.address,
-                 "--containerd-address", self.containerd_address]
+                 "--containerd-address", self.containerd_address, *self.words]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*LAZYFS, *words], env={**self.machine.environment, **self.environment}, stdin=subprocess.DEVNULL,

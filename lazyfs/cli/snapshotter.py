@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from lazyfs import config, logs
+from lazyfs import config, logs, stacks
 from lazyfs.cli.lazygroup import LazyGroup
 from lazyfs.errors import HostError
 from lazyfs.fs.confine import hide_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import FrameType
 
     from lazyfs.config.table import Snapshotter
+    from snapshotter.core import Snapshots
 
 _EPILOG = """\b
 Examples:
@@ -100,6 +104,7 @@ def _serve(settings: config.Config, behind: int, beat_s: float) -> None:
     signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note)
+    stacks.install(_dump)
 
     def ready() -> None:
         os.write(behind, b"ready\n")
@@ -110,13 +115,40 @@ def _serve(settings: config.Config, behind: int, beat_s: float) -> None:
     directory = os.open(own.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)   # sockets' paths must be short
     try:
         lazy.reconcile(snapshots.bootstraps())
-        beat = Heartbeat(snapshots.check, lambda: os.write(behind, b"alive\n"), beat_s)
+        beat = Heartbeat(lambda: _look(snapshots, Path(own.root)), lambda: os.write(behind, b"alive\n"), beat_s)
         with credential_proxy(settings) as proxy, beat:
-            serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, lambda: os.read(told, 1),
+            serve(snapshots, f"/proc/self/fd/{directory}/{SERVER_SOCKET}", own.threads, lambda: _wait_for_end(told),
                   ready=ready, extra=proxy)
     finally:
         snapshots.close()
         os.close(directory)
+
+
+def _look(snapshots: Snapshots, root: Path) -> None:
+    """For the heartbeat: raises what is wrong with the records; what was asked so far is written beside them."""
+    from snapshotter.calls import CALLS  # noqa: PLC0415
+
+    snapshots.check()
+    CALLS.write(root)
+
+
+def _wait_for_end(told: int) -> None:
+    """Until SIGTERM or SIGINT; other signals are written there as well."""
+    while os.read(told, 1)[0] not in {signal.SIGTERM, signal.SIGINT}:
+        pass
+
+
+def _dump(threads: Iterable[str]) -> None:
+    """For SIGUSR1: in a thread, for this one may hold any lock at this moment."""
+    from snapshotter.calls import CALLS  # noqa: PLC0415
+
+    lines = list(threads)
+
+    def write() -> None:
+        for line in (*lines, *CALLS.lines()):
+            logging.getLogger("lazyfs.dump").warning("%s", line)
+
+    threading.Thread(target=write, name="lazyfs-dump", daemon=True).start()
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

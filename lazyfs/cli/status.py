@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lazyfs.cli.workers import Answer
 
 _MOUNTS_SHOWN = 40
+_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNKNOWN"}    # the others are containerd's ordinary life
 _EPILOG = """\b
 Examples:
   lazyfs status
@@ -111,6 +112,7 @@ def _worker(told: dict[str, Any], *, is_daemon: bool) -> Iterator[str]:
         yield f"  trouble   {trouble['what']}: {trouble['why']}, since {_since(trouble['since'], told['time'])}"
     yield from _reads(told)
     yield from _sources(told)
+    yield from _snapshotter(told)
     yield from _mounts(told)
 
 
@@ -170,6 +172,16 @@ def _sources(told: dict[str, Any]) -> Iterator[str]:
             line += f"{since}: {one['why']}" if one.get("why") else since
         yield line
         title = ""
+
+
+def _snapshotter(told: dict[str, Any]) -> Iterator[str]:
+    report = told.get("snapshotter")
+    if report is None:
+        return
+    count = sum(one["count"] for one in report["ended"])
+    failed = sum(one["count"] for one in report["ended"] if one["code"] in _FAILURES)
+    yield (f"  snapshotter  {count} calls answered, {failed} failed, {report['running']} under way; as of "
+           f"{_span(told['time'] - report['time'])} ago")
 
 
 def _mounts(told: dict[str, Any]) -> Iterator[str]:

@@ -191,7 +191,7 @@ async def _serve(
         signs.start_soon(_beat, channel, place.config.daemon.heartbeat_s, session)
         worker = Worker(directory, cache, fetcher, served, mounter, lasting=True,
                         lists=place.config.daemon.prefetch_lists)
-        worker.observer.begin(place.config.daemon.slow_read_s)
+        worker.observer.begin(place.config.daemon.slow_read_s, place.config.snapshotter.root)
         worker.copying.configured = place.config.cache
         if take_over:
             await worker.restore()

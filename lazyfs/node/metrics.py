@@ -97,6 +97,19 @@ def _troubles(snapshot: Snapshot) -> Values:
     return [((), float(len(snapshot["cache"]["trouble"])))] if "trouble" in snapshot.get("cache", {}) else []
 
 
+def _calls(snapshot: Snapshot) -> list[tuple[str, str, float, float]]:
+    """(call, code, how many, seconds) of snapshotter.calls' report."""
+    return [(one["call"], one["code"], float(one["count"]), float(one["seconds"]))
+            for one in snapshot.get("snapshotter", {}).get("ended", ())]
+
+
+def _summed(pairs: Iterable[tuple[str, float]]) -> Values:
+    found: dict[str, float] = {}
+    for name, number in pairs:
+        found[name] = found.get(name, 0.0) + number
+    return [((name,), number) for name, number in found.items()]
+
+
 def _hits(snapshot: Snapshot) -> Values:
     return _several(("hit", ("fetch", "hits")), ("miss", ("fetch", "misses")))(snapshot)
 
@@ -194,6 +207,14 @@ METRICS: tuple[Metric, ...] = (
                     ("failed", ("copies", "failed")))),
     Metric("lazyfs_copied_bytes_total", COUNTER, (), "Of lazyfs_fetched_bytes_total: for full copies.",
            _one("fetch", "copied_stored_bytes")),
+    # --- the snapshotter
+    Metric("lazyfs_snapshotter_calls_total", COUNTER, ("call", "code"),
+           "Calls of containerd that the snapshotter has answered, by gRPC's status; as of some seconds ago.",
+           lambda snapshot: [((call, code), count) for call, code, count, _ in _calls(snapshot)]),
+    Metric("lazyfs_snapshotter_call_seconds_total", COUNTER, ("call",), "How long they took together.",
+           lambda snapshot: _summed((call, seconds) for call, _, _, seconds in _calls(snapshot))),
+    Metric("lazyfs_snapshotter_calls_running", GAUGE, (), "Calls that it is answering.",
+           _one("snapshotter", "running")),
     # --- the process
     Metric("lazyfs_process_cpu_seconds_total", COUNTER, (), "CPU time of the worker.", _one("process", "cpu_s")),
     Metric("lazyfs_process_resident_memory_bytes", GAUGE, (), "Its memory.", _one("process", "resident_bytes")),

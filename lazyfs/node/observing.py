@@ -11,6 +11,7 @@ if it does not answer in time.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections import deque
@@ -47,6 +48,8 @@ SLOW_COUNT_MAX = 200             # slow reads of one answer: 2 KiB each, a line 
 _WAITING_COUNT_MAX = 50
 PAGE_S = 1.0                     # a page of metrics is made once in so long, however many ask
 _COMM = "/proc/%d/comm"
+REPORT_NAME = "snapshotter.json"    # of snapshotter.calls, which is a layer above us
+_REPORT_BYTES_MAX, _REPORT_ROWS_MAX = 64 * 1024, 200    # ten calls, seventeen codes
 
 
 class Observed(Protocol):
@@ -84,11 +87,20 @@ class Observer:
         self._page = b""
         self._page_at = float("-inf")
         self._page_lock = trio.Lock()
+        self._report: Path | None = None
         self.dumps = Dumps(self._reads, fetcher)
 
-    def begin(self, slow_s: float) -> None:
-        """In the main thread of the worker's process: dumps on SIGUSR1; reads are slow from `slow_s` on."""
+    def begin(self, slow_s: float, snapshotter_root: str = "") -> None:
+        """
+        In the main thread of the worker's process: dumps on SIGUSR1.
+
+        Args:
+            slow_s: from when on a read is slow, seconds.
+            snapshotter_root: where the snapshotter of this node keeps what it has; "": there is none.
+
+        """
         self._reads.slow_s = slow_s
+        self._report = Path(snapshotter_root) / REPORT_NAME if snapshotter_root else None
         self.dumps.install()
 
     async def run(self) -> None:
@@ -140,6 +152,11 @@ class Observer:
         with contextlib.suppress(OSError):
             disk = Disk.of(self._cache.path)
             found["disk"] = {"size_bytes": disk.size_bytes, "free_bytes": disk.free_bytes}
+        with contextlib.suppress(OSError, ValueError):                # there is none
+            if self._report is not None:
+                with self._report.open("rb") as file:
+                    report = json.loads(file.read(_REPORT_BYTES_MAX))
+                found |= {"snapshotter": report} if _is_report(report) else {}
         with contextlib.suppress(LazyfsError, OSError, ValueError):   # there is none: an embedded worker
             found["keeper"] = ask_keeper(self._directory, "status", LOOK_S)
         return found
@@ -231,6 +248,15 @@ def _write_page(snapshot: dict[str, Any]) -> bytes:
     from lazyfs.node import metrics  # noqa: PLC0415 - 25 ms and 2 MB, for those who ask
 
     return metrics.page(snapshot)
+
+
+def _is_report(report: object) -> bool:
+    """Whether it is one of snapshotter.calls, perhaps of another version."""
+    return (isinstance(report, dict) and all(isinstance(report.get(name), int | float) for name in ("time", "running"))
+            and isinstance(report.get("ended"), list) and len(report["ended"]) <= _REPORT_ROWS_MAX
+            and all(isinstance(one, dict) and isinstance(one.get("call"), str) and isinstance(one.get("code"), str)
+                    and all(isinstance(one.get(name), int | float) for name in ("count", "seconds"))
+                    for one in report["ended"]))
 
 
 def _process() -> dict[str, Any]:

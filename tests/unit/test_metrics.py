@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lazyfs.fs.readlog import BOUNDS_S
 from lazyfs.node import metrics
+from lazyfs.node.observing import _is_report
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT: dict[str, Any] = {
@@ -30,6 +31,9 @@ SNAPSHOT: dict[str, Any] = {
     "cache": {"chunks_stored": 8, "chunks_not_stored": 1, "chunks_verified": 5, "chunks_damaged": 1,
               "chunks_unreadable": 0, "scrubbed_bytes": 11, "checkpoint_errors": 0, "trouble": [{"what": "x"}]},
     "copies": {"started": 2, "completed": 1, "failed": 0},
+    "snapshotter": {"pid": 3, "time": 1000.0, "running": 1, "ended": [
+        {"call": "Stat", "code": "OK", "count": 9, "seconds": 0.5},
+        {"call": "Stat", "code": "INTERNAL", "count": 1, "seconds": 0.1}]},
     "process": {"cpu_s": 1.5, "resident_bytes": 1 << 20, "descriptors": 20},
 }
 
@@ -113,3 +117,13 @@ def test_the_dashboard_is_one() -> None:
         assert panel["title"]
         assert panel["gridPos"].keys() == {"h", "w", "x", "y"}
         assert all(target["expr"] and target["refId"] for target in panel["targets"])
+
+
+@pytest.mark.parametrize("odd", [
+    None, 7, [], {}, {"ended": 7, "running": 1, "time": 1}, {"ended": [{"call": "x"}], "running": 1, "time": 1},
+    {"ended": [{"call": 1, "code": "OK", "count": 1, "seconds": 1}], "running": 1, "time": 1},
+    {"ended": [], "running": "x", "time": 1},
+    {"ended": [{"call": "x", "code": "y", "count": 1, "seconds": 1}] * 201, "running": 1, "time": 1}])
+def test_a_report_that_is_none_is_left_out(odd: object) -> None:
+    assert not _is_report(odd)
+    assert _is_report(SNAPSHOT["snapshotter"])

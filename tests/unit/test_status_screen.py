@@ -61,6 +61,7 @@ def test_everything_is_on_the_screen() -> None:
         "3 took", "fetched   2.0 MB/s: a:1 2.0 MB/s", "errors    deadline 2 (last 5 min)",
         "a:1: down since", "(2 min): cannot connect\\x1b[2J", "b:2: ok", "2 damaged chunks dropped",
         "trouble   storing: No space left on device, since", "mounts    2, 1 broken",
+        "snapshotter  10 calls answered, 1 failed, 1 under way",
         "/mnt/a  a:lazy  erofs, 45% here, copy: copying 12.0 MB/s", "/mnt/b  b:lazy  fuse, complete, detached",
         "/mnt/c  c: no manifest",
     ):
