@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lazyfs.fetch.transfer import Transfer
 
 ROOM_RETRY_S = 1.0               # after there was no room
+READS_BUSY_S = 50                # reads a second, of at least a page, that make way is made for
+READS_LOOK_S = 0.2               # between two looks at them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class CopyTerms:
     How gently.
 
     :rate_bytes_s: stored bytes a second; 0: no bound.
-    :quiet_s: so long nothing else was fetched before a window starts.
+    :quiet_s: so long nothing else was fetched, and little read, before a window starts.
     :patience_s: others that go on and on are waited for so long, then one window starts all the same.
     :has_room: whether so many more bytes (uncompressed) may be stored; without room it looks again now and then. None:
         as much as the cache takes; when it takes no more, the copy ends.
@@ -143,9 +145,12 @@ class Copies:
     :traffic: everybody else's transfers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read_count: Callable[[], int] = lambda: 0) -> None:
+        """`read_count`: of all reads so far, of what is in the cache too."""
         self.handles: list[CopyHandle] = []
         self.traffic = Traffic()
+        self._read_count = read_count
+        self._looked_at, self._looked_count = -math.inf, 0
         self._quiet_since = -math.inf
 
     def begin(self, priority: Priority) -> None:
@@ -161,7 +166,18 @@ class Copies:
 
     def ready(self, now: float) -> tuple[list[CopyHandle], float]:
         """Whose next window may start, and when the next of the others may (inf: not by time alone)."""
+        self._look_at_reads(now)
         quiet_since = self._quiet_since if self.traffic.busy_since is None else None
         times = [(handle.starts_at(now, quiet_since), handle) for handle in self.handles]
         return ([handle for at, handle in times if at <= now],
                 min((at for at, _ in times if at > now), default=math.inf))
+
+    def _look_at_reads(self, now: float) -> None:
+        """A program that starts reads much that is here already; then processor and disk are not ours either."""
+        elapsed_s = now - self._looked_at
+        if elapsed_s < READS_LOOK_S:
+            return
+        count = self._read_count()
+        if self._looked_at > -math.inf and count - self._looked_count >= READS_BUSY_S * elapsed_s:
+            self._quiet_since = now
+        self._looked_at, self._looked_count = now, count

@@ -60,7 +60,7 @@ class Scheduler:
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
         self.running = dict.fromkeys(Priority, 0)
-        self.copies = Copies()
+        self.copies = Copies(lambda: self.statistics.hits + self.statistics.misses)
         self._copies_wake_at = math.inf    # trio's clock
         self._unstored_at = -math.inf      # the same; when a chunk had no room in the cache
         self._reads = Traffic()

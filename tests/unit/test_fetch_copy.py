@@ -212,3 +212,20 @@ def test_other_copies_are_no_traffic_and_a_held_one_loses_its_patience():
     assert copies.ready(21.0) == ([], 26.0)
     handle.paused_until = 40.0
     assert copies.ready(27.0) == ([], 40.0)
+
+
+def test_many_reads_of_what_is_here_are_made_way_for_too():
+    reads = [0]
+    copies = Copies(lambda: reads[0])
+    handle = CopyHandle([(None, 0)], CopyTerms(quiet_s=0.5, patience_s=5.0), copies.traffic)
+    copies.handles.append(handle)
+    assert copies.ready(100.0)[0] == [handle]
+    reads[0] += 1000
+    assert copies.ready(101.0) == ([], 101.5)
+    reads[0] += 24                                     # in half a second: a program that is no start
+    assert copies.ready(101.5)[0] == [handle]
+    for step in range(1, 9):
+        reads[0] += 100
+        assert copies.ready(101.5 + step / 2)[0] == []
+    reads[0] += 100
+    assert copies.ready(106.0)[0] == [handle]          # patience: since it first could have started
