@@ -136,8 +136,10 @@ def add_signature(known: bytes | None, payload: bytes, value: bytes) -> tuple[Do
         FormatError: what is there is no manifest, or holds too many.
 
     """
-    layers: list[Any] = [] if known is None else [
-        msgspec.json.decode(bytes(raw)) for raw in decode_json(known, _Manifest, "signatures").layers]
+    raws = [] if known is None else decode_json(known, _Manifest, "signatures").layers
+    for raw in raws:
+        Digest(decode_json(bytes(raw), _Layer, "signature").digest)
+    layers: list[Any] = [msgspec.json.decode(bytes(raw)) for raw in raws]
     if len(layers) >= SIGNATURE_COUNT_MAX:
         raise FormatError(f"{len(layers)} signatures are there already, at most {SIGNATURE_COUNT_MAX} are looked at",
                           hint="remove the tag ...sig, and sign again")

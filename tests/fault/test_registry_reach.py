@@ -32,8 +32,9 @@ def run(tmp_path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
              '&& exec "$2" -m tests.closednetwork "$3" "$4"')
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "slave", "--net", "sh", "-c", shell, "sh", tmp_path, sys.executable, json.dumps(cases),
-         json.dumps(addresses)], capture_output=True, text=True, check=False, timeout=110, cwd=ROOT, env=environment)
+        ["unshare", "--mount", "--propagation", "slave", "--net", "sh", "-c", shell, "sh", tmp_path, sys.executable,
+         json.dumps(cases), json.dumps(addresses)],
+        capture_output=True, text=True, check=False, timeout=110, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
@@ -41,8 +42,8 @@ def run(tmp_path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def case(registry: str, store: list[str], way: str, **more: Any) -> dict[str, Any]:
     """The registry at one address sends us to a name that has others, one after the other."""
-    return {"registry": REGISTRY, "names": {REGISTRY: [registry], STORE: store}, "way": way,
-            "url": f"http://{STORE}/{'token' if way == 'realm' else 'blob'}", **more}
+    url = f"http://{STORE}/{'token' if way == 'realm' else 'blob'}"
+    return {"registry": REGISTRY, "names": {REGISTRY: [registry], STORE: store}, "way": way, "url": url, **more}
 
 
 @pytest.mark.parametrize("way", ["redirect", "realm"])

@@ -23,6 +23,7 @@ from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
 from lazyfs.image.model import Attributes, DataMap, EntryKind, FileType, LayerEntry
 from lazyfs.image.oci import OCI_MANIFEST, is_index, parse_index
 from lazyfs.image.prefetch import parse_prefetch
+from lazyfs.image.signature import add_signature, build_payload, parse_payload, parse_signatures
 from lazyfs.profile.recording import from_json, to_json
 from tests.formatkit import CHUNK_SIZE, make_blob, make_bootstrap, make_hot
 from tests.profilekit import recording
@@ -52,6 +53,12 @@ RECORDING = to_json(recording([(0, 0, 4096, 0.0), (1, 8192, 8200, 12.5)], device
 SUBJECT = Document(b"{}", OCI_MANIFEST, Digest.of(b"{}"))
 NOW = "2026-01-31T12:00:00Z"
 ARTIFACT = build_artifact(SUBJECT, PREFETCH, NOW)
+
+
+def signatures(data: bytes) -> object:
+    """What is added to goes through the same checks, and says what it held."""
+    parse_signatures(data)
+    return parse_signatures(add_signature(data, b"payload", b"value")[0].data)
 
 
 def entries_raw(data: bytes) -> object:
@@ -97,6 +104,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "artifact": (artifact, ARTIFACT.data),
     "referrers": (referrers, add_referrer(None, ARTIFACT, NOW).data),
     "recording": (from_json, RECORDING),
+    "signatures": (signatures, add_signature(None, b"payload", b"value")[0].data),
+    "payload": (parse_payload, build_payload(SUBJECT.digest, "registry.example/app")),
 }
 INTERESTING = [b"\0", b"\xff", b"-", b"9", b'"', b"{", b"[", b"null", b"-1", b"\\", b"/", b"../", b"\n",
 b"\xdd\xff\xff\xff\xff",
