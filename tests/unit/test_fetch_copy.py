@@ -224,8 +224,8 @@ def test_many_reads_of_what_is_here_are_made_way_for_too():
     assert copies.ready(101.0) == ([], 101.5)
     reads[0] += 24                                     # in half a second: a program that is no start
     assert copies.ready(101.5)[0] == [handle]
-    for step in range(1, 9):
+    for step in range(1, 7):
         reads[0] += 100
         assert copies.ready(101.5 + step / 2)[0] == []
     reads[0] += 100
-    assert copies.ready(106.0)[0] == [handle]          # patience: since it first could have started
+    assert copies.ready(105.0)[0] == [handle]          # patience: since it first could have started
