@@ -21,9 +21,9 @@ from lazyfs.registry.fields import to_fields
 from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import Daemon, running_daemon
 from tests.faultproxy import FaultProxy
+from tests.keykit import make_key
 from tests.lazykit import unpack_bootstrap
 from tests.mountkit import LAZYFS, Machine, require_mounting
-from tests.unit.test_signatures import make_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

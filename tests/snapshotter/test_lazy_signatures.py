@@ -12,10 +12,10 @@ from lazyfs.errors import SignatureError
 from lazyfs.registry import open_destination, open_source
 from snapshotter.lazy import LABEL_IMAGE_REF, LABEL_MANIFEST
 from tests.daemonkit import running_daemon
+from tests.keykit import make_key
 from tests.lazykit import OPTIONS, push_lazy
 from tests.registrykit import require_registry, running_registry
 from tests.snapshotter.test_lazy_images import FILES, Rig
-from tests.unit.test_signatures import make_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

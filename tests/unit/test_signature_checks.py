@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,32 +22,12 @@ from lazyfs.image.signature import (
     signature_tag,
 )
 from lazyfs.node.verifying import Evidence, check_evidence
+from tests.keykit import KINDS, make_key, openssl
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-OPENSSL = shutil.which("openssl")
-KINDS = {
-    "p256": ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "p384": ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "rsa": ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
-    "ed25519": ["-algorithm", "ED25519"],
-}
 SUBJECT = Digest.of(b"an image")
-
-
-def openssl(*words: str | Path) -> None:
-    if OPENSSL is None:
-        pytest.skip("openssl is not installed")
-    subprocess.run([OPENSSL, *map(str, words)], check=True, capture_output=True)
-
-
-def make_key(directory: Path, kind: str) -> tuple[Path, Path]:
-    """Private and public, by openssl."""
-    private, public = directory / f"{kind}.key", directory / f"{kind}.pub"
-    openssl("genpkey", *KINDS[kind], "-out", private)
-    openssl("pkey", "-in", private, "-pubout", "-out", public)
-    return private, public
 
 
 @pytest.mark.parametrize("kind", KINDS)
