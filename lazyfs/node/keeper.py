@@ -323,6 +323,9 @@ class Keeper:
             reply(client, {"error": "a worker is being started or stopped at this moment"})
             return
         if isinstance(settings, dict):
+            if not _is_sound(settings):     # we must not die of them
+                reply(client, {"error": "malformed settings"})
+                return
             fixed = {name: self._settings[name] for name in ("root", "cache_dir")}   # of what is mounted
             asked = settings.pop("asked", {}).get("cache_dir", fixed["cache_dir"])
             if asked != fixed["cache_dir"]:
@@ -390,6 +393,13 @@ class Keeper:
         else:
             _say(f"worker {child.pid} still serves mounts, and goes on; the next start takes it over")
         self._current = None
+
+
+def _is_sound(settings: dict[str, Any]) -> bool:
+    """Whether what an upgrade asks for has the types that we count on."""
+    numbers = (settings[name] for name in ("hang_s", "start_s", "abort_s") if name in settings)
+    tables = (settings[name] for name in ("asked", "worker") if name in settings)
+    return all(type(one) in (int, float) for one in numbers) and all(isinstance(one, dict) for one in tables)
 
 
 def _say(text: str) -> None:

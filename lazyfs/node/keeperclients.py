@@ -46,7 +46,7 @@ class Clients:
             try:
                 request = json.loads(client.recv(_REQUEST_BYTES_MAX))
                 request["op"]
-            except (OSError, ValueError, LookupError, TypeError):
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
                 client.close()
             else:
                 found.append((client, request))

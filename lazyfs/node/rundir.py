@@ -31,6 +31,8 @@ from typing import Any
 from lazyfs.errors import HostError
 
 _RECORD_BYTES_MAX = 1 << 20
+# How reading a file fails that is not there, or is not what we write.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +209,14 @@ class WorkerDir:
 
     def worker(self) -> ProcessIdentity | None:
         """The process that serves here, if it lives."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(*_UNREADABLE):
             identity = ProcessIdentity(**json.loads(self.identity.read_bytes()))
             return identity if identity.alive else None
         return None
 
     def keeper(self) -> ProcessIdentity | None:
         """The daemon's keeper, if it lives: a worker that dies here is followed by another."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with contextlib.suppress(*_UNREADABLE):
             data = json.loads(self.keeper_identity.read_bytes())
             identity = ProcessIdentity(int(data["pid"]), int(data["start_ticks"]), str(data["boot_id"]))
             return identity if identity.alive else None
@@ -261,7 +263,7 @@ class WorkerDir:
 
     def read_numbers(self) -> tuple[int, int]:
         """What write_numbers() stored last; (0, 1) if nothing."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(*_UNREADABLE):
             device, slot = json.loads(self.numbers.read_bytes())
             return int(device), int(slot)
         return 0, 1
@@ -280,7 +282,7 @@ class WorkerDir:
         """What write_fetch() stored, by name; what cannot be read is left out."""
         found = {}
         for path in sorted(self.root.glob("fetch-*.json")):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(*_UNREADABLE):
                 found[path.stem.removeprefix("fetch-")] = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
         return found
 
@@ -288,7 +290,7 @@ class WorkerDir:
         """All readable records, whoever wrote them: another version of us may know more fields, or fewer."""
         found = []
         for path in sorted(self.mounts.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with contextlib.suppress(*_UNREADABLE):
                 data = json.loads(path.read_bytes()[:_RECORD_BYTES_MAX])
                 known = {one.name: data[one.name] for one in fields(MountRecord) if one.name in data}
                 found.append(MountRecord(**known))   # TypeError: one without a default is not there
