@@ -3,7 +3,8 @@ A filter of system calls that a process has no use for, and whoever took it over
 
 Layer: fs; no state. Who calls: fs.confine. A deny list: the worker runs credential helpers, which are other people's
 programs, and those must go on working. Sources: seccomp(2), linux/filter.h, linux/audit.h, asm/unistd.h. Constant
-answers are cached by the kernel (5.11), so a read costs the same with and without.
+answers are cached by the kernel (5.11): a system call costs 0.1 us more (pread of 100 bytes 0.85 -> 0.95), of which a
+read of a container makes four or five in the 20 to 50 us that it takes.
 """
 
 from __future__ import annotations
