@@ -62,13 +62,19 @@ class SignatureError(LazyfsError):
 
 
 class SourceError(LazyfsError):
-    """A registry or directory did not deliver. `transient`: trying again may help."""
+    """
+    A registry or directory did not deliver.
+
+    :transient: trying again may help.
+    :elsewhere: it was one of several servers, and another will be asked: the source as a whole is not in doubt.
+    """
 
     exit_code = 20
 
     def __init__(self, message: str, *, hint: str = "", transient: bool = True) -> None:
         super().__init__(message, hint=hint)
         self.transient = transient
+        self.elsewhere = False
 
 
 class NotFoundError(SourceError):

@@ -25,7 +25,7 @@ from lazyfs.fetch.copying import Copies
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lanes import Lanes
 from lazyfs.fetch.prefetch import PrefetchHandle
-from lazyfs.fetch.sources import is_ours
+from lazyfs.fetch.sources import says_nothing
 from lazyfs.fetch.spill import Spill
 from lazyfs.fetch.statistics import FetchStatistics
 from lazyfs.fetch.transfer import Priority, Transfer
@@ -311,7 +311,7 @@ class Scheduler:
         else:
             error = transfer.error or BugError(f"{flight.source.name}: chunk {flight.index} was left out")
             down = self.lanes.sources.of(flight.source).down
-            if not (transfer.landed_count or down or is_ours(error)):
+            if not (transfer.landed_count or down or says_nothing(error)):
                 flight.attempt_count += 1
             again = retry.is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
             pause = 0.0 if down else retry.pause_s(error, max(1, flight.attempt_count))

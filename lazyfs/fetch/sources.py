@@ -134,7 +134,7 @@ class SourceState:
 
         """
         was_probe, self._probing = self._probing, False
-        if is_ours(error):
+        if says_nothing(error):
             if was_probe:
                 self._probe_at = now + PROBE_FIRST_S
                 return self._probe_at
@@ -220,6 +220,6 @@ def server_of(source: ImageSource) -> str:
     return str(getattr(source, "server", "") or source.name)
 
 
-def is_ours(error: LazyfsError) -> bool:
-    """Whether it says nothing of the source: this machine's limits, disk, or bug."""
-    return isinstance(error, ResourceError | CacheError | BugError)
+def says_nothing(error: LazyfsError) -> bool:
+    """Whether it says nothing of the source as a whole: this machine's limits, disk, or bug; one mirror of several."""
+    return isinstance(error, ResourceError | CacheError | BugError) or getattr(error, "elsewhere", False)

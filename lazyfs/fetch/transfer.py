@@ -192,6 +192,7 @@ class Transfer:
                 elif flight.bad is not None and distrust(stream, flight.bad):
                     # a mirror's fault, and it is not asked again: the source itself is not in doubt
                     detour = SourceError(f"{flight.bad}: a mirror gave it; another is asked")
+                    detour.elsewhere = True
                     flight.bad = None
         if detour is not None:
             raise detour

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Less than this in a window (twice the I/O timeout: a minute) is no progress: 1 KiB/s, slower than any modem.
 PROGRESS_BYTES = 64 * KIB
-RANGE_WINDOW_S, RANGE_BYTES_MIN = 5.0, 10 * KIB   # 2 KiB/s: a chunk of 1 MiB would take eight times a read's deadline
+RANGE_WINDOW_S, RANGE_BYTES_MIN = 3.0, 6 * KIB   # 2 KiB/s: a chunk of 1 MiB would take eight times a read's deadline
 
 
 class _Stream:

@@ -126,7 +126,10 @@ class HttpResponse:
 
     def fail(self, error: LazyfsError) -> bool:
         """What came is not what was promised: tell whoever chose this server. True: another one can be asked."""
-        return self.on_failure is not None and self.on_failure(error)
+        others = self.on_failure is not None and self.on_failure(error)
+        if isinstance(error, SourceError):
+            error.elsewhere = others
+        return others
 
     def read_all(self, size_max: int) -> bytes:
         """

@@ -104,6 +104,14 @@ def test_what_this_machine_lacks_is_no_fault_of_the_source():
     assert state.describe(0.0)["failures"] == 0
 
 
+def test_one_mirror_of_several_does_not_speak_for_the_source():
+    state = SourceState("registry")
+    error = SourceError("drips")
+    error.elsewhere = True
+    assert failed(state, 50, error=error) is None
+    assert state.state(0.0) is State.OK
+
+
 def test_since_and_why_are_those_of_the_whole_streak(monkeypatch):
     state = SourceState("registry")
     monkeypatch.setattr(sources.time, "time", lambda: 1000.0)
