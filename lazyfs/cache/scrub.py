@@ -217,7 +217,6 @@ def _note(directory: Path) -> None:
 
 def _last_write(directory: Path) -> float | None:
     times: list[float] = []
-    with contextlib.suppress(OSError):
-        times = [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(directory)
-                 if entry.name.startswith("data.")]
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        times = [entry.stat(follow_symlinks=False).st_mtime for entry in entries if entry.name.startswith("data.")]
     return max(times, default=None)
