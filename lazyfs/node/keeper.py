@@ -256,7 +256,7 @@ class Keeper:
             return
         if not self._retire_by:
             _say(f"worker {child.pid} died: {how}")
-            self._died += 1
+            self._died += not child.killed
             if not child.ready:
                 self._failed += 1
                 self._undo_upgrade(f"the new worker could not serve ({how}); one with the old settings follows")

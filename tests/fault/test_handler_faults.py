@@ -205,6 +205,11 @@ def test_a_handler_that_holds_the_loop_costs_a_worker_and_no_error(
     caller.join(60)
     assert found == [{"lookup": SIZE, "readdir": len(DATA) + 2, "read_now": DATA["f1"]}[target_name]]
     daemon.wait_ready(not_worker=worker)
+    log = (machine.directory / "daemon.log").read_text()
+    assert "most recent call first" in log, "where each thread was, before it was replaced"
+    assert "hookkit.py" in log
+    status = daemon.status() or {}
+    assert (status["hung"], status["died"], status["turns"]) == (1, 0, 2)
     machine.umount(target)
 
 
