@@ -48,14 +48,19 @@ DRIVERS = ("erofs", "fuse")
 DISK_BYTES, QUOTA = 48 << 20, "12MiB"
 READ_TIMEOUT_S = 30
 BOUND_S = 2 * READ_TIMEOUT_S + 30.0      # the kernel asks again for a page that failed; a machine with other work
-HANG_S = 2
+HANG_S = 10                      # a machine with other work gives no turn for seconds, and that is no fault here
 SETTLE_S = 90.0
 OPTIONS = RegistryOptions(insecure=True)
 
 
 @dataclass
 class Report:
-    """Of all readers together. `gauges`: of the worker, before and after."""
+    """
+    Of all readers together.
+
+    :dead: readers and workers that died of themselves.
+    :before: and `after`: of the worker, World.gauges().
+    """
 
     seed: int = 0
     seconds: float = 0.0
@@ -326,15 +331,15 @@ def soak(directory: Path, seconds: float, seed: int) -> Report:
         world.settle()
         report.before = world.gauges()
         lasting = {name: one for name, one in (FAULTS | EVENTS).items() if not one.replaces}
-        worker = world.daemon.worker()
         _trouble(world, began + seconds, lasting, counts)
         world.settle()
         world.finish_readers(report)
         world.settle()
         report.after = _rested(world, report.before)
         report.faults = dict(counts)
-        report.workers = (directory / "daemon.log").read_text().count("died: ") + 1
-        assert world.daemon.worker() == worker, "a worker died of what should not kill it"
+        deaths = [line for line in (directory / "daemon.log").read_text().splitlines() if " died: " in line]
+        report.workers = len(deaths) + 1
+        report.dead += [line for line in deaths if not line.endswith("signal 9")]     # of itself, not by us
     return report
 
 

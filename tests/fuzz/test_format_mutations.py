@@ -143,12 +143,13 @@ def accepts_or_refuses(parse: Callable[[bytes], object], data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_mutations(target: str) -> None:
+def test_mutations(target: str, request: pytest.FixtureRequest) -> None:
     parse, seed = TARGETS[target]
     assert accepts_or_refuses(parse, seed)
     rng = random.Random(f"lazyfs {target}")
-    accepted = sum(accepts_or_refuses(parse, mutate(rng, seed)) for _ in range(6000))
-    assert accepted < 6000
+    count = int(6000 * request.config.getoption("--fuzz"))
+    accepted = sum(accepts_or_refuses(parse, mutate(rng, seed)) for _ in range(count))
+    assert accepted < count
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -231,9 +231,10 @@ def test_corpus_is_read() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mutations(seed: int) -> None:
-    taken = int(limited("run", str(seed), "2000").split()[0])
-    assert 100 < taken < 1900      # both outcomes are met
+def test_mutations(seed: int, request: pytest.FixtureRequest) -> None:
+    count = int(2000 * request.config.getoption("--fuzz"))
+    taken = int(limited("run", str(seed), str(count)).split()[0])
+    assert 0.05 * count < taken < 0.95 * count      # both outcomes are met
 
 
 @pytest.mark.parametrize("name", BOMBS)
