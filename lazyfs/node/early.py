@@ -94,8 +94,8 @@ def _leave_the_caller(connection: socket.socket) -> None:
     os.umask(0o077)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):   # the latter two: lazyfs.stacks, later
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):   # the latter two: lazyfs.stacks, later
+        signal.signal(ignored, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
