@@ -172,6 +172,11 @@ def _sources(told: dict[str, Any]) -> Iterator[str]:
             line += f"{since}: {one['why']}" if one.get("why") else since
         yield line
         title = ""
+    for one in told.get("servers", ()):
+        if one["state"] != "ok":    # a mirror: the reads go on without it
+            since = f" since {_since(one['since'], told['time'])}" if one.get("since") else ""
+            yield f"  {title:<9} server {one['server']}: {one['state']}{since}: {one['why']}"
+            title = ""
 
 
 def _snapshotter(told: dict[str, Any]) -> Iterator[str]:

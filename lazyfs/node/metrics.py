@@ -174,6 +174,10 @@ METRICS: tuple[Metric, ...] = (
            _sources("requests")),
     Metric("lazyfs_source_failures_total", COUNTER, ("source",), "Of these, those that failed.", _sources("failures")),
     Metric("lazyfs_source_outages_total", COUNTER, ("source",), "Times that the breaker opened.", _sources("outages")),
+    Metric("lazyfs_hedges_total", COUNTER, (),
+           "Requests that were sent to the next mirror as well, because the one before it was late.",
+           lambda snapshot: [((), float(sum(one["hedges"] for one in snapshot["servers"])))]
+           if "servers" in snapshot else []),
     # --- the cache
     Metric("lazyfs_cache_used_bytes", GAUGE, (), "On disk, by the last look and what was stored since.",
            _one("space", "used_bytes")),

@@ -26,6 +26,7 @@ SNAPSHOT: dict[str, Any] = {
     "running": {"foreground": 1, "prefetch": 0}, "flights": 4,
     "sources": [{"source": "a:1", "state": "down", "requests": 9, "failures": 5, "outages": 1},
                 {"source": "b:2", "state": "ok", "requests": 1, "failures": 0, "outages": 0}],
+    "servers": [{"server": "m:3/v2", "state": "left alone", "since": 1999990.0, "why": "late", "hedges": 4}],
     "space": {"used_bytes": 100, "quota_bytes": 0, "floor_bytes": 50}, "disk": {"size_bytes": 1000, "free_bytes": 600},
     "evicted": {"devices": 1, "bytes": 10},
     "cache": {"chunks_stored": 8, "chunks_not_stored": 1, "chunks_verified": 5, "chunks_damaged": 1,
@@ -73,6 +74,7 @@ def test_numbers_are_those_of_the_snapshot() -> None:
     assert found["lazyfs_read_seconds_bucket", ("+Inf",)] == len(BOUNDS_S) + 1
     assert found["lazyfs_read_seconds_sum", ()] == 99.5
     assert found["lazyfs_mounts", ("broken",)] == 2
+    assert found["lazyfs_hedges_total", ()] == 4
     assert found["lazyfs_cache_troubles", ()] == 1
 
 
