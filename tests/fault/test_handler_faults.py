@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -101,15 +102,29 @@ def hooks(tmp_path: Path) -> Hooks:
     return Hooks(tmp_path)
 
 
-@pytest.fixture
-def daemon(machine: Machine, hooks: Hooks) -> Iterator[Daemon]:
-    daemon = start_daemon(machine, "--hang-timeout", "2", environment=hooks.environment)
+@contextlib.contextmanager
+def hooked(machine: Machine, hooks: Hooks, hang_s: int) -> Iterator[Daemon]:
+    daemon = start_daemon(machine, "--hang-timeout", str(hang_s), environment=hooks.environment)
     try:
         daemon.wait_ready()
         yield daemon
     finally:
         hooks.clear()
         end_daemon(daemon)
+
+
+@pytest.fixture
+def daemon(machine: Machine, hooks: Hooks) -> Iterator[Daemon]:
+    """Its worker stays, also on a machine with other work."""
+    with hooked(machine, hooks, 60) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(machine: Machine, hooks: Hooks) -> Iterator[Daemon]:
+    """A worker that is silent for 2 s is replaced."""
+    with hooked(machine, hooks, 2) as made:
+        yield made
 
 
 def mount(machine: Machine, registry: str, driver: str, timeout_s: int = 60) -> Path:
@@ -185,10 +200,10 @@ def test_a_read_that_never_comes_back_is_ended_by_the_guard(
 
 @pytest.mark.parametrize("target_name", ["lookup", "readdir", "read_now"])
 def test_a_handler_that_holds_the_loop_costs_a_worker_and_no_error(
-    machine: Machine, daemon: Daemon, hooks: Hooks, registry: str, target_name: str
+    machine: Machine, impatient: Daemon, hooks: Hooks, registry: str, target_name: str
 ) -> None:
     """Seen from outside: no sign of life; the next worker answers the very request."""
-    target, worker = mount(machine, registry, "fuse"), daemon.worker()
+    target, worker = mount(machine, registry, "fuse"), impatient.worker()
     calls: dict[str, Callable[[], object]] = {
         "lookup": lambda: (target / "f1").stat().st_size, "readdir": lambda: len(os.listdir(target)),   # noqa: PTH208
         "read_now": (target / "f1").read_bytes,
@@ -204,11 +219,11 @@ def test_a_handler_that_holds_the_loop_costs_a_worker_and_no_error(
     hooks.clear()     # the worker that hangs does not look any more; the next one does
     caller.join(60)
     assert found == [{"lookup": SIZE, "readdir": len(DATA) + 2, "read_now": DATA["f1"]}[target_name]]
-    daemon.wait_ready(not_worker=worker)
+    impatient.wait_ready(not_worker=worker)
     log = (machine.directory / "daemon.log").read_text()
     assert "most recent call first" in log, "where each thread was, before it was replaced"
     assert "hookkit.py" in log
-    status = daemon.status() or {}
+    status = impatient.status() or {}
     assert (status["hung"], status["died"], status["turns"]) == (1, 0, 2)
     machine.umount(target)
 
