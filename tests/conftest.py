@@ -36,7 +36,6 @@ def _own_run_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test touches /run/lazyfs, where real workers live."""
     os.environ["LAZYFS_RUN_DIR"] = str(tmp_path_factory.mktemp("run"))
     os.environ["LAZYFS_CACHE_FULL_COPY"] = "off"    # tests count what is fetched; those of the full copy say otherwise
-    os.environ["LAZYFS_CACHE_FULL_COPY"] = "off"    # tests count what is fetched; those of the full copy say otherwise
 
 
 @pytest.fixture(autouse=True, scope="session")
