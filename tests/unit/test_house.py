@@ -72,6 +72,21 @@ def test_every_promise_has_a_test() -> None:
         assert not function or f"def {function}(" in path.read_text(), f"{promise}: no test {function} in {file}"
 
 
+FAULT_ROWS = 44
+OPEN_ROWS = range(24, 28)            # of peers, which there are not yet
+
+
+def test_every_fault_has_a_test() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \|.*\|([^|]*)\|$", (ROOT / "docs/faults.md").read_text(), re.MULTILINE))
+    assert set(rows) == {str(number) for number in range(1, FAULT_ROWS + 1)}
+    for number, cell in rows.items():
+        tests = re.findall(r"`(tests/[^`:]+)::([^`]+)`", cell)
+        assert bool(tests) != (int(number) in OPEN_ROWS), f"row {number}"
+        for file, function in tests:
+            assert (ROOT / file).is_file(), f"row {number}: no file {file}"
+            assert f"def {function}(" in (ROOT / file).read_text(), f"row {number}: no test {function} in {file}"
+
+
 def test_no_package_registry_is_named() -> None:
     hosts = (rb"(pypi|pythonhosted|crates|npmjs|maven)\.(org|io|com)|deb\.debian\.org|"
              rb"(proxy|sum|pkg)\.golang\.org|(?<!google\.)golang\.org(?!/x/)")   # those are modules' names
