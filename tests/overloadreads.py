@@ -99,7 +99,7 @@ async def run(options: argparse.Namespace) -> dict[str, object]:
             counters = fetcher.statistics
         device.cached.release()
     source.close()
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_kb = status("VmHWM")    # ru_maxrss would begin with the size of the process that started this one
     return {"errors": errors, "wrong": wrong, "before_kb": before_kb, "peak_kb": peak_kb, "sources": told,
             "not_stored": counters.not_stored, "requests": counters.requests}
 

@@ -92,12 +92,21 @@ class Reader:
                                 f"{found[at : at + 8].hex()} instead of {wanted[at : at + 8].hex()}")
 
     def _pread(self, descriptor: int, name: str, offset: int, size: int, data: bytes) -> None:
-        began = time.monotonic()
-        try:
-            found = os.pread(descriptor, size, offset)
-        finally:
-            self._timed(name, began)
-        self._compare(name, offset, found, data[offset : offset + size])
+        """A read that fails on its way says first what it has, as read(2) does: asking for the rest tells why."""
+        found, wanted = b"", data[offset : offset + size]
+        while True:
+            began = time.monotonic()
+            try:
+                piece = os.pread(descriptor, size - len(found), offset + len(found))
+            except OSError:
+                self._compare(name, offset, found, wanted[: len(found)])
+                raise
+            finally:
+                self._timed(name, began)
+            found += piece
+            if not piece or len(found) >= len(wanted):
+                break
+        self._compare(name, offset, found, wanted)
 
     def _sequential(self, descriptor: int, name: str, data: bytes) -> None:
         for offset in range(0, len(data) + 1, _PIECE_BYTES):      # the last one: the end is where it should be
