@@ -49,7 +49,7 @@ def test_every_byte_is_the_layers(places: list[tuple[int, int, int]], steps: lis
                     elif what == "forget":
                         cached = b.every_device()[which].cached
                         index = number % cached.chunk_count
-                        cached._forget(cached._generation, index, index, "said so")
+                        cached._forget(cached._generation, index, index)
                     elif what == "prefetch":
                         device = b.every_device()[which]
                         b.fetcher.prefetch([(device, number % device.table.chunk_count)])
