@@ -7,6 +7,7 @@ printed (pytest -s shows it also when all is well).
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 from dataclasses import asdict
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.mount, needs_mounts]
 @pytest.mark.timeout(0)          # each part has a bound of its own (tests/soakkit.py)
 def test_soak(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     require_mounting()
+    faulthandler.cancel_dump_traceback_later()    # so long a test is no hang
     seed = request.config.getoption("--soak-seed")
     seed = random.randrange(1 << 30) if seed is None else seed
     print(f"seed {seed}", flush=True)

@@ -178,10 +178,11 @@ def test_the_hot_part_is_the_listed_blocks_in_their_order(layout: Layout, tmp_pa
     assert Codec.ZERO not in codecs
 
 
-@pytest.mark.parametrize(("level", "hot_level"), [(3, 6), (12, 12)])
+@pytest.mark.parametrize(("level", "small_bytes", "hot_level"), [(3, 0, 6), (12, 0, 12), (3, 1 << 20, 19)])
 def test_the_hot_part_is_compressed_harder_than_the_layers(
-    layout: Layout, tmp_path: Path, level: int, hot_level: int
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int, small_bytes: int, hot_level: int
 ) -> None:
+    monkeypatch.setattr("converter.hot.SMALL_BYTES_MAX", small_bytes)
     text = random.Random(2).choices([b"the", b"same", b"words", b"again", b"and", b"once", b"more"], k=60_000)
     layout.add_image("words", [TarBuilder().file("words", b" ".join(text)).build()])
     encoding = Encoding(Codec.ZSTD, level, 64 * 1024)
@@ -192,7 +193,7 @@ def test_the_hot_part_is_compressed_harder_than_the_layers(
     (row,) = part.table.rows
     stored = lazy.blob(int(row["blob_index"]))[: int(row["stored_size"])]
     data = decompress(stored, Codec.ZSTD, part.table.device_size)
-    assert [other for other in (1, 3, 6, 12) if stored == compress(data, Codec.ZSTD, other)[1]] == [hot_level]
+    assert [other for other in (1, 3, 6, 12, 19) if stored == compress(data, Codec.ZSTD, other)[1]] == [hot_level]
 
 
 def test_a_list_that_names_nothing_makes_no_hot_blob(layout: Layout, tmp_path: Path) -> None:
