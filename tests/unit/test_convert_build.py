@@ -178,10 +178,11 @@ def test_the_hot_part_is_the_listed_blocks_in_their_order(layout: Layout, tmp_pa
     assert Codec.ZERO not in codecs
 
 
-@pytest.mark.parametrize(("level", "small_bytes", "hot_level"), [(3, 0, 6), (12, 0, 12), (3, 1 << 20, 19)])
+@pytest.mark.parametrize("levels", [(3, 0, 6), (12, 0, 12), (3, 1 << 20, 19)])
 def test_the_hot_part_is_compressed_harder_than_the_layers(
-    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int, small_bytes: int, hot_level: int
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: tuple[int, int, int]
 ) -> None:
+    level, small_bytes, hot_level = levels
     monkeypatch.setattr("converter.hot.SMALL_BYTES_MAX", small_bytes)
     text = random.Random(2).choices([b"the", b"same", b"words", b"again", b"and", b"once", b"more"], k=60_000)
     layout.add_image("words", [TarBuilder().file("words", b" ".join(text)).build()])
