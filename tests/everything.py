@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-LONGEST = ("snapshotter/test_[a-k]*", "snapshotter/test_[l-z]*", "fault/test_[ms]*")    # start first, the rest fills up
+# Start first, the rest fills up.
+LONGEST = ("node/test_*", "snapshotter/test_[l-z]*", "fault/test_[a-ln-r]*", "snapshotter/test_[a-k]*",
+           "fault/test_[ms]*")
 AT_ONCE = 2                      # a machine with one processor waits as much
 PART_S = 3600.0
 _SUMMARY = re.compile(r"^\d+ .* in \d[\d.]*s.*$", re.MULTILINE)      # pytest's last line
