@@ -43,6 +43,7 @@ ROOM_BYTES = 64 * MIB            # uncompressed; kept free of copies, for reads:
 _ROOM_SHARE = 0.1
 _RETRY_FIRST_S, _RETRY_MAX_S = 15.0, 600.0    # after a copy that failed; doubles
 ROOM, READS = "the cache is full", "reads"    # reasons to hold
+NO_CONTAINER = "no container uses it"         # a reason to wait
 _log = logging.getLogger("lazyfs.node")
 
 
@@ -144,7 +145,7 @@ class FullCopies:
         elif self._policy(mounted) == "off":
             progress.become("off")
         elif mounted.resting:
-            progress.become("waiting", "no container uses it")
+            progress.become("waiting", NO_CONTAINER)
         elif progress.due is None:
             progress.become("waiting", "nobody has read from it")
             if mounted.was_read:
@@ -226,7 +227,7 @@ class FullCopies:
             self.statistics.completed += 1
             _log.info("%s: all of it is here; it needs no network any more", mounted.order.image)
         elif run.error is None and run.handle.cancelled:
-            progress.become("waiting")
+            progress.become("waiting", NO_CONTAINER if mounted.resting else "")
         else:
             self._failed(run, mounted, progress)
 
