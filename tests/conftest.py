@@ -70,6 +70,17 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The host of a registry with the lazy image `app`: FILES of the tests' module, in a layer."""
+    from tests.convertkit import registry_with, tar_of  # noqa: PLC0415
+    from tests.mountkit import require_mounting  # noqa: PLC0415
+
+    require_mounting()
+    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(request.module.FILES)]}) as running:
+        yield running.host
+
+
 @pytest.fixture
 def mounts(tmp_path: Path) -> Iterator[Mounts]:
     """Small disks, unmounted at the end."""

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazyfs.registry import open_source
-from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, end_daemon, start_daemon
 from tests.fault.test_registry_tokens import LAYER, World, kim, servers, world
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.hookkit import Hooks
-from tests.mountkit import require_mounting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.mountkit import Machine
@@ -31,13 +28,6 @@ DAY_S = 86_400.0
 RNG = random.Random(37)
 FILES = {f"f{number}": RNG.randbytes(300_000) for number in range(5)}
 READ_TIMEOUT_S = 4
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 def read(path: Path) -> bytes | int:

@@ -14,26 +14,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, Daemon, running_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
-from tests.mountkit import Machine, require_mounting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.mountkit import Machine
 
 pytestmark = pytest.mark.mount
 RNG = random.Random(31)
 FILES = {f"f{number}": RNG.randbytes(1_300_000) for number in range(8)}     # more than a chunk each
 READERS = 200
 CHUNK = 64 * 1024                # of tests.convertkit.OPTIONS
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 @pytest.fixture

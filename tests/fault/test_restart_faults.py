@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazyfs.fs import mountapi
-from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, Daemon, running_daemon, start_daemon
 from tests.faultproxy import FaultProxy
-from tests.mountkit import Machine, require_mounting
+from tests.mountkit import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,13 +27,6 @@ pytestmark = pytest.mark.mount
 RNG = random.Random(29)
 FILES = {f"f{number}": RNG.randbytes(1_300_000) for number in range(6)}     # more than a chunk each
 DRIVERS = pytest.mark.parametrize("driver", ["erofs", "fuse"])
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 def mount(machine: Machine, host: str, driver: str = "erofs", name: str = "mnt", timeout_s: int = 60) -> Path:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lazyfs.fs import confine, seccomp
-from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import Daemon, running_daemon
-from tests.mountkit import Machine, require_mounting
+from tests.mountkit import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.mount
 FILES = {"a": bytes(range(256)) * 3000, "b": b"x" * 100_000}
 KEPT = 1 << confine.CAP_DAC_READ_SEARCH
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 @pytest.fixture

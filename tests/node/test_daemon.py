@@ -23,10 +23,10 @@ from lazyfs.image.digest import Digest
 from lazyfs.image.oci import parse_manifest
 from lazyfs.node import protocol
 from lazyfs.registry import RegistryOptions, open_source
-from tests.convertkit import Layout, registry_with, run_convert, tar_of
+from tests.convertkit import Layout, run_convert
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
-from tests.mountkit import LAZYFS, Machine, require_mounting
+from tests.mountkit import LAZYFS, Machine
 from tests.tarbuilder import TarBuilder
 
 if TYPE_CHECKING:
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.mount
 RNG = random.Random(12)
 FILES = {f"f{number}": RNG.randbytes(700_000) for number in range(24)}
 DRIVERS = pytest.mark.parametrize("driver", ["erofs", "fuse"])
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazyfs.node.keeperchild import fetch_descriptor
-from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, Daemon, end_daemon, start_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
-from tests.mountkit import Machine, require_mounting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.mountkit import Machine
 
 pytestmark = pytest.mark.mount
 RNG = random.Random(31)
@@ -48,13 +48,6 @@ else:
         os.preadv(file, [mmap.mmap(-1, 4096)], 0)
 print("done", flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    require_mounting()
-    with registry_with(tmp_path_factory.mktemp("registry"), {"app": [tar_of(FILES)]}) as running:
-        yield running.host
 
 
 @contextlib.contextmanager
