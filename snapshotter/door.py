@@ -42,6 +42,7 @@ _SILENT_BEATS: Final = 12        # two minutes: a disk may hold up the records f
 _STOP_S: Final = 25.0            # for a server to end; then it is killed. systemd waits 30 s
 _STORED: Final = "snapshotter"   # name of the socket in systemd's descriptor store
 _PR_SET_PDEATHSIG: Final = 1     # linux/prctl.h
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _EXIT_USAGE, _EXIT_HOST, _EXIT_BUSY = 2, 40, 42   # as in lazyfs.errors, which would have to be imported
 
 
@@ -78,7 +79,7 @@ class Door:
     def run(self) -> int:
         """Until it is told to stop, or no server can be started. Returns the exit code."""
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ENDING:
             signal.signal(number, self._on_signal)
         stacks.install(stacks.tell_stderr)
         self._epoll.register(self._wake_r, select.EPOLLIN)
@@ -189,6 +190,8 @@ class Door:
     def _start(self) -> None:
         self._said, theirs = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
+        # What comes between fork and exec would be taken by our handler, in the child, and be lost: it waits.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             self._pid = os.fork()
         except OSError as error:     # no memory, too many processes: later
@@ -197,8 +200,11 @@ class Door:
             os.close(self._said)
             os.close(theirs)
             return
-        if self._pid == 0:
-            _become_server([*self._words, "--behind", str(theirs)], theirs, parent)
+        else:
+            if self._pid == 0:
+                _become_server([*self._words, "--behind", str(theirs)], theirs, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         os.close(theirs)
         self._pidfd = os.pidfd_open(self._pid)
         self._epoll.register(self._pidfd, select.EPOLLIN)
@@ -311,8 +317,9 @@ def _become_server(words: list[str], said: int, parent: int) -> NoReturn:
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)   # the next door's server wants the root
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ENDING:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         stacks.ignore()   # until it has something to tell
         os.set_inheritable(said, True)
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,18 @@ def test_a_signal_that_another_thread_takes_ends_the_server(tmp_path: Path) -> N
         other = max(thread for thread in threads if thread != server)
         assert ctypes.CDLL(None).tgkill(server, other, signal.SIGTERM) == 0
         wait_until(lambda: server_of(found.process.pid) != server, "it goes on as if nothing had been said")
+
+
+def test_a_door_that_is_told_to_end_while_a_server_begins_ends(tmp_path: Path) -> None:
+    for number in range(4):
+        found = start(tmp_path, tmp_path / f"{number}.sock")
+        door = found.process.pid
+        try:
+            wait_until(partial(server_of, door), "no server")
+            assert found.stop() == 0
+        finally:
+            found.process.kill()
+            found.process.wait(WAIT_S)
 
 
 def test_requests_under_way_are_answered_before_the_end(tmp_path: Path) -> None:
