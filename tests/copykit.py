@@ -1,8 +1,7 @@
 """
 A power cut in the middle of a full copy: how much has to be fetched again.
 
-    with mounted_disks(tmp_path) as mount: ...
-        landed, lost = lost_by_power_cut(sample_to_copy(), disk, mount_again)
+    landed, lost = lost_by_power_cut(tmp_path)
 
 The copy is the worker's own (node.copyrun) over a cache directory on a file system in a file, whose shutdown ioctl
 throws away what is not on the disk, as a machine does that loses power. The next boot is another boot id.
@@ -24,11 +23,10 @@ from lazyfs.image.digest import Digest, chunk_digest
 from lazyfs.image.table import ROW, parse_table
 from lazyfs.node.copyplan import Share
 from lazyfs.node.copyrun import CopyRun
-from tests.diskkit import cut_power
+from tests.diskkit import cut_power, ext4, mounted_disks, umount, wait_detached
 from tests.fetchkit import BOOT, MemorySource, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 MIB = 1 << 20
@@ -36,6 +34,7 @@ CHUNK_COUNT = 192                # of 1 MiB, stored as they are
 CUT_BYTES = 120 * MIB
 NEXT_BOOT = bytes(16)
 _COPY_S = 120.0
+_DISK_BYTES = 400 * MIB
 
 
 def sample_to_copy() -> Sample:
@@ -47,24 +46,26 @@ def sample_to_copy() -> Sample:
     return Sample(data, data, Digest.of(data), parse_table(rows.tobytes(), MIB, len(data), [len(data)]))
 
 
-def lost_by_power_cut(sample: Sample, disk: Path, again: Callable[[], Path]) -> tuple[int, int]:
-    """
-    Stored bytes that had landed when power was cut, and of these: that are not there at the next boot.
+def lost_by_power_cut(folder: Path) -> tuple[int, int]:
+    """Stored bytes that had landed when power was cut, and of these: that are not there at the next boot."""
+    sample, image = sample_to_copy(), ext4(folder / "disk", _DISK_BYTES)
+    with mounted_disks(folder) as mount:
+        disk = mount("-o", "loop", image, name="mnt")
+        landed = trio.run(_copy_until_cut, sample, disk)
+        umount(disk)
+        wait_detached(image)
+        return landed, landed - _present_bytes(sample, mount("-o", "loop", image, name="mnt"))
 
-    Args:
-        sample: what is copied.
-        disk: the mounted file system, to be shut down.
-        again: takes it away and mounts it again; where.
 
-    """
-    landed = trio.run(_copy_until_cut, sample, disk)
-    with CacheDir.open(again() / "cache", boot_id=NEXT_BOOT) as cache:
+def _present_bytes(sample: Sample, disk: Path) -> int:
+    """Stored bytes that the cache has at the next boot, and has right."""
+    with CacheDir.open(disk / "cache", boot_id=NEXT_BOOT) as cache:
         device = sample.device(cache, MemorySource({}))
         present = Share.of([device]).present_bytes
         for index in (index for index in range(CHUNK_COUNT) if device.cached.present(index, index)):
             assert device.cached.read(index * MIB, MIB) == sample.chunk(index), f"chunk {index} is wrong"
         device.cached.release()
-    return landed, landed - present
+    return present
 
 
 async def _copy_until_cut(sample: Sample, disk: Path) -> int:

@@ -89,6 +89,18 @@ def running_daemon(machine: Machine, *words: str) -> Iterator[Daemon]:
         end_daemon(daemon)
 
 
+@contextlib.contextmanager
+def daemon_with(machine: Machine, **settings: str) -> Iterator[Daemon]:
+    """One that is ready, with keys of section [cache] in its environment."""
+    environment = {f"LAZYFS_CACHE_{name.upper()}": value for name, value in settings.items()}
+    daemon = start_daemon(machine, environment=environment)
+    try:
+        daemon.wait_ready()
+        yield daemon
+    finally:
+        end_daemon(daemon)
+
+
 def end_daemon(daemon: Daemon) -> None:
     """However the test ended."""
     with contextlib.suppress(ProcessLookupError):

@@ -17,12 +17,10 @@ from benchmarks.figures import Figure, plain
 from benchmarks.kit.daemon import NodeDaemon
 from benchmarks.kit.lazy import trust
 from benchmarks.kit.proc import ToolError
-from tests.copykit import lost_by_power_cut, sample_to_copy
-from tests.diskkit import ext4, mounted_disks, umount, wait_detached
+from tests.copykit import lost_by_power_cut
 from tests.faultproxy import FaultProxy
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
     from benchmarks.session import Session
 
@@ -31,7 +29,6 @@ _IMAGE_BYTES = 400 << 20
 _COPY_S = 300.0
 _MB = 1e6
 _KILLED_MB, _CUT_MB = 8 * (1 << 20) / _MB, 64 * (1 << 20) / _MB
-_DISK_BYTES = 400 << 20
 
 
 def measure(session: Session) -> list[Figure]:
@@ -39,7 +36,7 @@ def measure(session: Session) -> list[Figure]:
     for number in range(session.runs):
         undisturbed = _sent_bytes(session, kill=False)
         killed.append((_sent_bytes(session, kill=True) - undisturbed) / _MB)
-        landed_bytes, lost_bytes = _cut(session)
+        landed_bytes, lost_bytes = lost_by_power_cut(session.place.folder("power"))
         cut.append(lost_bytes / _MB)
         landed.append(landed_bytes / _MB)
         session.say(f"{number + 1}: again after SIGKILL {killed[-1]:.1f} MB, after a power cut {cut[-1]:.1f} MB "
@@ -78,17 +75,3 @@ def _wait(daemon: NodeDaemon, share: float) -> None:
         if time.monotonic() > limit:
             raise ToolError(f"the copy does not get on: {one}")
         time.sleep(0.02)
-
-
-def _cut(session: Session) -> tuple[int, int]:
-    folder = session.place.folder("power")
-    image = ext4(folder / "disk", _DISK_BYTES)
-    with mounted_disks(folder) as mount:
-        disk = mount("-o", "loop", image, name="mnt")
-
-        def again() -> Path:
-            umount(disk)
-            wait_detached(image)
-            return mount("-o", "loop", image, name="mnt")
-
-        return lost_by_power_cut(sample_to_copy(), disk, again)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -17,7 +16,7 @@ from lazyfs.errors import FormatError
 from lazyfs.image.digest import Digest
 from lazyfs.node import protocol
 from tests.convertkit import registry_with, tar_of
-from tests.daemonkit import WAIT_S, Daemon, end_daemon, running_daemon, start_daemon
+from tests.daemonkit import WAIT_S, Daemon, daemon_with, running_daemon
 from tests.diskkit import ext4, mounted_disks, needs_mounts
 from tests.mountkit import Machine, require_mounting
 
@@ -49,18 +48,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def daemon(machine: Machine) -> Iterator[Daemon]:
     with running_daemon(machine) as running:
         yield running
-
-
-@contextlib.contextmanager
-def daemon_with(machine: Machine, **settings: str) -> Iterator[Daemon]:
-    """With keys of section [cache] in the environment."""
-    environment = {f"LAZYFS_CACHE_{name.upper()}": value for name, value in settings.items()}
-    daemon = start_daemon(machine, environment=environment)
-    try:
-        daemon.wait_ready()
-        yield daemon
-    finally:
-        end_daemon(daemon)
 
 
 def mount(machine: Machine, host: str, image: str, driver: str = "auto") -> Path:

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lazyfs.node import protocol
+from tests import daemonkit
 from tests.convertkit import registry_with, tar_of
-from tests.daemonkit import Daemon, end_daemon, start_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mountkit import Machine, require_mounting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from tests.daemonkit import Daemon
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
@@ -49,17 +52,10 @@ def registry(upstream: str) -> Iterator[FaultProxy]:
         yield proxy
 
 
-@contextlib.contextmanager
-def daemon_with(machine: Machine, **settings: str) -> Iterator[Daemon]:
-    """With keys of section [cache] in the environment; the copy begins at once."""
+def daemon_with(machine: Machine, **settings: str) -> AbstractContextManager[Daemon]:
+    """With keys of section [cache]; the copy begins at once."""
     settings = {"full_copy": "on", "full_copy_after_s": "0", "full_copy_rate": "0", **settings}
-    environment = {f"LAZYFS_CACHE_{name.upper()}": value for name, value in settings.items()}
-    daemon = start_daemon(machine, environment=environment)
-    try:
-        daemon.wait_ready()
-        yield daemon
-    finally:
-        end_daemon(daemon)
+    return daemonkit.daemon_with(machine, **settings)
 
 
 def mount(machine: Machine, registry: FaultProxy, image: str = "app", *words: str) -> Path:
