@@ -191,8 +191,8 @@ class Containerd:
         output = self.directory / f"{name}.out"
         output.touch()
         try:
-            self.ctr("run", "--rm", "--log-uri", f"file://{output}", "--snapshotter", snapshotter, image, name, *command,
-                     namespace=namespace, code=code)
+            self.ctr("run", "--rm", "--log-uri", f"file://{output}", "--snapshotter", snapshotter, image, name,
+                     *command, namespace=namespace, code=code)
             return output.read_text()
         finally:
             output.unlink()
