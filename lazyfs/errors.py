@@ -119,6 +119,42 @@ class ResourceError(SourceError):
     exit_code = 25
 
 
+class PeerError(SourceError):
+    """A peer did not deliver: not reached, silent, broken off, or against the protocol."""
+
+    exit_code = 26
+
+
+class PeerBusyError(PeerError):
+    """
+    A peer is at its limits.
+
+    :retry_after_s: when it may have room again.
+    :better: host:port of members that it names instead.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after_s: float = 0.0, better: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+        self.better = better
+
+
+class PeerLacksError(PeerError):
+    """A peer has not what was asked for, and cannot get it."""
+
+
+class PeerRefusedError(PeerError):
+    """A token is missing, expired, or for something else."""
+
+    exit_code = 27
+    errno = errno.EACCES
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, transient=False)
+
+
 class CacheError(LazyfsError):
     """The local cache cannot be used."""
 
