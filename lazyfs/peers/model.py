@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lazyfs.image.digest import Digest
 
 PIECE_BYTES_MAX = 4 * limits.MIB
+TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
 
 
@@ -169,12 +170,17 @@ class Store(Protocol):
 class Gate(Protocol):
     """Who may have what: peers.tokens. `key` is Resource.key."""
 
-    async def token(self, key: str) -> str:
-        """A token of ours for a resource, to show to peers; fetched when needed. "" where the cluster has none."""
+    async def token(self, key: str, to: str) -> str:
+        """
+        A token of ours for a resource, to show to the member with id `to` and to nobody else: who gets it cannot show
+        it further. Fetched when needed; at most TOKEN_CHARS_MAX. "" where the cluster has none.
+
+        Raises PeerRefusedError: this node may not have the resource. PeerError: there is none to be had now.
+        """
         ...
 
-    def admit(self, token: str, key: str) -> str:
-        """Check a peer's token; returns the member's id. Raises PeerRefusedError."""
+    def admit(self, token: str, key: str) -> tuple[str, float]:
+        """Check a peer's token: the member's id, and for how many seconds it is good. Raises PeerRefusedError."""
         ...
 
 
