@@ -7,6 +7,7 @@ The configuration: /etc/lazyfs/config.toml and LAZYFS_<SECTION>_<KEY>. Keys: con
 Layer: beside errors and limits, on top of them. Raises ConfigError and nothing else.
 """
 
+from lazyfs.config.key import Key
 from lazyfs.config.kinds import Amount, split_address
 from lazyfs.config.loading import Problem, check, from_plain, load, to_plain
 from lazyfs.config.table import (
@@ -14,7 +15,6 @@ from lazyfs.config.table import (
     Cache,
     Config,
     Daemon,
-    Key,
     Log,
     Profile,
     Registry,

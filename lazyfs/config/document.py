@@ -13,8 +13,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from lazyfs.config.key import Key
 from lazyfs.config.kinds import Amount
-from lazyfs.config.table import SECTIONS, Config, Key, RegistryHost, VerifyRule, keys_of
+from lazyfs.config.table import SECTIONS, Config, RegistryHost, VerifyRule, keys_of
 
 BEGIN, END = "<!-- generated: python -m lazyfs.config.document -->", "<!-- end of generated -->"
 HOST_SECTION = 'registry.host."NAME"'

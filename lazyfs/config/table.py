@@ -9,49 +9,19 @@ Layer: config. Who calls: everybody reads the dataclasses; config.loading makes 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lazyfs import limits
+from lazyfs.config.key import Key
+from lazyfs.config.key import key as _key
 from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Paths, Size, Url
+from lazyfs.config.mirrortable import Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 DEFAULT_FILE = "/etc/lazyfs/config.toml"
 _DAY_S = 86_400.0
-
-
-class Key(NamedTuple):
-    """
-    One key.
-
-    Attributes:
-        path: as in messages: section.name.
-        unit: of a number, else empty.
-        restart: a running daemon cannot change it.
-
-    """
-
-    section: str
-    name: str
-    kind: Kind
-    default: Any
-    text: str
-    unit: str
-    restart: bool
-
-    @property
-    def path(self) -> str:
-        return f"{self.section}.{self.name}"
-
-    @property
-    def variable(self) -> str:
-        """The environment variable that sets it."""
-        return f"LAZYFS_{self.section}_{self.name}".upper()
-
-
-def _key(kind: Kind, default: object, text: str, *, unit: str = "", restart: bool = False) -> Any:
-    return field(default=default, metadata={"kind": kind, "text": text, "unit": unit, "restart": restart})
 
 
 @dataclass(frozen=True)
@@ -262,6 +232,7 @@ class Config:
     log: Log = field(default_factory=Log)
     registry: Registry = field(default_factory=Registry)
     verify: Verify = field(default_factory=Verify)
+    mirror: Mirror = field(default_factory=Mirror)
     file: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -272,7 +243,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "profile": Profile, "log": Log, "registry": Registry,
-    "verify": Verify,
+    "verify": Verify, "mirror": Mirror,
 }
 
 
