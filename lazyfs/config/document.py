@@ -11,11 +11,13 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lazyfs.config.key import Key
 from lazyfs.config.kinds import Amount
 from lazyfs.config.table import SECTIONS, Config, RegistryHost, VerifyRule, keys_of
+
+if TYPE_CHECKING:
+    from lazyfs.config.key import Key
 
 BEGIN, END = "<!-- generated: python -m lazyfs.config.document -->", "<!-- end of generated -->"
 HOST_SECTION = 'registry.host."NAME"'

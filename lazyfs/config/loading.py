@@ -11,13 +11,14 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lazyfs.config.key import Key
 from lazyfs.config.kinds import Amount
 from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, RegistryHost, Verify, VerifyRule, all_keys, keys_of
 from lazyfs.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from lazyfs.config.key import Key
 
 FILE_VARIABLE = "LAZYFS_CONFIG"
 RUN_DIR_VARIABLE = "LAZYFS_RUN_DIR"
