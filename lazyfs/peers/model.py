@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PIECE_BYTES_MAX = 4 * limits.MIB
 TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
+HERE_ONLY = HOPS_MAX             # `hops` of a request that wants what is there already, see PieceRequest
+BEAT_S = 0.5                     # an answerer that has nothing to send yet says so that often,
+SILENCE_S = 2.0                  # and one that says nothing for so long is gone: PeerError (Exchange.ask)
 
 
 class Kind(enum.StrEnum):
@@ -106,7 +109,8 @@ class PieceRequest:
 
     Attributes:
         seconds: that the asker will wait, from now; the answerer's own fetching ends before.
-        hops: how many have passed it on; HOPS_MAX and it is refused.
+        hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here, and PeerLacksError at once for
+            the rest; nothing is fetched for it, and no flight under way is waited for. More is refused.
         request: the id of the read that it is for (lazyfs.requestid), or empty.
 
     """
