@@ -10,6 +10,7 @@ Layer: beside errors and limits, on top of them. Raises ConfigError and nothing 
 from lazyfs.config.key import Key
 from lazyfs.config.kinds import Amount, split_address
 from lazyfs.config.loading import Problem, check, from_plain, load, to_plain
+from lazyfs.config.peerstable import Peers
 from lazyfs.config.table import (
     DEFAULT_FILE,
     Cache,
@@ -25,6 +26,6 @@ from lazyfs.config.table import (
     all_keys,
 )
 
-__all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Problem", "Profile", "Registry",
-           "RegistryHost", "Snapshotter", "Verify", "VerifyRule", "all_keys", "check", "from_plain", "load",
+__all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Peers", "Problem", "Profile",
+           "Registry", "RegistryHost", "Snapshotter", "Verify", "VerifyRule", "all_keys", "check", "from_plain", "load",
            "split_address", "to_plain"]

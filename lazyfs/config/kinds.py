@@ -15,6 +15,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGTkmgt][Ii]?[Bb]|[Bb]?)"
 _PERCENT = r"(\d{1,2}(?:\.\d{1,3})?) ?%"
+_NAME = r"[A-Za-z0-9._-]{1,128}"
 _HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _SIZE_BYTES_MAX = 2**63 - 1
 _TEXT_CHARS_MAX = 4096           # PATH_MAX
@@ -208,18 +209,79 @@ class Address(Kind):
 
 
 class Url(Kind):
-    """An http or https URL without user name, query and fragment, or nothing."""
+    """An http or https URL without user name, query and fragment; or nothing, unless `required`."""
+
+    def __init__(self, *, required: bool = False) -> None:
+        self.required = required
 
     @property
     def expected(self) -> str:
-        return '"https://host[:port][/path]", or ""'
+        return '"https://host[:port][/path]"' + ("" if self.required else ', or ""')
 
     def accept(self, value: object) -> object:
         text = Kind.accept(self, value)
         assert isinstance(text, str)
-        if text and re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", text) is None:
+        if (text or self.required) and re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", text) is None:
             raise ValueError(value)
         return text
+
+
+class Place(Kind):
+    """Where another process listens: host:port; `optional`: or nothing."""
+
+    def __init__(self, *, optional: bool = False) -> None:
+        self.optional = optional
+
+    @property
+    def expected(self) -> str:
+        return '"host:port"' + (', or ""' if self.optional else "")
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if not text and self.optional:
+            return text
+        if text.startswith(":") or ":" not in text or text.endswith(":0"):
+            raise ValueError(value)
+        return Address().accept(text)
+
+
+class Name(Kind):
+    """A short name of letters, digits, dots, dashes and underscores; `optional`: or nothing."""
+
+    def __init__(self, *, optional: bool = False) -> None:
+        self.optional = optional
+
+    @property
+    def expected(self) -> str:
+        return "a name of A-Z a-z 0-9 . _ -, at most 128" + (', or ""' if self.optional else "")
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if re.fullmatch(_NAME, text) is None and not (self.optional and not text):
+            raise ValueError(value)
+        return text
+
+
+class List(Kind):
+    """Values of one kind: a list, in the environment with commas between them. The value is a tuple."""
+
+    def __init__(self, kind: Kind, words: str, count_max: int) -> None:
+        """`words`: what they are, in the plural."""
+        self.kind, self.words, self.count_max = kind, words, count_max
+
+    @property
+    def expected(self) -> str:
+        return f"a list of {self.words}, at most {self.count_max}"
+
+    def accept(self, value: object) -> object:
+        if not isinstance(value, list | tuple) or len(value) > self.count_max:
+            raise ValueError(value)
+        return tuple(self.kind.accept(one) for one in value)
+
+    def from_text(self, text: str) -> object:
+        return self.accept([one.strip() for one in text.split(",") if one.strip()])
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from lazyfs.config.key import Key
 from lazyfs.config.key import key as _key
 from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Paths, Size, Url
 from lazyfs.config.mirrortable import Mirror
+from lazyfs.config.peerstable import Peers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -233,6 +234,7 @@ class Config:
     registry: Registry = field(default_factory=Registry)
     verify: Verify = field(default_factory=Verify)
     mirror: Mirror = field(default_factory=Mirror)
+    peers: Peers = field(default_factory=Peers)
     file: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -243,7 +245,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "profile": Profile, "log": Log, "registry": Registry,
-    "verify": Verify, "mirror": Mirror,
+    "verify": Verify, "mirror": Mirror, "peers": Peers,
 }
 
 

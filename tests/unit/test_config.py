@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 
 from lazyfs import config
 from lazyfs.config import Amount, document, loading
-from lazyfs.config.kinds import AbsolutePath, Address, Choice, Flag, Kind, Number, Size, Url
+from lazyfs.config.kinds import (
+    AbsolutePath,
+    Address,
+    Choice,
+    Flag,
+    Kind,
+    List,
+    Name,
+    Number,
+    Place,
+    Size,
+    Url,
+)
 from lazyfs.errors import ConfigError
 
 
@@ -140,7 +152,8 @@ def test_an_oversized_or_binary_file_is_refused(tmp_path: Path) -> None:
 
 
 KINDS = [Kind(), AbsolutePath(), AbsolutePath(optional=True), Choice(("a", "b")), Flag(), Number(0, 9),
-         Number(1, 9, whole=True), Size(), Size(share=True), Address(), Url()]
+         Number(1, 9, whole=True), Size(), Size(share=True), Address(), Url(), Url(required=True), Place(),
+         Place(optional=True), Name(), List(Place(), "places", 3)]
 VALUES = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers()),
                    st.dictionaries(st.text(), st.integers()), st.from_regex(r"[0-9.]{1,9} ?[kKMGT%]?i?B?"),
                    st.from_regex(r"[\[\]:0-9a-f]{0,12}:[0-9]{0,6}"))

@@ -1,0 +1,74 @@
+"""
+[peers]: how this node shares chunks with others of its cluster.
+
+Layer: config. Who calls: config.table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyfs.config.key import key
+from lazyfs.config.kinds import AbsolutePath, Address, List, Name, Number, Place, Size, Url
+
+MEMBER_COUNT_MAX = 1000          # of `static`: the configuration travels as one argument (config.loading)
+TRACKER_COUNT_MAX = 8
+
+
+@dataclass(frozen=True)
+class Peers:
+    """[peers]"""
+
+    cluster: str = key(Name(optional=True), "",
+                       "The name of the cluster, the same on all of its nodes. With it, and one of `tracker`, `static` "
+                       "and `dns`, this node fetches chunks from the others, and gives them its own (docs/peers.md); "
+                       "empty: it does not.")
+    tracker: tuple[str, ...] = key(List(Url(required=True), "URLs", TRACKER_COUNT_MAX), (),
+                                   "Trackers of the cluster, all of them equal: the next one is asked when one fails.")
+    static: tuple[str, ...] = key(List(Place(), "host:port", MEMBER_COUNT_MAX), (),
+                                  "The peer servers of all nodes, where there is no tracker; this node's own may be "
+                                  "among them.")
+    dns: str = key(Place(optional=True), "",
+                   "name:port; the addresses of this name are the nodes of the cluster (a headless service).")
+    address: str = key(Address(), "0.0.0.0:9451",
+                       "Where this node's peer server listens. A port alone means loopback, where no other node "
+                       "reaches it.")
+    advertise: str = key(Place(optional=True), "",
+                         "host:port by which the others reach it; empty: the address that this node's traffic leaves "
+                         "with, and the port of `address`.")
+    node: str = key(Name(optional=True), "",
+                    "This node's name in the cluster, unique and lasting; empty: its host name.")
+    zone: str = key(Name(optional=True), "",
+                    "Where this node is. Members of a zone fetch from each other, and few cross to another one.")
+    upload_rate: int = key(Size(), 0, "No more than this a second is sent to others; 0: no bound.", unit="bytes/s")
+    upload_concurrent: int = key(Number(1, 1024, whole=True), 64,
+                                 "Requests of others answered at the same time; who comes too many is sent elsewhere.")
+    download_rate: int = key(Size(), 0, "No more than this a second is fetched from others; 0: no bound.",
+                             unit="bytes/s")
+    cert_file: str = key(AbsolutePath(optional=True), "",
+                         "This node's certificate (PEM): peers then speak TLS, and only with who has one of `ca_file` "
+                         "too. Read again when it changes.")
+    key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM), readable for root only.")
+    ca_file: str = key(AbsolutePath(optional=True), "", "The authority of the nodes' certificates (PEM).")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this node has peers."""
+        return bool(self.cluster and (self.tracker or self.static or self.dns))
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What no key can see alone: texts and hints."""
+        found = []
+        ways = (self.tracker, self.static, self.dns)
+        if self.cluster and not any(ways):
+            found.append(("peers.cluster: expected peers.tracker, peers.static or peers.dns beside it, found none",
+                          "one of them says who the others are"))
+        if any(ways) and not self.cluster:
+            found.append(("peers: expected peers.cluster beside tracker, static or dns, found none",
+                          "all nodes of a cluster name it alike"))
+        files = {"cert_file": self.cert_file, "key_file": self.key_file, "ca_file": self.ca_file}
+        missing = [name for name, value in files.items() if not value]
+        if 0 < len(missing) < len(files):
+            text = f"peers: expected cert_file, key_file and ca_file together, found no {' and no '.join(missing)}"
+            found.append((text, "nodes show each other certificates of one authority"))
+        return found
