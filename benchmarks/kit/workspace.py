@@ -65,8 +65,8 @@ class Workspace:
             attempt(["runc", "--root", state.parent, "delete", "--force", state.name])
         _end_processes(self.top, self.net_name)
         _unmount_below(self.top)
-        if Path("/run/netns", self.net_name).exists():
-            attempt(["ip", "netns", "delete", self.net_name])
+        for space in [*Path("/run/netns").glob(self.net_name), *Path("/run/netns").glob(f"{self.net_name}-*")]:
+            attempt(["ip", "netns", "delete", space.name])
         if Path("/sys/class/net", f"{self.net_name}h").exists():
             attempt(["ip", "link", "delete", f"{self.net_name}h"])
         _remove_cgroups(self.net_name)
@@ -132,7 +132,7 @@ def sweep() -> None:
         names += [path.name for path in Path("/run/netns").glob(f"{_NET_PREFIX}*")]
     names += [path.name for path in Path("/sys/class/net").glob(f"{_NET_PREFIX}*")]
     for name in names:
-        found = re.fullmatch(rf"(?:{_DIR_PREFIX}|{_NET_PREFIX})(\d+)h?", name)
+        found = re.fullmatch(rf"(?:{_DIR_PREFIX}|{_NET_PREFIX})(\d+)(?:h|-.*)?", name)
         if found and not Path("/proc", found[1]).exists():
             Workspace(int(found[1])).clear()
 
