@@ -133,6 +133,8 @@ class PeerBusyError(PeerError):
     :better: host:port of members that it names instead.
     """
 
+    exit_code = 28
+
     def __init__(
         self, message: str, *, hint: str = "", retry_after_s: float = 0.0, better: tuple[str, ...] = ()
     ) -> None:
@@ -143,6 +145,8 @@ class PeerBusyError(PeerError):
 
 class PeerLacksError(PeerError):
     """A peer has not what was asked for, and cannot get it."""
+
+    exit_code = 29
 
 
 class PeerRefusedError(PeerError):
