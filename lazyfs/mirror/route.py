@@ -22,6 +22,7 @@ from lazyfs.registry.reference import DOCKER_HUB, RegistryReference, parse_name
 _TARGET_CHARS_MAX = 8192
 _FIELD_COUNT_MAX = 32
 _END = re.compile(r"/v2/(?P<name>.+)/(?:(?P<kind>blobs|manifests|referrers)/(?P<what>[^/]+)|tags/list)\Z")
+_OTHER_DIGEST = re.compile(r"(?!sha256:)[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+\Z")   # sha512, for example
 _PORT = re.compile(r"__(\d{1,5})\Z")
 
 
@@ -79,21 +80,21 @@ def find_route(target: str) -> Route | Refusal | None:
     if not path.startswith("/v2/"):
         return None
     met = _END.match(path)
-    if met is None:
-        return Refusal(404, "NAME_UNKNOWN", "no such end of the distribution API")
+    return Refusal(404, "NAME_UNKNOWN", "no such end of the distribution API") if met is None else _of_end(met, query)
+
+
+def _of_end(met: re.Match[str], query: dict[str, str]) -> Route | Refusal:
     namespace = query.pop("ns", "")
-    end = End(met["kind"] or "tags")
+    end, what = End(met["kind"] or "tags"), met["what"] or ""
     digest = None
-    if end in {End.BLOB, End.REFERRERS} or ":" in (met["what"] or ""):
+    if end in {End.BLOB, End.REFERRERS} or ":" in what:
         try:
-            digest = Digest(met["what"])
+            digest = Digest(what)
         except FormatError:
-            is_other = re.match(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+\Z", met["what"]) is not None
             code = "BLOB_UNKNOWN" if end is End.BLOB else "MANIFEST_UNKNOWN"
-            return (Refusal(404, code, "only sha256 digests are mirrored") if is_other else
+            return (Refusal(404, code, "only sha256 digests are mirrored") if _OTHER_DIGEST.match(what) else
                     Refusal(400, "DIGEST_INVALID", "not a digest"))
-    tag = "" if digest is not None or end is not End.MANIFEST else met["what"]
-    reference = _reference(met["name"], namespace, tag, digest)
+    reference = _reference(met["name"], namespace, "" if digest is not None else what, digest)
     if reference is None:
         return Refusal(400, "NAME_INVALID", "not the name of a repository or tag, or not of a registry")
     return Route(end, reference, digest, namespace, query)
@@ -109,7 +110,7 @@ def _reference(name: str, namespace: str, tag: str, digest: Digest | None) -> Re
         return None
     # What stands for another name than it says is not to be guessed at: `ns` without a dot would be Docker Hub's.
     is_same = found.repository in {repository, f"library/{repository}"} and (
-        found.host == host or found.host == DOCKER_HUB)
+        found.host in {host, DOCKER_HUB})
     return found if is_same and found.tag == ("" if digest is not None else tag or "latest") else None
 
 
