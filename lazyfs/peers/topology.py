@@ -1,0 +1,192 @@
+"""
+Who asks whom, by arithmetic: rendezvous hashing orders the members for each group of pieces; the order is a tree.
+
+A member's score in a group depends on its id, its up_rate and the group alone, never on who else is there. Each asks
+only members of lower score, so the way of a request ends, whatever the nodes know of each other: two views that
+differ make two trees, but never a ring. A zone's members make a tree of two children each, and the zones' roots make
+another one: one link a group enters a zone, one member a group asks the origin.
+
+Layer: peers. Who calls: swarm, benchmarks.scale. Pure; no I/O, no clock. State: orders that were asked for lately.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from lazyfs import limits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lazyfs.peers.model import Member, Resource, View
+
+CHILDREN = 2                     # few: a node sends each piece twice at most (feasibility: 4 cost 6 % more, 8 18 %)
+GROUP_BYTES_MIN = 256 * limits.KIB    # of a group: below it a request costs more than its bytes
+GROUP_COUNT_MAX = 4096           # of a resource: each is ordered, 20 us at 500 members, 300 us at 10,000
+ANCESTORS_MAX = 3                # parent, its parent, and one more; then the root itself
+HEADS = 3                        # first of an order: who stands in for a root that is gone
+HOLDERS = 2                      # complete members that are asked before the origin
+RATE_TYPICAL = 1 << 27           # bytes/s of who does not say: 1 Gbit/s
+RATE_POWER = 2                   # an eighth of the rate: one of 64 comes before an ordinary node. Slow ones are leaves
+ORDERS_BYTES_MAX = 4 * limits.MIB
+
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))    # splitmix64's finish
+
+
+def group_pieces(resource: Resource) -> int:
+    """How many pieces share a tree: few, so that load spreads; the same on all nodes."""
+    by_bytes = -(-GROUP_BYTES_MIN // resource.piece_size)
+    by_count = -(-resource.piece_count // GROUP_COUNT_MAX)
+    return max(1, by_bytes, by_count)
+
+
+def group_seed(key: str, group: int) -> int:
+    """64 bits that stand for a group of a resource."""
+    return xxhash.xxh64_intdigest(f"{key}#{group}".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """
+    Where a member stands in a group's tree.
+
+    Attributes:
+        parents: whom it asks, in order: its parent, those above it, those who stand in for a root. All of lower score.
+        holders: complete members, asked for what they have (HERE_ONLY) before the origin is.
+        heir: the next in the order, of who has no parents: it was the root before this one came, and may have it.
+
+    """
+
+    parents: tuple[Member, ...] = ()
+    holders: tuple[Member, ...] = ()
+    heir: Member | None = None
+
+    @property
+    def is_root(self) -> bool:
+        return not self.parents
+
+
+class Topology:
+    """
+    A view, made ready to be ordered for many groups. One object may serve many nodes (a simulation's).
+
+    `orders_bytes_max`: of orders that are kept.
+    """
+
+    def __init__(self, view: View, orders_bytes_max: int = ORDERS_BYTES_MAX) -> None:
+        members = sorted(view.members, key=lambda member: (member.zone, member.id))
+        self.members = tuple(members)
+        self._index = {member.id: index for index, member in enumerate(members)}
+        self._hashes = np.array([xxhash.xxh64_intdigest(member.id.encode()) for member in members], np.uint64)
+        self._weights = _weights(self.members)
+        self._complete = np.array([member.id in view.complete for member in members], np.bool_)
+        self._zones: dict[str, slice] = {}
+        first = 0
+        for index in range(1, len(members) + 1):
+            if index == len(members) or members[index].zone != members[first].zone:
+                self._zones[members[first].zone] = slice(first, index)
+                first = index
+        self._orders: OrderedDict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = OrderedDict()
+        self._orders_max = max(1, orders_bytes_max // max(1, 8 * len(members)))
+
+    def __contains__(self, member_id: object) -> bool:
+        return member_id in self._index
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def place(self, member_id: str, seed: int) -> Place:
+        """Where a member of the view stands in the group of that seed."""
+        me = self._index[member_id]
+        zone = self._zones[self.members[me].zone]
+        order, rank_of = self._order(zone, seed)
+        rank = int(rank_of[me - zone.start])
+        above = _above(rank)
+        if len(above) > ANCESTORS_MAX + 1:
+            above = [*above[:ANCESTORS_MAX], 0]
+        above += [head for head in range(1, min(HEADS, rank)) if head not in above]
+        chain = [zone.start + int(order[index]) for index in above]
+        heir = zone.start + int(order[1]) if rank == 0 and len(order) > 1 else None
+        if rank < HEADS and len(self._zones) > 1:
+            beyond = self._beyond(me, zone, seed)
+            chain += [index for index in beyond.chain if index not in chain]
+            heir = beyond.next if heir is None else heir
+        return Place(
+            tuple(self.members[index] for index in chain),
+            tuple(self.members[index] for index in self._holders(me, zone, seed) if index not in chain[:1]),
+            self.members[heir] if heir is not None and not chain else None,
+        )
+
+    def _scores(self, part: slice, seed: int) -> NDArray[np.float64]:
+        """The lower, the earlier in the group's order. -ln(u)/weight: how often one comes first goes by weight."""
+        mixed = self._hashes[part] ^ np.uint64(seed)
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= _MIX[0]
+        mixed ^= mixed >> np.uint64(27)
+        mixed *= _MIX[1]
+        mixed ^= mixed >> np.uint64(31)
+        uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return -np.log(uniform) / self._weights[part]
+
+    def _order(self, zone: slice, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The zone's members by score, as offsets into it; and each one's rank."""
+        key = (zone.start, seed)
+        found = self._orders.get(key)
+        if found is None:
+            order = np.argsort(self._scores(zone, seed), kind="stable").astype(np.int32)
+            rank_of = np.empty_like(order)
+            rank_of[order] = np.arange(len(order), dtype=np.int32)
+            found = self._orders[key] = order, rank_of
+            while len(self._orders) > self._orders_max:
+                self._orders.popitem(last=False)
+        return found
+
+    def _beyond(self, me: int, zone: slice, seed: int) -> _Beyond:
+        """Of a zone's root, or who stands in for it: whom to ask in other zones."""
+        scores = self._scores(slice(None), seed)
+        roots = sorted((part.start + int(np.argmin(scores[part])) for part in self._zones.values()),
+                       key=lambda index: float(scores[index]))
+        mine = next(position for position, index in enumerate(roots) if zone.start <= index < zone.stop)
+        chain = [roots[position] for position in _above(mine)][:ANCESTORS_MAX]
+        first = np.argpartition(scores, min(HEADS, len(scores) - 1))[:HEADS]
+        heads = sorted(map(int, first), key=lambda index: float(scores[index]))
+        chain += [index for index in (*roots[:1], *heads) if index not in chain and scores[index] < scores[me]]
+        return _Beyond(chain, next((index for index in roots if index != me), None))
+
+    def _holders(self, me: int, zone: slice, seed: int) -> list[int]:
+        """Complete members, the group's first ones: those of the zone, else of all."""
+        for part in (zone, slice(0, len(self.members))):
+            complete = np.flatnonzero(self._complete[part]) + part.start
+            complete = complete[complete != me]
+            if len(complete):
+                scores = self._scores(part, seed)[complete - part.start]
+                return [int(complete[index]) for index in np.argsort(scores, kind="stable")[:HOLDERS]]
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Beyond:
+    chain: list[int]
+    next: int | None
+
+
+def _above(rank: int) -> list[int]:
+    """Ranks from a node's parent to the root."""
+    above = []
+    while rank > 0:
+        rank = (rank - 1) // CHILDREN
+        above.append(rank)
+    return above
+
+
+def _weights(members: tuple[Member, ...]) -> NDArray[np.float64]:
+    """By powers of two, so that a rate that is measured anew rarely moves anybody."""
+    steps = {rate: round(math.log2(max(1, rate or RATE_TYPICAL) / RATE_TYPICAL)) * RATE_POWER
+             for rate in {member.up_rate for member in members}}
+    return np.array([2.0 ** steps[member.up_rate] for member in members], np.float64)
