@@ -25,7 +25,8 @@ from lazyfs.config.table import (
     VerifyRule,
     all_keys,
 )
+from lazyfs.config.trackertable import Tracker
 
 __all__ = ["DEFAULT_FILE", "Amount", "Cache", "Config", "Daemon", "Key", "Log", "Peers", "Problem", "Profile",
-           "Registry", "RegistryHost", "Snapshotter", "Verify", "VerifyRule", "all_keys", "check", "from_plain", "load",
-           "split_address", "to_plain"]
+           "Registry", "RegistryHost", "Snapshotter", "Tracker", "Verify", "VerifyRule", "all_keys", "check",
+           "from_plain", "load", "split_address", "to_plain"]

@@ -257,7 +257,7 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
                            ("key_file", "cert_file")):
         if getattr(profile, given) and not getattr(profile, missing):
             problems.append(Problem(where, f"profile.{given}: expected profile.{missing} beside it, found none"))
-    problems += [Problem(where, text, hint) for text, hint in config.peers.problems()]
+    problems += [Problem(where, text, hint) for text, hint in [*config.peers.problems(), *config.tracker.problems()]]
     rules: dict[str, Verify | VerifyRule] = {"verify": config.verify}
     rules |= {f'verify.rule."{name}"': rule for name, rule in config.verify.rule.items()}
     for section, rule in rules.items():

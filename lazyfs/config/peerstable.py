@@ -45,6 +45,9 @@ class Peers:
                                  "Requests of others answered at the same time; who comes too many is sent elsewhere.")
     download_rate: int = key(Size(), 0, "No more than this a second is fetched from others; 0: no bound.",
                              unit="bytes/s")
+    tracker_token_file: str = key(AbsolutePath(optional=True), "",
+                                  "A file with the word on its first line that `tracker` wants to be shown "
+                                  "(`tracker.token_file`), readable for root only.")
     cert_file: str = key(AbsolutePath(optional=True), "",
                          "This node's certificate (PEM): peers then speak TLS, and only with who has one of `ca_file` "
                          "too. Read again when it changes.")

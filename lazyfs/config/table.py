@@ -17,6 +17,7 @@ from lazyfs.config.key import key as _key
 from lazyfs.config.kinds import AbsolutePath, Address, Amount, Choice, Flag, Kind, Number, Paths, Size, Url
 from lazyfs.config.mirrortable import Mirror
 from lazyfs.config.peerstable import Peers
+from lazyfs.config.trackertable import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -235,6 +236,7 @@ class Config:
     verify: Verify = field(default_factory=Verify)
     mirror: Mirror = field(default_factory=Mirror)
     peers: Peers = field(default_factory=Peers)
+    tracker: Tracker = field(default_factory=Tracker)
     file: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -245,7 +247,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "daemon": Daemon, "cache": Cache, "snapshotter": Snapshotter, "profile": Profile, "log": Log, "registry": Registry,
-    "verify": Verify, "mirror": Mirror, "peers": Peers,
+    "verify": Verify, "mirror": Mirror, "peers": Peers, "tracker": Tracker,
 }
 
 

@@ -1,0 +1,58 @@
+"""
+[tracker]: the service that tells the nodes of clusters of each other.
+
+Layer: config. Who calls: config.table.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lazyfs.config.key import key
+from lazyfs.config.kinds import AbsolutePath, Address, Kind
+
+_REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
+
+
+class RedisUrl(Kind):
+    """Where a Redis is; no user name, password or option in it: those would be in everybody's process list."""
+
+    @property
+    def expected(self) -> str:
+        return '"redis://host[:port][/number]", "rediss://...", "unix:///path", or ""'
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if text and re.fullmatch(_REDIS_URL, text) is None:
+            raise ValueError(value)
+        return text
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """[tracker]"""
+
+    address: str = key(Address(), "127.0.0.1:9450",
+                       "Where `lazyfs tracker` listens (docs/tracker.md). A port alone means loopback.")
+    redis: str = key(RedisUrl(), "",
+                     "Where its state is, so that several trackers serve the same clusters, and a restart forgets "
+                     "nothing; empty: in its memory.")
+    redis_password_file: str = key(AbsolutePath(optional=True), "",
+                                   "A file with Redis' password on its first line, readable for root only.")
+    token_file: str = key(AbsolutePath(optional=True), "",
+                          "A file with the word on its first line that nodes must show (`peers.tracker_token_file`); "
+                          "empty: who reaches the tracker may join.")
+    cert_file: str = key(AbsolutePath(optional=True), "",
+                         "Its certificate (PEM): it then speaks HTTPS. Read again when it changes.")
+    key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM).")
+    ca_file: str = key(AbsolutePath(optional=True), "",
+                       "The authority of the nodes' certificates (PEM): nobody is served who shows none.")
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What no key can see alone: texts and hints."""
+        pairs = (("cert_file", "key_file"), ("key_file", "cert_file"), ("ca_file", "cert_file"),
+                 ("redis_password_file", "redis"))
+        return [(f"tracker.{given}: expected tracker.{missing} beside it, found none", "")
+                for given, missing in pairs if getattr(self, given) and not getattr(self, missing)]
