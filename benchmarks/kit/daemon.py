@@ -15,7 +15,7 @@ from benchmarks.kit.memory import descendants
 from benchmarks.kit.proc import Daemon, ToolError, attempt, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from benchmarks.kit.workspace import Workspace
 
@@ -28,9 +28,11 @@ _END_TIMEOUT_S = 10.0
 class NodeDaemon:
     """A running daemon with a cache directory of its own, empty unless `cache` names one used before."""
 
-    def __init__(self, place: Workspace, cache: Path | None = None, env: Mapping[str, str] | None = None) -> None:
-        """`env`: added to its environment."""
+    def __init__(self, place: Workspace, cache: Path | None = None, env: Mapping[str, str] | None = None,
+                 inside: Sequence[str] = ()) -> None:
+        """`env`: added to its environment. `inside`: words before its command, of another network."""
         self._place = place
+        self._inside = inside
         self._env = {**environment(place), **(env or {})}
         self.cache = cache or place.folder("node-cache")
         self._run = place.top / "run"
@@ -42,7 +44,7 @@ class NodeDaemon:
     def start(self) -> float:
         """Start the keeper (again); returns the seconds until it serves."""
         begin = time.perf_counter()
-        words: list[str | Path] = [COMMAND, "daemon", "--cache-dir", self.cache]
+        words: list[str | Path] = [*self._inside, COMMAND, "daemon", "--cache-dir", self.cache]
         self._daemon = Daemon(words, log=self._place.top / "node.log", env=self._env)
         self._closed = False
         self._wait(lambda: self._ready(self._daemon.pid))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from benchmarks.kit.proc import ToolError, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmarks.kit.workspace import Workspace
 
 RATE_BIT_S = 1_000_000_000
@@ -43,6 +45,10 @@ class Link:
     def inside(self) -> list[str]:
         """Words to put before a command that is to run at the far end."""
         return ["ip", "netns", "exec", self.netns]
+
+    def reach(self, call: Callable[[], bool]) -> bool:
+        """Call it: `address` is reached from here."""
+        return call()
 
     def set_rate(self, bit_s: int) -> None:
         """Make it another rate, both ways. Raises ToolError."""

@@ -10,20 +10,35 @@ import re
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from benchmarks.kit.proc import Daemon, ToolError, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from benchmarks.kit.link import Link
     from benchmarks.kit.workspace import Workspace
 
 _START_TIMEOUT_S = 20.0
 PUSH_TIMEOUT_S = 600.0
 _PORT = 5000  # at the far end of a link, where nothing else listens
 _REQUEST = re.compile(rb'"[A-Z]+ /v2/', re.MULTILINE)  # in the access log
+
+
+class Spot(Protocol):
+    """A place in another network: the far end of a Link, a machine of a Rack."""
+
+    @property
+    def address(self) -> str: ...
+
+    def inside(self) -> list[str]:
+        """Words to put before a command that is to run there."""
+        ...
+
+    def reach(self, call: Callable[[], bool]) -> bool:
+        """Call it where `address` is reached."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +89,7 @@ class Registry:
         self.daemon.close()
 
 
-def start_registry(place: Workspace, *, link: Link | None = None) -> Registry:
+def start_registry(place: Workspace, *, link: Spot | None = None) -> Registry:
     """
     Start a registry over the workspace's one storage; ready when this returns. It ends with the workspace.
 
@@ -101,7 +116,7 @@ def start_registry(place: Workspace, *, link: Link | None = None) -> Registry:
     daemon = Daemon(words, log=log, env={"OTEL_TRACES_EXPORTER": "none"})
     place.stack.callback(daemon.close)
     limit = time.monotonic() + _START_TIMEOUT_S
-    while not _answers(address, port):
+    while not (link.reach(lambda: _answers(address, port)) if link else _answers(address, port)):
         daemon.check()
         if time.monotonic() > limit:
             raise ToolError(f"docker-registry does not answer at {address}:{port}")
