@@ -194,3 +194,16 @@ class Deliver(Protocol):
     async def __call__(self, piece: Piece, member: Member) -> bool:
         """False: these are not the piece's bytes, whoever gave them lied."""
         ...
+
+
+class Origin(Protocol):
+    """
+    What Swarm.fetch calls with pieces that the origin must give, as soon as that is known; `fetch` then returns [].
+
+    At once, not when the call ends: this node may be their root, and others' pieces wait for it, among them perhaps
+    the parents of the rest of the very same call.
+    """
+
+    def __call__(self, indexes: list[int]) -> None:
+        """Synchronous, on the loop; several times a call."""
+        ...
