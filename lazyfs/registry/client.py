@@ -206,6 +206,23 @@ class RegistryClient:
 
         return self._first(RESOLVE if expected is None else PULL, deadline, attempt)
 
+    def head(self, path: str, deadline: float, *, resolves: bool = False) -> Mapping[str, str]:
+        """
+        The header of the answer to HEAD, of `blobs/DIGEST` or `manifests/REFERENCE`; `resolves`: that is a tag.
+
+        Raises:
+            NotFoundError, AuthError, SourceError: it has another status than 200, or did not come.
+
+        """
+        def attempt(server: HostClient, until: float) -> Mapping[str, str]:
+            with server.send("HEAD", server.url(path, until), until, headers={"Accept": ACCEPT}) as answer:
+                answer.finish()
+                if answer.status != 200:
+                    raise_for_status(answer, f"{path} of {self.host}/{self.repository}")
+                return answer.headers
+
+        return self._first(RESOLVE if resolves else PULL, deadline, attempt)
+
     def blob(self, digest: Digest, offset: int, size: int, deadline: float, *, is_whole: bool = False) -> HttpResponse:
         """
         An answer whose body is exactly bytes [offset, offset + size) of a blob, as far as its header can tell.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from lazyfs.errors import UsageError
@@ -26,6 +26,8 @@ _HOST = re.compile(r"[A-Za-z0-9.\-_\[\]]+(?::\d{1,5})?\Z|\[[0-9A-Fa-f:.]+\](?::\
 _log: Final = logging.getLogger("lazyfs.registry")
 _warned: set[str] = set()   # bounded by the files that an administrator wrote
 
+# A header in hosts.toml that says: this is lazyfs' own mirror. It is for others: here it would ask itself.
+OWN_MIRROR: Final = "X-Lazyfs-Mirror"
 PLAIN: Final = HostsFile((), HostEntry())
 
 
@@ -61,6 +63,8 @@ def find_hosts(directory: Path | None, host: str) -> HostsFile:
         found = parse_hosts_toml(data.decode(), path)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not UTF-8", hint="see docs/credentials.md") from None
+    others = tuple(one for one in found.mirrors if all(name != OWN_MIRROR for name, _ in one.headers))
+    found = replace(found, mirrors=others)
     if found.unknown and str(path) not in _warned:
         _warned.add(str(path))
         _log.warning("%s: keys that lazyfs does not know are passed over: %s", path, ", ".join(found.unknown)[:500])

@@ -9,7 +9,7 @@ import pytest
 
 from lazyfs.errors import UsageError
 from lazyfs.registry.addresses import Origin
-from lazyfs.registry.hosts import PLAIN, find_hosts, stamp
+from lazyfs.registry.hosts import OWN_MIRROR, PLAIN, find_hosts, stamp
 from lazyfs.registry.hoststoml import HOST_COUNT_MAX, HostEntry, HostsFile, duration_s, parse_hosts_toml
 
 FULL = """
@@ -186,3 +186,13 @@ def test_a_file_that_cannot_be_one(tmp_path: Path) -> None:
 ])
 def test_durations_are_those_of_go(text: str, seconds: float | None) -> None:
     assert duration_s(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_our_own_mirror_is_for_others(tmp_path: Path) -> None:
+    """What asks through it is the mirror itself, and the worker, which has the peers without it."""
+    (tmp_path / "_default").mkdir()
+    (tmp_path / "_default" / "hosts.toml").write_text(
+        '[host."http://127.0.0.1:5055"]\n[host."http://127.0.0.1:5055".header]\n'
+        f'{OWN_MIRROR} = "{OWN_MIRROR}"\n[host."http://10.0.0.1"]\n')
+    found = find_hosts(tmp_path, "registry.example")
+    assert [one.origin and one.origin.host for one in found.mirrors] == ["10.0.0.1"]
