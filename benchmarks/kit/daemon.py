@@ -29,8 +29,13 @@ class NodeDaemon:
     """A running daemon with a cache directory of its own, empty unless `cache` names one used before."""
 
     def __init__(self, place: Workspace, cache: Path | None = None, env: Mapping[str, str] | None = None,
-                 inside: Sequence[str] = ()) -> None:
-        """`env`: added to its environment. `inside`: words before its command, of another network."""
+                 inside: Sequence[str] = (), *, ready: bool = True) -> None:
+        """
+        Start it.
+
+        `env`: added to its environment. `inside`: words before its command, of another network. `ready`: when it
+        serves; else `wait_ready` says when, so that several start at once.
+        """
         self._place = place
         self._inside = inside
         self._env = {**environment(place), **(env or {})}
@@ -38,17 +43,26 @@ class NodeDaemon:
         self._run = place.top / "run"
         self._run.mkdir(exist_ok=True)
         self._closed = True
-        self.start()
+        self._launch()
         place.stack.callback(self.close)
+        if ready:
+            self.wait_ready()
 
     def start(self) -> float:
         """Start the keeper (again); returns the seconds until it serves."""
         begin = time.perf_counter()
+        self._launch()
+        self.wait_ready()
+        return time.perf_counter() - begin
+
+    def _launch(self) -> None:
         words: list[str | Path] = [*self._inside, COMMAND, "daemon", "--cache-dir", self.cache]
         self._daemon = Daemon(words, log=self._place.top / "node.log", env=self._env)
         self._closed = False
+
+    def wait_ready(self) -> None:
+        """Until it serves. Raises ToolError."""
         self._wait(lambda: self._ready(self._daemon.pid))
-        return time.perf_counter() - begin
 
     def mount(self, image: str, target: Path, *options: str) -> None:
         """Mount an image by the daemon. Raises ToolError."""
@@ -90,6 +104,11 @@ class NodeDaemon:
         begin = time.perf_counter()
         action()
         return time.perf_counter() - begin
+
+    @property
+    def keeper(self) -> int:
+        """The keeper's pid."""
+        return self._daemon.pid
 
     @property
     def worker(self) -> int:
