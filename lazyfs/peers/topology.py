@@ -86,6 +86,7 @@ class Topology:
         self._hashes = np.array([xxhash.xxh64_intdigest(member.id.encode()) for member in members], np.uint64)
         self._weights = _weights(self.members)
         self._complete = np.array([member.id in view.complete for member in members], np.bool_)
+        self._any_complete = bool(self._complete.any())
         self._zones: dict[str, slice] = {}
         first = 0
         for index in range(1, len(members) + 1):
@@ -139,7 +140,7 @@ class Topology:
         key = (zone.start, seed)
         found = self._orders.get(key)
         if found is None:
-            order = np.argsort(self._scores(zone, seed), kind="stable").astype(np.int32)
+            order = np.argsort(self._scores(zone, seed)).astype(np.int32)
             rank_of = np.empty_like(order)
             rank_of[order] = np.arange(len(order), dtype=np.int32)
             found = self._orders[key] = order, rank_of
@@ -161,12 +162,12 @@ class Topology:
 
     def _holders(self, me: int, zone: slice, seed: int) -> list[int]:
         """Complete members, the group's first ones: those of the zone, else of all."""
-        for part in (zone, slice(0, len(self.members))):
+        for part in (zone, slice(0, len(self.members))) if self._any_complete else ():
             complete = np.flatnonzero(self._complete[part]) + part.start
             complete = complete[complete != me]
             if len(complete):
                 scores = self._scores(part, seed)[complete - part.start]
-                return [int(complete[index]) for index in np.argsort(scores, kind="stable")[:HOLDERS]]
+                return [int(complete[index]) for index in np.argsort(scores)[:HOLDERS]]
         return []
 
 

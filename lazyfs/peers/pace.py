@@ -1,0 +1,71 @@
+"""
+How long to wait for a peer before another one is asked as well (a hedge), and how often that may be done.
+
+Layer: peers. Who calls: swarm. Pure; no clock of its own. A node that is gone shows by its silence (model.SILENCE_S),
+so a hedge is for what is slow: it waits by what is usual, the 95th percentile of the pieces that came lately, since on
+a full link everything takes long and asking twice makes it longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyfs.peers.health import Latencies
+from lazyfs.peers.model import Priority
+
+TIMES = 1.5                  # of the 95th percentile
+SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
+FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
+BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
+CREDIT_EACH = 0.1            # hedges by requests: one in ten,
+CREDIT_MAX = 8.0             # and some at once
+
+
+@dataclass(slots=True)
+class _Class:
+    latencies: Latencies
+    credit: float
+
+
+class Pace:
+    """Of all of a swarm's peers together; what somebody waits for and what not are two things."""
+
+    def __init__(self) -> None:
+        self._foreground = _Class(Latencies(256), CREDIT_MAX)
+        self._bulk = _Class(Latencies(256), CREDIT_MAX)
+
+    def add(self, priority: Priority, seconds: float) -> None:
+        """A piece has come, so long after it was asked for, or after the one before it."""
+        self._of(priority).latencies.add(seconds)
+
+    def delay_s(self, priority: Priority) -> float:
+        latencies = self._of(priority).latencies
+        least, most = FOREGROUND_S if priority is Priority.FOREGROUND else BULK_S
+        if len(latencies) < SAMPLES_MIN:
+            return most
+        return min(most, max(least, TIMES * latencies.quantile(0.95)))
+
+    def median_s(self, priority: Priority) -> float:
+        return self._of(priority).latencies.quantile(0.5)
+
+    def asked(self, priority: Priority) -> None:
+        """A request was made: some of a hedge is allowed by it."""
+        kind = self._of(priority)
+        kind.credit = min(CREDIT_MAX, kind.credit + CREDIT_EACH)
+
+    def may_hedge(self, priority: Priority) -> bool:
+        """Takes one, if there is one."""
+        kind = self._of(priority)
+        if kind.credit < 1.0:
+            return False
+        kind.credit -= 1.0
+        return True
+
+    def describe(self) -> dict[str, float]:
+        return {"foreground_p50_s": self._foreground.latencies.quantile(0.5),
+                "foreground_p95_s": self._foreground.latencies.quantile(0.95),
+                "bulk_p50_s": self._bulk.latencies.quantile(0.5),
+                "bulk_p95_s": self._bulk.latencies.quantile(0.95)}
+
+    def _of(self, priority: Priority) -> _Class:
+        return self._foreground if priority is Priority.FOREGROUND else self._bulk

@@ -1,0 +1,176 @@
+"""
+The swarm as a node uses it: pieces by peers, as far as arithmetic and health allow; the rest is the origin's.
+
+Layer: peers. Who calls: fetch.peering, mirror.pieces, benchmarks.scale; on one trio loop. Knows no mount, table or
+registry: pieces come by an Exchange and go to the caller's `deliver`. Nobody is waited for who may wait for us: a
+request goes to members of lower score only (topology), nothing here blocks on a count of requests, and each fetch
+ends at its deadline. State: a topology a resource, a Health a peer. No task outlives its fetch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs import limits
+from lazyfs.errors import PeerLacksError
+from lazyfs.peers.health import HealthBook
+from lazyfs.peers.model import HOPS_MAX, View
+from lazyfs.peers.pace import Pace
+from lazyfs.peers.rates import Rate
+from lazyfs.peers.swarmfetch import SwarmFetch
+from lazyfs.peers.topology import Place, Topology, group_pieces, group_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lazyfs.peers.health import Report
+    from lazyfs.peers.model import Deliver, Exchange, Member, Origin, Priority, Resource
+
+PROBE_MISSES = 8    # heirs that had nothing, in a row: from then on only every eighth is asked
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmLimits:
+    """
+    :download_rate: bytes/s from all peers; 0: no limit. What a read waits for is counted, but never held up.
+    :requests_per_peer: under way at once; a bound, not a window: callers have those.
+    :request_bytes: of one request.
+    """
+
+    download_rate: float = 0.0
+    requests_per_peer: int = 256
+    request_bytes: int = 16 * limits.MIB
+
+
+class Known:
+    """A resource's swarm. `probe_misses`: heirs that had nothing, in a row."""
+
+    def __init__(self, view: View, topology: Topology) -> None:
+        self.view = view
+        self.topology = topology
+        self.probe_misses = 0
+        self._places: dict[int, Place] = {}
+        self._by_address: dict[str, Member] | None = None
+
+    def place(self, me: str, key: str, group: int) -> Place:
+        place = self._places.get(group)
+        if place is None:
+            place = self._places[group] = self.topology.place(me, group_seed(key, group))
+        return place
+
+    def at(self, address: str) -> Member | None:
+        """The member of that address: nobody else is asked because a peer named it."""
+        if self._by_address is None:
+            self._by_address = {member.address: member for member in self.topology.members}
+        return self._by_address.get(address)
+
+    def probe_pays(self) -> bool:
+        """Whether to ask an heir before the origin."""
+        if self.probe_misses < PROBE_MISSES:
+            return True
+        self.probe_misses += 1
+        return self.probe_misses % PROBE_MISSES == 0
+
+
+class Swarm:
+    """
+    :me: this node; it never asks itself.
+    :counters: fetches, requests, hedges, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
+
+    `make_topology`: of a view; a simulation of many nodes shares them.
+    """
+
+    def __init__(self, me: Member, exchange: Exchange, bounds: SwarmLimits | None = None, *,
+                 make_topology: Callable[[View], Topology] = Topology, rng: random.Random | None = None) -> None:
+        self.me = me
+        self.exchange = exchange
+        self.bounds = bounds or SwarmLimits()
+        self.health = HealthBook()
+        self.pace = Pace()
+        self.download = Rate(self.bounds.download_rate)
+        self.random = rng or random.Random()    # noqa: S311 - spreads waits
+        self.counters: Counter[str] = Counter()
+        self._make_topology = make_topology
+        self._known: dict[str, Known] = {}
+
+    def set_view(self, key: str, view: View) -> None:
+        """Who is in the swarm of a resource (Resource.key), from now on; fetches under way keep what they had."""
+        old = self._known.get(key)
+        if old is not None and (old.view is view or old.view == view):
+            return
+        members = view.members
+        if not any(member.id == self.me.id for member in members):
+            members = (*members, self.me)
+        self._known[key] = Known(view, self._make_topology(
+            view if members is view.members else View(members, view.complete)))
+
+    def forget(self, key: str) -> None:
+        """The resource is no longer shared."""
+        self._known.pop(key, None)
+
+    def view(self, key: str) -> View | None:
+        known = self._known.get(key)
+        return known.view if known is not None else None
+
+    def place(self, resource: Resource, index: int) -> Place | None:
+        """Where this node stands in the tree of a piece; None: it knows no swarm for it."""
+        known = self._known.get(resource.key)
+        return known.place(self.me.id, resource.key, index // group_pieces(resource)) if known is not None else None
+
+    async def fetch(self, resource: Resource, indexes: Sequence[int], *, priority: Priority, deadline: float,
+                    hops: int, deliver: Deliver, origin: Origin | None = None, request: str = "") -> list[int]:
+        """
+        Have pieces brought by peers. Returns those that the origin must give, ascending: this node is the root for
+        them, or no peer has delivered. Checkpoint: perhaps; on cancel: pieces that were delivered stay.
+
+        :deadline: trio's clock; what is missing then is returned.
+        :hops: 0 for this node's own wants; of a peer's request its hops + 1.
+        :deliver: called for each piece once, or again after it said False. A LazyfsError of it comes out of here.
+        :origin: is called with those for the origin, as soon as that is known; then [] is returned.
+
+        Raises:
+            PeerLacksError: it has been passed on too often.
+
+        """
+        if hops >= HOPS_MAX:
+            raise PeerLacksError(f"{resource.key}: passed on {hops} times")
+        known = self._known.get(resource.key)
+        self.counters["fetches"] += 1
+        if known is None or len(known.topology) < 2 or deadline <= trio.current_time():
+            self.counters["origin_pieces"] += len(indexes)
+            if origin is None:
+                return sorted(indexes)
+            origin(sorted(indexes))
+            return []
+        return await SwarmFetch(self, known, resource, indexes, priority=priority, deadline=deadline, hops=hops,
+                                deliver=deliver, origin=origin, request=request).run()
+
+    def take_reports(self) -> list[Report]:
+        """Of bad peers, since the last call: for the tracker."""
+        return self.health.take_reports()
+
+    def describe(self) -> dict[str, object]:
+        """For `lazyfs peers` and metrics: plain dicts. Rates in bytes/s, times in seconds."""
+        now = trio.current_time()
+        members = {member.id: member for known in self._known.values() for member in known.topology.members}
+        peers = []
+        for name, health in self.health.known():
+            away = max(0.0, health.away_until - now)
+            member = members.get(name)
+            peers.append({
+                "id": name, "address": member.address if member else "", "zone": member.zone if member else "",
+                "running": health.running, "requests": health.requests, "pieces": health.pieces,
+                "bytes": health.bytes_received, "failures": health.failures, "busy": health.busy,
+                "wrong_pieces": health.wrong_pieces, "hedges": health.hedges,
+                "p50_s": health.latencies.quantile(0.5), "p95_s": health.latencies.quantile(0.95),
+                "away": health.away if away else "", "away_s": away, "slow": health.slow_until > now,
+                "last_error": health.last_error,
+            })
+        swarms = {key: {"members": len(known.topology), "complete": len(known.view.complete)}
+                  for key, known in sorted(self._known.items())}
+        return {"counters": dict(self.counters), "pace": self.pace.describe(), "peers": peers, "swarms": swarms}

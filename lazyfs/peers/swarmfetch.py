@@ -1,0 +1,390 @@
+"""
+One call of Swarm.fetch: its pieces by group, the requests under way for them, hedges, and what is left to the origin.
+
+Layer: peers. Who calls: swarm. A group's pieces have a *way*: the members to ask, in order. A request (attempt) asks
+one member for the pieces of all ways that have come to it. Who fails is followed by the next of each way at once; who
+is slow gets company (a hedge), and the first to deliver wins. A way goes to the origin when nobody is left to ask and
+nothing is under way: never because those who were asked take long, or a slow registry would be asked by all.
+Invariants: a piece is in `missing` until it was delivered or given to the origin; a way without a running attempt is
+either waiting for its `again_at`, or has nothing missing. All tasks are in this call's nursery.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
+from lazyfs.peers.health import SLOW_MIN_S, SLOW_SAMPLES, SLOW_TIMES
+from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
+from lazyfs.peers.topology import group_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from lazyfs.peers.model import Deliver, Member, Origin, Piece, Resource
+    from lazyfs.peers.swarm import Known, Swarm
+
+HOP_SHARE = 0.95        # of what is left goes on with a request,
+HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
+HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
+BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
+BUSY_ROUNDS = 3         # of a way whose peers were all busy; then the origin
+BETTER_MAX = 2          # members that a busy one may name
+
+
+class Way:
+    """
+    A group's pieces in this call.
+
+    :missing: not delivered yet.
+    :running: attempts that ask for some of them.
+    :again_at: when all were busy: begin anew at that time (inf: not so).
+    """
+
+    __slots__ = ("again_at", "busy_rounds", "missing", "next", "retry_after", "running", "stops")
+
+    def __init__(self, stops: list[tuple[Member, bool]]) -> None:
+        self.missing: set[int] = set()
+        self.stops = stops            # (member, asked only for what it has)
+        self.next = 0
+        self.running = 0
+        self.busy_rounds = 0
+        self.retry_after = math.inf
+        self.again_at = math.inf
+
+
+class Attempt:
+    """
+    A request to a member. `left`: of its pieces, those that are still missing.
+
+    :moved_at: when it began, or its last piece came.
+    :hedged: the others of its ways have been asked as well.
+    :delivering: what came is being checked and kept; that takes as long as it takes.
+    """
+
+    __slots__ = ("delivering", "got", "hedged", "here_only", "jitter", "left", "member", "moved_at", "scope", "ways")
+
+    def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
+        self.member = member
+        self.here_only = here_only
+        self.ways = ways
+        self.left = set(ways)
+        self.moved_at = now
+        self.jitter = jitter
+        self.hedged = self.delivering = False
+        self.got = 0
+        self.scope = trio.CancelScope()
+
+
+class SwarmFetch:
+    """Of one call; `run` does it."""
+
+    def __init__(self, swarm: Swarm, known: Known, resource: Resource, indexes: Sequence[int], *, priority: Priority,
+                 deadline: float, hops: int, deliver: Deliver, origin: Origin | None, request: str) -> None:
+        self._swarm, self._known, self._resource = swarm, known, resource
+        self._priority, self._deadline, self._hops = priority, deadline, hops
+        self._deliver, self._give_origin, self._request = deliver, origin, request
+        self._now: Callable[[], float] = trio.current_time
+        self._missing = set(indexes)
+        self._ways: dict[int, Way] = {}       # by piece
+        self._all_ways = self._make_ways()
+        self._attempts: set[Attempt] = set()
+        self._delivering: set[int] = set()
+        self._origin: list[int] = []
+        self._changed = trio.Event()
+        self._failure: LazyfsError | None = None
+
+    async def run(self) -> list[int]:
+        self._advance(self._all_ways, None)
+        if self._missing and not self._failure:
+            await self._work()
+        if self._failure is not None:
+            raise self._failure
+        self._to_origin(list(self._missing))
+        return [] if self._give_origin is not None else sorted(self._origin)
+
+    async def _work(self) -> None:
+        with trio.move_on_at(self._deadline):
+            async with trio.open_nursery() as nursery:
+                for attempt in self._attempts:
+                    nursery.start_soon(self._ask, attempt, nursery)
+                while self._missing and self._failure is None:
+                    with trio.move_on_at(self._wake_at()):
+                        await self._changed.wait()
+                    self._changed = trio.Event()
+                    self._look(nursery)
+                nursery.cancel_scope.cancel()
+
+    # --- ways -----------------------------------------------------------------------------------------------------
+
+    def _make_ways(self) -> list[Way]:
+        size = group_pieces(self._resource)
+        by_group: dict[int, Way] = {}
+        for index in self._missing:
+            group = index // size
+            way = by_group.get(group)
+            if way is None:
+                way = by_group[group] = Way(self._stops(group))
+            way.missing.add(index)
+            self._ways[index] = way
+        return list(by_group.values())
+
+    def _stops(self, group: int) -> list[tuple[Member, bool]]:
+        """Whom to ask for a group: parents, those that have been slow after the others; then who may have it."""
+        swarm, now = self._swarm, self._now()
+        place = self._known.place(swarm.me.id, self._resource.key, group)
+        stops = [(member, False) for member in place.parents]
+        if any(swarm.health.is_slow(member.id, now) for member in place.parents):
+            stops.sort(key=lambda stop: swarm.health.is_slow(stop[0].id, now))
+        stops += [(member, True) for member in place.holders]
+        if place.heir is not None and not place.holders and self._known.probe_pays():
+            stops.append((place.heir, True))
+        return stops
+
+    def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
+        """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
+        chosen: dict[tuple[str, bool], tuple[Member, list[Way]]] = {}
+        for way in ways:
+            stop = self._next_stop(way)
+            if stop is not None:
+                chosen.setdefault((stop[0].id, stop[1]), (stop[0], []))[1].append(way)
+            elif not way.running and way.missing:
+                self._out_of_members(way)
+        for (_, here_only), (member, together) in chosen.items():
+            for part in self._split(together):
+                self._start(member, here_only, part, nursery)
+
+    def _next_stop(self, way: Way) -> tuple[Member, bool] | None:
+        now, swarm = self._now(), self._swarm
+        while way.missing and way.next < len(way.stops):
+            stop = way.stops[way.next]
+            way.next += 1
+            member_id = stop[0].id
+            if member_id == swarm.me.id or swarm.health.is_away(member_id, self._resource.key, now):
+                health = swarm.health.of(member_id)
+                if health.away == "busy" and health.away_until > now:
+                    way.retry_after = min(way.retry_after, health.away_until - now)
+                continue
+            if swarm.health.of(member_id).running >= swarm.bounds.requests_per_peer:
+                way.retry_after = BUSY_MIN_S
+                continue
+            return stop
+        return None
+
+    def _out_of_members(self, way: Way) -> None:
+        """Nobody is left to ask. Were they only busy, and nobody sleeps on it, they are asked again."""
+        pause = min(BUSY_MAX_S, max(BUSY_MIN_S, way.retry_after)) * self._swarm.random.uniform(1.0, 1.5)
+        again = way.retry_after < math.inf and way.busy_rounds < BUSY_ROUNDS
+        if again and self._priority is not Priority.FOREGROUND and self._now() + pause < self._deadline:
+            way.busy_rounds += 1
+            way.again_at, way.retry_after, way.next = self._now() + pause, math.inf, 0
+        else:
+            self._to_origin(list(way.missing))
+
+    def _to_origin(self, indexes: list[int]) -> None:
+        if not indexes:
+            return
+        for index in indexes:
+            self._missing.discard(index)
+            self._ways[index].missing.discard(index)
+        self._swarm.counters["origin_pieces"] += len(indexes)
+        if self._give_origin is not None:
+            self._give_origin(sorted(indexes))
+        else:
+            self._origin += indexes
+        self._changed.set()
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _split(self, ways: list[Way]) -> Iterable[dict[int, Way]]:
+        """Into requests of a bounded size."""
+        most = max(1, self._swarm.bounds.request_bytes // self._resource.piece_size)
+        pieces = sorted((index, position) for position, way in enumerate(ways) for index in way.missing)
+        for first in range(0, len(pieces), most):
+            yield {index: ways[position] for index, position in pieces[first:first + most]}
+
+    def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None) -> None:
+        attempt = Attempt(member, here_only, pieces, self._now(), self._swarm.random.uniform(0.9, 1.2))
+        health = self._swarm.health.of(member.id)
+        health.running += 1
+        health.requests += 1
+        self._swarm.counters["requests"] += 1
+        self._swarm.pace.asked(self._priority)
+        self._attempts.add(attempt)
+        for way in set(pieces.values()):
+            way.running += 1
+        if nursery is not None:
+            nursery.start_soon(self._ask, attempt, nursery)
+
+    async def _ask(self, attempt: Attempt, nursery: trio.Nursery) -> None:
+        """One request from its beginning to its end, whatever that is."""
+        try:
+            with attempt.scope:
+                await self._receive(attempt)
+        except PeerBusyError as error:
+            self._was_busy(attempt, error)
+        except PeerLacksError:
+            self._lacked(attempt)
+        except PeerRefusedError as error:
+            self._swarm.health.refused(attempt.member.id, self._resource.key, str(error), self._now())
+        except PeerError as error:
+            self._swarm.health.gone(attempt.member.id, str(error), self._now())
+        except LazyfsError as error:    # no token to show it, or deliver's own
+            self._swarm.health.refused(attempt.member.id, self._resource.key, str(error), self._now())
+        finally:
+            self._ended(attempt)
+        self._advance([way for way in self._open_ways(attempt) if not way.running], nursery)
+        self._changed.set()
+
+    async def _receive(self, attempt: Attempt) -> None:
+        swarm, resource = self._swarm, self._resource
+        size = sum(resource.piece_bytes(index) for index in attempt.left)
+        if self._priority is Priority.FOREGROUND:
+            swarm.download.take_now(size)
+        else:
+            await swarm.download.take(size)
+            attempt.moved_at = self._now()
+        left_s = self._deadline - self._now()
+        request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
+                               HERE_ONLY if attempt.here_only else self._hops, self._priority, self._request)
+        async with swarm.exchange.ask(attempt.member, request) as pieces:
+            async for piece in pieces:
+                if not await self._take(attempt, piece) or not attempt.left:
+                    return
+        if attempt.left:
+            self._lacked(attempt)
+
+    async def _take(self, attempt: Attempt, piece: Piece) -> bool:
+        """Deliver a piece; False: the rest of this answer is not wanted."""
+        swarm, member, index, size = self._swarm, attempt.member, piece.index, len(piece.data)
+        if index not in attempt.ways or size != self._resource.piece_bytes(index):
+            swarm.health.lied(member.id, f"{self._resource.key}: piece {index} of {size} bytes", self._now())
+            return False
+        self._moved(attempt, size)
+        if index not in self._missing or index in self._delivering:
+            swarm.counters["duplicate_bytes"] += size
+            attempt.left.discard(index)
+            return True
+        self._delivering.add(index)
+        attempt.delivering = True
+        try:
+            good = await self._deliver(piece, member)
+        except LazyfsError as error:
+            self._failure = error
+            self._changed.set()
+            return False
+        finally:
+            attempt.delivering = False
+            self._delivering.discard(index)
+            attempt.moved_at = self._now()
+        if not good:
+            swarm.health.lied(member.id, f"{self._resource.key}: piece {index} has another digest", self._now())
+            return False
+        self._delivered(attempt, index, size)
+        return True
+
+    def _moved(self, attempt: Attempt, size: int) -> None:
+        now, health = self._now(), self._swarm.health.of(attempt.member.id)
+        seconds = now - attempt.moved_at
+        attempt.moved_at = now
+        attempt.got += 1
+        self._swarm.health.delivered(attempt.member.id, size, now)
+        self._swarm.pace.add(self._priority, seconds)
+        health.latencies.add(seconds)
+        self._judge(attempt, seconds)
+
+    def _judge(self, attempt: Attempt, seconds: float) -> None:
+        """Is it slow, beside the others?"""
+        swarm = self._swarm
+        health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(self._priority)
+        health.times_usual.add(seconds / max(usual, SLOW_MIN_S))
+        if len(health.times_usual) >= SLOW_SAMPLES and health.times_usual.quantile(0.5) > SLOW_TIMES:
+            swarm.health.was_slow(attempt.member.id, self._now(), f"{health.latencies.quantile(0.5):.2f} s a piece, "
+                                                                  f"others {usual:.2f} s")
+
+    def _delivered(self, attempt: Attempt, index: int, size: int) -> None:
+        swarm = self._swarm
+        swarm.counters["pieces"] += 1
+        swarm.counters["bytes"] += size
+        if attempt.here_only:
+            self._known.probe_misses = 0
+        self._missing.discard(index)
+        self._ways[index].missing.discard(index)
+        for other in self._attempts:
+            if index in other.left:
+                other.left.discard(index)
+                if other is not attempt:
+                    swarm.counters["hedges_won"] += 1
+                    if not other.left:
+                        other.scope.cancel()
+        if not self._missing:
+            self._changed.set()
+
+    def _ended(self, attempt: Attempt) -> None:
+        health = self._swarm.health.of(attempt.member.id)
+        health.running -= 1
+        self._attempts.discard(attempt)
+        for way in set(attempt.ways.values()):
+            way.running -= 1
+        if attempt.scope.cancelled_caught and not attempt.got:    # another one was faster
+            self._judge(attempt, self._now() - attempt.moved_at)
+
+    # --- what went wrong ------------------------------------------------------------------------------------------
+
+    def _open_ways(self, attempt: Attempt) -> list[Way]:
+        return list({id(way): way for index, way in attempt.ways.items() if index in self._missing}.values())
+
+    def _lacked(self, attempt: Attempt) -> None:
+        if attempt.here_only:
+            self._known.probe_misses += not attempt.got
+        else:
+            self._swarm.health.lacks(attempt.member.id, self._resource.key, self._now())
+
+    def _was_busy(self, attempt: Attempt, error: PeerBusyError) -> None:
+        """It is left alone for a while; members that it names, if we know them, may have it."""
+        pause = min(BUSY_MAX_S, max(BUSY_MIN_S, error.retry_after_s))
+        self._swarm.health.busy(attempt.member.id, self._now() + pause, str(error))
+        named = [self._known.at(address) for address in error.better[:BETTER_MAX]]
+        for way in self._open_ways(attempt):
+            way.retry_after = min(way.retry_after, pause)
+            way.stops[way.next:way.next] = [(member, True) for member in named if member is not None]
+
+    # --- time -----------------------------------------------------------------------------------------------------
+
+    def _due_at(self, attempt: Attempt) -> float:
+        """When a hedge is due. Of what nobody sleeps on: not while the same peer brings other pieces."""
+        if attempt.hedged or attempt.delivering:
+            return math.inf
+        delay = self._swarm.pace.delay_s(self._priority) * attempt.jitter
+        if attempt.here_only:
+            return attempt.moved_at + HERE_TIMES * delay
+        if self._priority is Priority.FOREGROUND:
+            return attempt.moved_at + delay
+        alive_at = self._swarm.health.of(attempt.member.id).moved_at
+        return max(attempt.moved_at + delay, min(alive_at + delay, attempt.moved_at + 3 * delay))
+
+    def _wake_at(self) -> float:
+        times = [self._due_at(attempt) for attempt in self._attempts]
+        times += [way.again_at for way in self._all_ways]
+        return min(times, default=math.inf)
+
+    def _look(self, nursery: trio.Nursery) -> None:
+        """Hedge what is late, ask busy ones again."""
+        now = self._now()
+        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
+            attempt.hedged = True
+            if attempt.here_only:
+                attempt.scope.cancel()
+                continue
+            ways = [way for way in self._open_ways(attempt) if way.next < len(way.stops)]
+            if ways and self._swarm.pace.may_hedge(self._priority):
+                self._swarm.counters["hedges"] += 1
+                self._swarm.health.of(attempt.member.id).hedges += 1
+                self._advance(ways, nursery)
+        late = [way for way in self._all_ways if way.again_at <= now]
+        for way in late:
+            way.again_at = math.inf
+        self._advance(late, nursery)
