@@ -1,0 +1,168 @@
+"""
+A connection between peers as bytes: exact reads, sends, and files by sendfile where there is no TLS between.
+
+Layer: peers. Who calls: peers.handshake, peers.client, peers.server. One task may read while another sends. A call that
+was cancelled while it read loses nothing of what it did not return; one that was cancelled while it sent leaves a
+connection that is good for nothing but to be closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs import limits
+from lazyfs.errors import CacheError, PeerError
+
+if TYPE_CHECKING:
+    from lazyfs.peers.model import FileRange
+
+# Trio's default of 16 KiB makes a system call and a wake-up of every 16 KiB. More than a piece would be sent in vain
+# after the asker has left, and ahead of what is more urgent.
+_UNSENT_BYTES_MAX = 512 * limits.KIB
+_UNHEARD_MS = 10_000             # bytes that nobody acknowledged for so long: the other host is gone
+_TLS_BYTES = 256 * limits.KIB    # read from a file and encrypted at once
+_PAGE_IN_BYTES = 128 * limits.KIB
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class Channel:
+    """:stream: connected; a SocketStream is spoken to past trio's own buffering, an SSLStream through it."""
+
+    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
+        self._stream = stream
+        self._plain = stream if isinstance(stream, trio.SocketStream) else None
+        self._left = b""     # read, and not asked for yet (TLS)
+        transport = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
+        try:
+            transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_MAX)
+            transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
+            self.peer = str(transport.socket.getpeername()[0])
+        except OSError as error:
+            raise PeerError(f"peer: gone before it said anything: {error}") from error
+
+    async def receive(self, view: memoryview) -> int:
+        """
+        Some bytes into `view`; 0: the other side has ended.
+
+        Raises PeerError: the connection broke.
+        """
+        try:
+            if self._plain is not None:
+                return await self._plain.socket.recv_into(view)
+            if not self._left:
+                self._left = bytes(await self._stream.receive_some(max(len(view), _TLS_BYTES)))
+            taken = min(len(view), len(self._left))
+            view[:taken] = self._left[:taken]
+            self._left = self._left[taken:]
+        except (*_GONE, OSError) as error:
+            raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+        return taken
+
+    async def fill(self, view: memoryview) -> None:
+        """Exactly its bytes. Raises PeerError: the connection ended or broke before."""
+        done = 0
+        while done < len(view):
+            count = await self.receive(view[done:])
+            if not count:
+                raise PeerError(f"{self.peer}: connection ended, {len(view) - done} bytes early")
+            done += count
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """All of it. Raises PeerError."""
+        try:
+            await self._stream.send_all(data)
+        except (*_GONE, OSError) as error:
+            raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+
+    async def send_with(self, head: bytes, data: bytes | memoryview | FileRange) -> None:
+        """
+        A header, and what it announces.
+
+        Raises:
+            PeerError: the connection broke.
+            CacheError: the file is shorter than was said, or cannot be read. The connection is of no use any more.
+
+        """
+        if isinstance(data, (bytes, memoryview)):
+            await self.send(head + data if len(data) <= _TLS_BYTES else head)
+            if len(data) > _TLS_BYTES:
+                await self.send(data)
+        elif self._plain is None:
+            await self._send_read(head, data)
+        else:
+            await page_in(data)
+            await self._send_file(self._plain.socket, head, data)
+
+    async def _send_read(self, head: bytes, part: FileRange) -> None:
+        await self.send(head)
+        for start in range(0, part.size, _TLS_BYTES):
+            size = min(_TLS_BYTES, part.size - start)
+            data = await trio.to_thread.run_sync(os.pread, part.file, size, part.offset + start)
+            if len(data) != size:
+                raise CacheError(f"cache file ends at {part.offset + start + len(data)}, in a piece being sent")
+            await self.send(data)
+
+    async def _send_file(self, connection: trio.socket.SocketType, head: bytes, part: FileRange) -> None:
+        try:
+            sent = await connection.send(head, socket.MSG_MORE)
+            if sent < len(head):
+                await self.send(head[sent:])
+            offset, end = part.offset, part.offset + part.size
+            while offset < end:
+                try:
+                    count = os.sendfile(connection.fileno(), part.file, offset, end - offset)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(connection)
+                    continue
+                if not count:
+                    raise CacheError(f"cache file ends at {offset}, in a piece being sent")
+                offset += count
+        except (*_GONE, ConnectionError) as error:
+            raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+        except OSError as error:
+            if error.errno in {errno.EIO, errno.EINVAL}:
+                raise CacheError(f"cache file: {os.strerror(error.errno)}, in a piece being sent") from error
+            raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+
+    async def close(self) -> None:
+        """At once, without waiting for the other side."""
+        await trio.aclose_forcefully(self._stream)
+
+
+async def page_in(part: FileRange) -> None:
+    """
+    Have the kernel read a file's range in a thread, unless it looks as if it had it in memory already.
+
+    Else sendfile would stop the loop for the disk, and with it all readers of the node.
+    """
+    if not (_in_memory(part.file, part.offset) and _in_memory(part.file, part.offset + part.size - 1)):
+        await trio.to_thread.run_sync(_read_through, part.file, part.offset, part.size)
+
+
+def _in_memory(file: int, offset: int) -> bool:
+    try:
+        os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True     # the file system cannot tell, or the send finds out what is wrong
+    return True
+
+
+def _read_through(file: int, offset: int, size: int) -> None:
+    room = [memoryview(bytearray(_PAGE_IN_BYTES))]
+    try:
+        for start in range(offset, offset + size, _PAGE_IN_BYTES):
+            os.preadv(file, room, start)
+    except OSError:
+        pass    # the send finds it, and says so
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error) or "closed"

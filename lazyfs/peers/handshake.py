@@ -1,0 +1,103 @@
+"""
+How a connection between peers begins: an HTTP/1.1 request to upgrade, so that proxies, probes and curl see HTTP.
+
+Layer: peers. Who calls: peers.client (ask), peers.server (answer). Both have the caller's deadline, a header has a
+bound.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import h11
+
+from lazyfs.errors import PeerError
+from lazyfs.peers.wire import PROTOCOL
+
+if TYPE_CHECKING:
+    from lazyfs.peers.channel import Channel
+
+PATH = "/lazyfs-peer"
+_HEADER_BYTES_MAX = 8 * 1024
+_READ_BYTES = 4 * 1024
+
+
+async def ask(channel: Channel, host: str) -> None:
+    """
+    Upgrade a connection, as who asks. `host`: host:port as we know it.
+
+    Raises PeerError: it broke, or the other side speaks something else.
+    """
+    http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX)
+    headers = [("Host", host), ("Connection", "Upgrade"), ("Upgrade", PROTOCOL)]
+    hello = http.send(h11.Request(method="GET", target=PATH, headers=headers)) or b""
+    await channel.send(hello + (http.send(h11.EndOfMessage()) or b""))
+    try:
+        while (event := http.next_event()) is h11.NEED_DATA:
+            http.receive_data(await _some(channel))
+    except h11.RemoteProtocolError:
+        raise PeerError(f"{host}: does not answer as a peer of lazyfs", hint=_HINT) from None
+    upgraded = isinstance(event, h11.InformationalResponse) and event.status_code == 101
+    if not upgraded or dict(event.headers).get(b"upgrade") != PROTOCOL.encode():   # type: ignore[union-attr]
+        status = f"status {event.status_code}" if isinstance(event, h11.Response) else "another protocol"
+        raise PeerError(f"{host}: does not answer as a peer of lazyfs: {status}", hint=_HINT)
+    if http.trailing_data[0]:
+        raise PeerError(f"{host}: speaks before it is asked")
+
+
+_HINT = "compare [peers] address and advertise of that node, and the versions of both"
+
+
+async def answer(channel: Channel) -> bool:
+    """
+    Take a connection's first request: upgrade it (True), or answer as a web server that has one page (False).
+
+    Raises PeerError: it broke, or is not HTTP.
+    """
+    http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEADER_BYTES_MAX)
+    try:
+        while (event := http.next_event()) is h11.NEED_DATA:
+            http.receive_data(await _some(channel))
+    except h11.RemoteProtocolError:
+        await _reply(channel, http, 400, {"error": "not a request"})
+        return False
+    if not isinstance(event, h11.Request):
+        return False
+    path, headers = event.target.partition(b"?")[0], dict(event.headers)
+    if event.method not in {b"GET", b"HEAD"}:
+        await _reply(channel, http, 405, {"error": "GET only"}, [("Allow", "GET, HEAD")])
+    elif path == b"/healthz":
+        await _reply(channel, http, 200, {"status": "ok", "protocol": PROTOCOL}, bare=event.method == b"HEAD")
+    elif path != PATH.encode():
+        await _reply(channel, http, 404, {"error": "no such page"}, bare=event.method == b"HEAD")
+    elif PROTOCOL.encode() not in [word.strip() for word in headers.get(b"upgrade", b"").split(b",")]:
+        await _reply(channel, http, 426, {"error": f"{PROTOCOL} is spoken here"},
+                     [("Upgrade", PROTOCOL), ("Connection", "Upgrade")])
+    elif not isinstance(http.next_event(), h11.EndOfMessage):
+        await _reply(channel, http, 400, {"error": "no body is taken"})
+    elif http.trailing_data[0]:
+        return False     # it did not wait for the answer: what it sent is in nobody's protocol
+    else:
+        switch = [("Connection", "Upgrade"), ("Upgrade", PROTOCOL)]
+        await channel.send(http.send(h11.InformationalResponse(status_code=101, headers=switch)) or b"")
+        return True
+    return False
+
+
+async def _reply(channel: Channel, http: h11.Connection, status: int, body: dict[str, str],
+                 headers: list[tuple[str, str]] | None = None, *, bare: bool = False) -> None:
+    data = json.dumps(body).encode() + b"\n"
+    said = [("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Cache-Control", "no-store"),
+            *(headers or [("Connection", "close")])]
+    if http.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+        return
+    events: list[h11.Event] = [h11.Response(status_code=status, headers=said)]
+    if not bare:
+        events.append(h11.Data(data=data))
+    await channel.send(b"".join(http.send(event) or b"" for event in events))
+
+
+async def _some(channel: Channel) -> bytes:
+    room = bytearray(_READ_BYTES)
+    return bytes(room[:await channel.receive(memoryview(room))])
