@@ -73,6 +73,14 @@ class Brake:
             self._slow_down(count, goes_first)
         return time.monotonic() - began
 
+    def due_s(self, count: int) -> float:
+        """Account for `count` bytes that are about to come; how long the next ones are to wait, seconds. At once."""
+        if not self._rate:
+            return 0.0
+        with self._lock:
+            self._paid_until = max(self._paid_until, time.monotonic()) + count / self._rate
+            return self._paid_until - time.monotonic()
+
     def _give_way(self, goes_first: Callable[[], bool]) -> None:
         since = self._traffic.busy_since
         while since is not None and not goes_first():

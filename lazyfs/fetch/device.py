@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.hotview import HotView
     from lazyfs.image.digest import Digest
     from lazyfs.image.table import ChunkTable
+    from lazyfs.peers.model import Resource
     from lazyfs.registry.place import ImageSource
 
     Blob = tuple[ImageSource, Digest, int]
@@ -41,6 +42,7 @@ class FetchDevice:
     `blobs[i]` is where the rows with blob_index i are: (source, digest, size in bytes).
 
     :hot: which of its blocks are in the image's hot device too; None: there is none, or this is it.
+    :resource: what peers call it; None: this node has none.
     :touched: one byte a chunk, 1 once a read asked for it (and was not answered by the hot device).
     :touched_stored_bytes: what these chunks are in their blobs; the least that the link has to carry.
     """
@@ -49,6 +51,7 @@ class FetchDevice:
     cached: CachedDevice
     blobs: Sequence[Blob]
     hot: HotView | None = None
+    resource: Resource | None = None
     touched: bytearray = field(init=False)
     touched_stored_bytes: int = field(init=False, default=0)
     shift: int = field(init=False)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.flight import Flight
     from lazyfs.fetch.hotview import HotDevice, Part
+    from lazyfs.fetch.peering import Peering
     from lazyfs.fetch.statistics import FetchStatistics
 
     Memory = dict[int, bytes | memoryview]
@@ -73,6 +74,11 @@ class Fetcher:
     @property
     def statistics(self) -> FetchStatistics:
         return self._statistics
+
+    @property
+    def peering(self) -> Peering:
+        """What goes to peers, and to whom."""
+        return self._scheduler.peering
 
     def flights(self) -> Collection[Flight]:
         """Chunks on their way, for whoever shows what is going on."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lazyfs.fetch.constants import FetchLimits
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.transfer import Transfer
-    from lazyfs.registry.place import ImageSource
 
     Entry = tuple[FetchDevice, int]
 
@@ -102,12 +101,6 @@ class PrefetchHandle:
         return min(PREFETCH_RATE_MIN, self._bounds.prefetch_rate / (2 * self._bounds.prefetch_streams))
 
     @property
-    def source(self) -> ImageSource | None:
-        """Of its next window; None: there is none."""
-        entry = self._peek()
-        return None if entry is None else entry[0].blobs[0][0]
-
-    @property
     def is_hungry(self) -> bool:
         """Whether another window may start."""
         return all(window.is_nearly_done() for window in self.running)
@@ -139,7 +132,7 @@ class PrefetchHandle:
         blob: object = None
         end = total = 0
         for _ in range(PREFETCH_SCAN_COUNT_MAX):
-            entry = self._peek()
+            entry = self.peek()
             if entry is None:
                 return window, False
             place = wanted(*entry)
@@ -164,7 +157,8 @@ class PrefetchHandle:
         """What next_window() gave and was not started: the next one begins with it."""
         self._again.extendleft(reversed(window))
 
-    def _peek(self) -> Entry | None:
+    def peek(self) -> Entry | None:
+        """Its next window's first; None: there is none."""
         if self._again:
             return self._again[0]
         return self._plan[self._cursor] if self._cursor < len(self._plan) else None

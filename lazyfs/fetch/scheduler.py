@@ -24,6 +24,7 @@ from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, UNSTORE
 from lazyfs.fetch.copying import Copies
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lanes import Lanes
+from lazyfs.fetch.peering import Peering
 from lazyfs.fetch.prefetch import PrefetchHandle
 from lazyfs.fetch.sources import says_nothing
 from lazyfs.fetch.spill import Spill
@@ -70,21 +71,26 @@ class Scheduler:
         self._bulk_brake = Brake(self._first_reads)              # of the others' reads
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
-        self._closed = False
+        self.peering = Peering(self, nursery)
+        self.closed = False
 
     async def drained(self) -> None:
         """Until no thread works any more. Checkpoint: perhaps."""
         await self._workers.drained()
 
-    def join(self, device: FetchDevice, index: int, deadline: float) -> Flight:
-        """The flight of a missing chunk that a read wants: the one under way, or a new one. Call dispatch() after."""
+    def join(self, device: FetchDevice, index: int, deadline: float, hops: int = 0) -> Flight:
+        """
+        The flight of a missing chunk that a read wants: the one under way, or a new one. Call dispatch() after.
+
+        `hops`: how many nodes have passed the read on to us.
+        """
         flight = self.flights.get((device.cached, index))
         if flight is not None and flight.window is not None and flight.window.is_overtaken_by_asking(flight):
             flight = None
         if flight is None or (flight.done and flight.data is None):    # landed, and vanished again
             flight = self._new_flight(device, index, deadline)
             flight.wanted = True
-            if flight.codec != Codec.ZERO:
+            if flight.codec != Codec.ZERO and not self.peering.took(flight, Priority.FOREGROUND, hops):
                 self.lanes.of(flight.source).foreground.push(flight)
             return flight
         flight.wanted = True
@@ -99,10 +105,16 @@ class Scheduler:
         """Fetch chunks that a sequential reader will want. Call dispatch() after."""
         deadline = time.monotonic() + limits.READ_DEADLINE_S
         for index in indexes:
-            if (device.cached, index) not in self.flights:
-                flight = self._new_flight(device, index, deadline)
-                if flight.codec != Codec.ZERO:
-                    self.lanes.of(flight.source).background.push(flight)
+            self.fetch_for(device, index, deadline, Priority.BACKGROUND)
+
+    def fetch_for(self, device: FetchDevice, index: int, deadline: float, priority: Priority, hops: int = 0) -> Flight:
+        """The flight of a missing chunk that no read of this node waits for. Call dispatch() after."""
+        flight = self.flights.get((device.cached, index))
+        if flight is None or (flight.done and flight.data is None):
+            flight = self._new_flight(device, index, deadline)
+            if flight.codec != Codec.ZERO and not self.peering.took(flight, priority, hops):
+                self.lanes.of(flight.source).background.push(flight)
+        return flight
 
     def add_prefetch(self, handle: PrefetchHandle) -> None:
         self.prefetches.append(handle)
@@ -114,15 +126,17 @@ class Scheduler:
 
     def dispatch(self) -> None:
         """Start what may start."""
-        if self._closed:
+        if self.closed:
             return
+        self.peering.flush()
         while self._start_foreground() or self._start_window() or self._start_background() or self._start_copy():
             pass
 
     def close(self) -> None:
         """Fail all that waits and tell the threads to end."""
-        self._closed = True
+        self.closed = True
         self._workers.close()
+        self.peering.close()
         for flight in list(self.flights.values()):
             if not flight.done:
                 flight.fail(SourceError(f"{flight.source.name}: the worker is stopping"))
@@ -154,7 +168,7 @@ class Scheduler:
         now = time.monotonic()
         for position, flight in enumerate(flights):
             if flight.deadline <= now or not flight.waiters:
-                self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: no slot in time"))
+                self.fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: no slot in time"))
                 for later in flights[position + 1 :]:
                     self.lanes.of(later.source).foreground.push(later)
                 return flights[:position]
@@ -184,7 +198,7 @@ class Scheduler:
     def _start_next_window(self, ready: list[H], handles: list[H], now: float) -> bool:
         """Of the first of `ready` that has one; `handles`: all of their kind, in turn."""
         for handle in ready:
-            if handle.source is not None and not self.lanes.admits(handle.source, now):
+            if not self._is_admitted(handle, now):
                 continue
             window, stopped = handle.next_window(len(handles), self._wanted)
             if stopped:
@@ -199,8 +213,17 @@ class Scheduler:
         handles[:] = [handle for handle in handles if not handle.done]
         return False
 
+    def _is_admitted(self, handle: PrefetchHandle, now: float) -> bool:
+        """Whether what its next window is fetched from may be asked: peers may always."""
+        entry = handle.peek()
+        return entry is None or self.peering.takes(entry[0]) or self.lanes.admits(entry[0].blobs[0][0], now)
+
     def _start_handles_window(self, handle: PrefetchHandle, window: list[Entry]) -> None:
         flights = [self._new_flight(*entry, time.monotonic()) for entry in window]
+        if self.peering.takes(flights[0].device):
+            if not self.peering.start_window(handle, flights):
+                handle.cancel()    # its image is unmounted
+            return
         transfer = Transfer(flights, handle.priority, handle.brake)
         for flight in flights:
             flight.window = transfer
@@ -244,15 +267,13 @@ class Scheduler:
                     retained.device.cached.release()
                 error = CacheError(f"cached device {flight.device.cached.digest.short}: already closed")
                 for failed in transfer.flights:
-                    self._fail(failed, error)
+                    self.fail(failed, error)
                 return False
         self.running[transfer.priority] += 1
-        self.copies.begin(transfer.priority)
+        self.begin_traffic(transfer.priority)
         transfer.seconds_max = self.lanes.sources.of(transfer.source).begin()
-        if transfer.priority is Priority.FOREGROUND:
-            self._reads.begin()
-            if transfer.brake is None:
-                self._first_reads.begin()
+        if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
+            self._first_reads.begin()
         self.statistics.requests += 1
         self._workers.start(transfer)
         return True
@@ -262,19 +283,17 @@ class Scheduler:
     def _finished(self, transfer: Transfer) -> None:
         """The thread is through with it."""
         self.running[transfer.priority] -= 1
-        self.copies.end(transfer.priority, trio.current_time())
-        if transfer.priority is Priority.FOREGROUND:
-            self._reads.end()
-            if transfer.brake is None:
-                self._first_reads.end()
+        self.end_traffic(transfer.priority)
+        if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
+            self._first_reads.end()
         self.statistics.count(transfer)
         probe_at = self.lanes.judge(transfer, trio.current_time())
-        if probe_at is not None and not self._closed:
+        if probe_at is not None and not self.closed:
             self._nursery.start_soon(self._later, probe_at, [])
         again: list[Flight] = []
         for flight in transfer.flights:
             if flight.done and flight.error is None:
-                self._land(flight)
+                self.land(flight)
             elif not flight.done and (flight.waiters or not flight.overtaken):
                 again.extend(self._not_landed(flight, transfer))
         handle = self._windows.pop(transfer, None)
@@ -286,18 +305,19 @@ class Scheduler:
         if lane is not None and transfer.priority is Priority.FOREGROUND:
             lane.running_count -= 1
             lane.state.running_count -= 1
-        if not self._closed:
+        if not self.closed:
             self._try_again(again, transfer)
         self.lanes.sweep(trio.current_time())
         self.dispatch()
 
-    def _land(self, flight: Flight) -> None:
+    def land(self, flight: Flight) -> None:
         self._remove(flight)
         if flight.data is not None:
             self.statistics.not_stored += 1
             self._unstored_at = trio.current_time()
             self.spill.put(flight.device.cached, flight.index, flight.data)
         flight.wake()
+        self.peering.ended(flight)
 
     def _not_landed(self, flight: Flight, transfer: Transfer) -> list[Flight]:
         """The flight, if it is to be tried again; else it has failed."""
@@ -318,9 +338,9 @@ class Scheduler:
             again = again and time.monotonic() + pause < flight.deadline
         flight.last_error = error
         abandoned = transfer.priority is Priority.FOREGROUND and not flight.waiters
-        if again and not self._closed and not abandoned:
+        if again and not self.closed and not abandoned:
             return [flight]
-        self._fail(flight, error)
+        self.fail(flight, error)
         return []
 
     def _give_back(self, handle: PrefetchHandle, transfer: Transfer, again: list[Flight]) -> list[Flight]:
@@ -334,22 +354,29 @@ class Scheduler:
         if transfer.error is None:
             handle.cancel()    # there is no room for what is fetched ahead
             return [flight for flight in again if flight.waiters]
-        if transfer.landed_count:
-            handle.failure_count = 0
-        down = self.lanes.sources.of(transfer.source).down
-        handle.failed(transfer.error, [(flight.device, flight.index) for flight in unwanted], counts=not down)
-        pause = retry.pause_s(transfer.error, max(1, handle.failure_count))
-        handle.paused_until = trio.current_time() + pause
-        if not self._closed:
-            self._nursery.start_soon(self._later, handle.paused_until, [])
+        self.set_back(handle, transfer, transfer.error, unwanted)
         return [flight for flight in again if flight.waiters]
+
+    def set_back(self, handle: PrefetchHandle, window: Transfer, error: LazyfsError, unwanted: list[Flight]) -> None:
+        """Of a window that failed these go into the plan again, after a pause."""
+        if window.landed_count:
+            handle.failure_count = 0
+        down = self.lanes.sources.of(window.source).down
+        handle.failed(error, [(flight.device, flight.index) for flight in unwanted], counts=not down)
+        self.pause(handle, retry.pause_s(error, max(1, handle.failure_count)))
+
+    def pause(self, handle: PrefetchHandle, pause_s: float) -> None:
+        """Its next window starts that much later."""
+        handle.paused_until = trio.current_time() + pause_s
+        if not self.closed:
+            self._nursery.start_soon(self._later, handle.paused_until, [])
 
     def _try_again(self, flights: list[Flight], transfer: Transfer) -> None:
         """Queue them: at once after bad bytes, after a pause when the source failed."""
         error = transfer.error
         if error is None:
             self.statistics.retries += bool(flights)
-            self._queue(flights)
+            self.queue(flights)
             return
         now = trio.current_time()
         state = self.lanes.sources.of(transfer.source)
@@ -363,7 +390,7 @@ class Scheduler:
         with requestid.during(transfer.request):
             _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
         if state.down:
-            self._queue(flights)    # they go when a probe has been answered
+            self.queue(flights)    # they go when a probe has been answered
             return
         until = max(until, now + state.retry_wait_s(now))
         self._nursery.start_soon(self._later, until, flights)
@@ -371,23 +398,38 @@ class Scheduler:
     async def _later(self, until: float, flights: list[Flight]) -> None:
         """Checkpoint: yes; on cancel: the engine is closing and has failed the flights. `until`: trio's clock."""
         await trio.sleep_until(until)
-        self._queue(flights)
+        self.queue(flights)
         self.lanes.sweep(trio.current_time())
         self.dispatch()
 
-    def _queue(self, flights: list[Flight]) -> None:
+    def queue(self, flights: list[Flight]) -> None:
         for flight in flights:
             if flight.wanted and not flight.waiters:    # its reader left during the pause
-                self._fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: nobody waits for it"))
+                self.fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: nobody waits for it"))
                 continue
             lane = self.lanes.of(flight.source)
             (lane.foreground if flight.waiters else lane.background).push(flight)
 
-    def _fail(self, flight: Flight, error: LazyfsError) -> None:
+    def fail(self, flight: Flight, error: LazyfsError) -> None:
         self._remove(flight)
         if flight.waiters:    # else nobody was told, and the first who asks gets a try
             flight.device.remember_error(flight.index, error)
         flight.fail(error)
+        self.peering.ended(flight)
+
+    # --- also for fetch.peering -------------------------------------------------------------------------------------
+
+    def begin_traffic(self, priority: Priority) -> None:
+        """Something of that priority is asked for: what comes after it makes way."""
+        self.copies.begin(priority)
+        if priority is Priority.FOREGROUND:
+            self._reads.begin()
+
+    def end_traffic(self, priority: Priority) -> None:
+        """And it is over."""
+        self.copies.end(priority, trio.current_time())
+        if priority is Priority.FOREGROUND:
+            self._reads.end()
 
     # --- small helpers --------------------------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ class FetchStatistics:
     bad_chunks: int = 0             # arrived with another digest or undecodable
     not_stored: int = 0             # landed, but only in memory: disk full
     errors: int = 0                 # reads that failed
+    peer_chunks: int = 0            # of chunks_fetched: peers gave them
+    peer_bytes: int = 0             # of these, as they are (not compressed); not in fetched_stored_bytes
+    passed_on: int = 0              # chunks that were fetched because peers asked for them
     bytes_by_source: dict[str, int] = field(default_factory=dict)   # fetched_stored_bytes by the server that gave them
 
     def count(self, transfer: Transfer) -> None:
@@ -48,6 +51,18 @@ class FetchStatistics:
         elif transfer.priority is Priority.COPY:
             self.chunks_copied += transfer.landed_count
             self.copied_stored_bytes += transfer.received_bytes
+
+    def count_peer(self, priority: Priority, size: int) -> None:
+        """A chunk came from a peer; `size`: its bytes."""
+        self.chunks_fetched += 1
+        self.peer_chunks += 1
+        self.peer_bytes += size
+        if priority is Priority.PREFETCH:
+            self.chunks_prefetched += 1
+        elif priority is Priority.BACKGROUND:
+            self.chunks_read_ahead += 1
+        elif priority is Priority.COPY:
+            self.chunks_copied += 1
 
     def count_source(self, server: str, size_bytes: int) -> None:
         """So many bytes came from that server."""

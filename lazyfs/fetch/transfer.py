@@ -103,8 +103,12 @@ class Transfer:
         rate = self._rate()
         if not rate:
             return False
-        arrives_s = (flight.stored_end - self.start - self.received_bytes) / rate
-        return arrives_s > OVERTAKE_FACTOR * (self.delay_s + flight.stored_size / rate) + OVERTAKE_MARGIN_S
+        alone_s = self.delay_s + flight.stored_size / rate
+        return self._arrives_s(flight, rate) > OVERTAKE_FACTOR * alone_s + OVERTAKE_MARGIN_S
+
+    def _arrives_s(self, flight: Flight, rate: float) -> float:
+        """When a chunk has come, seconds from now at that rate."""
+        return (flight.stored_end - self.start - self.received_bytes) / rate
 
     def _rate(self) -> float | None:
         """Bytes/s so far, while it was not made to wait; None: too early to tell."""
@@ -235,16 +239,28 @@ def settle(flight: Flight, stored: memoryview) -> bool:
     except FormatError as error:
         flight.bad = error
         return False
-    if chunk_digest(data) != flight.digest:
+    if not keep(flight, data, lasting=flight.codec != Codec.NONE):    # not decoded: it lies in `stored` still
         where = f"blob {flight.blob.short} at {flight.stored_start}"
         flight.bad = IntegrityError(
             f"{flight.source.name}: {where}: chunk {flight.index} has another digest than promised",
             hint="the registry or something on the way damages data; lazyfs check finds all such chunks",
         )
         return False
+    return True
+
+
+def keep(flight: Flight, data: bytes | bytearray | memoryview, *, lasting: bool = False) -> bool:
+    """
+    Check a chunk's bytes and store them: the flight is done. False: they are not the chunk's.
+
+    `lasting`: the bytes stay as they are; else they are the caller's again afterwards. Blocking.
+    """
+    if len(data) != flight.size or chunk_digest(data) != flight.digest:
+        return False
     flight.decoded_at = time.monotonic()
-    if not flight.device.cached.write(flight.index, data):
-        flight.data = bytes(data) if flight.codec == Codec.NONE else data    # not decoded: it lies in `stored` still
+    view = memoryview(data) if isinstance(data, bytearray) else data
+    if not flight.device.cached.write(flight.index, view):
+        flight.data = view if lasting else bytes(view)
     flight.settled_at = time.monotonic()
     flight.done = True
     return True

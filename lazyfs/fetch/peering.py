@@ -1,0 +1,332 @@
+"""
+Chunks from peers: flights of a device that has a swarm go there first, and what comes back goes to the registry.
+
+A *job* is one call of Swarm.fetch for flights of one device: no thread waits for a peer, only the digest's check and
+the write into the cache are done in one. What the origin must give is handed to the scheduler's lanes at once, as any
+missing chunk is. Invariants: a flight is with a job, or in a queue, a transfer or a pause of the scheduler, never in
+two of them but while its last bytes are being checked; a job ends by its deadline, which is a share of its flights'.
+
+Layer: fetch. Who calls: fetch.scheduler (`takes`, `take`, `flush`, `start_window`, `ended`), fetch.engine. On the
+loop; `keep` runs in a thread. State: the jobs under way, and the windows of which something is under way.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from lazyfs import limits
+from lazyfs.errors import DeadlineError, LazyfsError, PeerBusyError, SourceError
+from lazyfs.fetch.constants import ABANDON_S
+from lazyfs.fetch.peerwindow import PeerWindow
+from lazyfs.fetch.transfer import Priority, keep
+from lazyfs.peers import model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lazyfs.fetch.device import FetchDevice
+    from lazyfs.fetch.flight import Flight
+    from lazyfs.fetch.prefetch import PrefetchHandle
+    from lazyfs.fetch.scheduler import Scheduler
+
+# A read whose peers are all silent still has half of its time for the registry; who is asked by a peer keeps less
+# back, for each hop on the way takes its share, and the asker has a registry too.
+SHARE, PASSED_ON_SHARE = 0.5, 15 / 16
+PASSED_ON_MAX = 1024             # chunks fetched for others at once: two windows of a full tree of 16 askers
+BUSY_S = 0.5                     # then they may ask again
+SETTLE_THREAD_COUNT = 4          # BLAKE3 and pwrite let go of the interpreter lock; a node has few cores to spare
+SWEEP_S = 1.0                    # how soon it is noticed that nobody waits any more
+_log = logging.getLogger(__name__)
+
+
+class Swarming(Protocol):
+    """peers.swarm.Swarm, as far as it is needed here."""
+
+    async def fetch(self, resource: model.Resource, indexes: Sequence[int], *, priority: model.Priority,
+                    deadline: float, hops: int, deliver: model.Deliver, request: str = "",
+                    origin: model.Origin | None = None) -> list[int]: ...
+
+
+class _Job:
+    """
+    One call of Swarm.fetch.
+
+    :flights: those that are with it, by index.
+    :landing: of these, those being checked and stored.
+    :returned: of those, what is handed on if it turns out to be wrong.
+    """
+
+    def __init__(self, peering: Peering, flights: list[Flight], priority: Priority, hops: int,
+                 window: PeerWindow | None) -> None:
+        self._peering = peering
+        self.all = flights
+        self.flights = {flight.index: flight for flight in flights}
+        self.landing: set[int] = set()
+        self.returned: set[int] = set()
+        self.priority = priority
+        self.hops = hops
+        self.window = window
+        self.scope = trio.CancelScope()
+        self.unwanted_since: float | None = None
+
+    async def run(self) -> None:
+        """Until all its flights have landed or were handed on. Never raises an Exception."""
+        first = self.all[0]
+        resource = first.device.resource
+        assert resource is not None
+        left_s = max(flight.deadline for flight in self.all) - time.monotonic()
+        share = PASSED_ON_SHARE if self.hops else SHARE
+        try:
+            with self.scope:
+                self.hand_on(await self._peering.swarm.fetch(
+                    resource, sorted(self.flights), priority=model.Priority(self.priority),
+                    deadline=trio.current_time() + max(0.0, left_s * share), hops=self.hops, deliver=self.deliver,
+                    request=next((flight.request for flight in self.all if flight.request), ""),
+                    origin=self.hand_on))
+        except LazyfsError as error:
+            _log.info("%s: peers: %s", resource.key, error)
+        except Exception:  # noqa: BLE001 - the registry has it too; a read must not end with our mistake
+            _log.exception("%s: peers failed in an unforeseen way", resource.key)
+        finally:
+            self.hand_on(list(self.flights))
+            for flight in self.all:
+                flight.device.cached.release()
+
+    async def deliver(self, piece: model.Piece, member: model.Member) -> bool:
+        """See model.Deliver."""
+        index = piece.index
+        flight = self.flights.get(index)
+        if flight is None or index in self.landing or not flight.device.cached.try_retain():
+            return True    # it has come from elsewhere meanwhile
+        now = time.monotonic()
+        flight.answered_at = flight.answered_at or now
+        flight.received_at, flight.server = now, member.id
+        self.landing.add(index)
+        try:
+            await trio.to_thread.run_sync(keep, flight, piece.data, limiter=self._peering.threads)
+        finally:
+            flight.device.cached.release()
+            self.landing.discard(index)
+            if flight.done:
+                if self.flights.pop(index, None) is not None:
+                    self._peering.landed(flight, self.priority)
+            elif index in self.returned:
+                self.hand_on([index])
+        if not flight.done:
+            flight.server = ""
+            self._peering.scheduler.statistics.bad_chunks += 1
+        return flight.done
+
+    def hand_on(self, indexes: list[int]) -> None:
+        """See model.Origin: to the registry, or nowhere if nobody wants them."""
+        self.returned |= self.landing.intersection(indexes)
+        self._peering.hand_on([flight for index in indexes if index not in self.landing
+                               and (flight := self.flights.pop(index, None)) is not None], self)
+
+    def is_wanted(self) -> bool:
+        """Whether a read waits, or it is not for one."""
+        return any(flight.waiters or not flight.wanted for flight in self.flights.values())
+
+
+class Peering:
+    """
+    Of one fetcher.
+
+    :swarm: None: there is none (yet); then nothing is taken.
+    :peered: keys of the resources that others have a part in as well.
+    :threads: that check and store.
+    """
+
+    def __init__(self, scheduler: Scheduler, nursery: trio.Nursery) -> None:
+        self.scheduler = scheduler
+        self.swarm: Swarming
+        self.peered: set[str] = set()
+        self.threads = trio.CapacityLimiter(SETTLE_THREAD_COUNT)
+        self._nursery = nursery
+        self._jobs: set[_Job] = set()
+        self._pending: dict[tuple[FetchDevice, Priority, int], list[Flight]] = {}
+        self._windows: dict[PeerWindow, PrefetchHandle] = {}
+        self._passing_on = 0
+
+    def begin(self, swarm: Swarming) -> None:
+        """From now on there is a swarm."""
+        self.swarm = swarm
+        self._nursery.start_soon(self._sweep)
+
+    def close(self) -> None:
+        """The flights have been failed by the scheduler."""
+        self.peered = set()
+        self._pending.clear()
+        for job in self._jobs:
+            job.flights.clear()
+            job.scope.cancel()
+
+    def takes(self, device: FetchDevice) -> bool:
+        """Whether its flights go to peers."""
+        return bool(self.peered) and device.resource is not None and device.resource.key in self.peered
+
+    def took(self, flight: Flight, priority: Priority, hops: int = 0) -> bool:
+        """A new flight: whether it goes to peers. It begins with flush()."""
+        if not self.takes(flight.device):
+            return False
+        self._pending.setdefault((flight.device, priority, hops), []).append(flight)
+        return True
+
+    def flush(self) -> None:
+        """Begin what was taken: the chunks of one read together."""
+        pending, self._pending = self._pending, {}
+        for (_, priority, hops), flights in pending.items():
+            self._start(flights, priority, hops, None)
+
+    def start_window(self, handle: PrefetchHandle, flights: list[Flight]) -> bool:
+        """Begin a window of a prefetch or a copy. False: a cached device is closed already."""
+        window = PeerWindow(flights, handle.priority)
+        for flight in flights:
+            flight.window = window
+            flight.deadline += limits.READ_DEADLINE_S + window.size / handle.rate_min
+        devices = dict.fromkeys(flight.device for flight in flights)
+        handle.running.add(window)
+        self._windows[window] = handle
+        self.scheduler.running[handle.priority] += 1
+        started = [self._start([flight for flight in flights if flight.device is device], handle.priority, 0, window)
+                   for device in devices]
+        due_s = handle.brake.due_s(window.size)
+        if due_s:
+            self.scheduler.pause(handle, due_s)
+        return all(started)
+
+    def _start(self, flights: list[Flight], priority: Priority, hops: int, window: PeerWindow | None) -> bool:
+        kept = [flight for flight in flights if flight.device.cached.try_retain()]
+        for flight in flights[len(kept):]:    # of one device: all, or none
+            self.scheduler.fail(flight, SourceError(f"{flight.source.name}: unmounted meanwhile", transient=False))
+        if not kept:
+            return False
+        began = time.monotonic()
+        for flight in kept:
+            flight.begun_at = began
+        job = _Job(self, kept, priority, hops, window)
+        if window is not None:
+            window.scopes.append(job.scope)
+        self._jobs.add(job)
+        self.scheduler.begin_traffic(priority)
+        self._nursery.start_soon(self._run, job)
+        return True
+
+    async def _run(self, job: _Job) -> None:
+        try:
+            await job.run()
+        finally:
+            self._jobs.discard(job)
+            self.scheduler.end_traffic(job.priority)
+            self.scheduler.dispatch()
+
+    # --- for a peer ---------------------------------------------------------------------------------------------------
+
+    async def pass_on(self, device: FetchDevice, index: int, *, deadline: float, hops: int, priority: Priority,
+                      request: str = "") -> bytes | memoryview | None:
+        """
+        Have a chunk that a peer asks for: on its way already, or fetched now.
+
+        Args:
+            device: retained by the caller.
+            index: of the chunk.
+            deadline: absolute, time.monotonic() seconds.
+            hops: that our own requests for it say.
+            priority: the asker's; the registry is asked for it in the foreground only for a read.
+            request: the id of the read that it is for.
+
+        Returns:
+            None: it is in the cache; else its bytes, for it could not be stored.
+
+        Raises:
+            PeerBusyError: too much is fetched for others. LazyfsError: it is not to be had in time.
+
+        """
+        error = device.remembered_error(index)
+        if error is not None:
+            raise copy.copy(error)
+        spilled = self.scheduler.spill.get(device.cached, index)
+        if spilled is not None:
+            return spilled
+        if self._passing_on >= PASSED_ON_MAX:
+            raise PeerBusyError(f"{PASSED_ON_MAX} chunks are fetched for others already", retry_after_s=BUSY_S)
+        is_read = priority is Priority.FOREGROUND
+        if is_read:
+            flight = self.scheduler.join(device, index, deadline, hops)
+        else:
+            flight = self.scheduler.fetch_for(device, index, deadline, priority, hops)
+        flight.request = flight.request or request
+        self._passing_on += 1
+        flight.waiters += is_read
+        self.scheduler.dispatch()
+        try:
+            with trio.move_on_after(max(0.0, deadline - time.monotonic())):
+                await flight.wait()
+        finally:
+            self._passing_on -= 1
+            flight.waiters -= is_read
+        if not flight.done:
+            raise DeadlineError(f"{flight.source.name}: chunk {index} did not arrive within the asker's deadline")
+        if flight.error is not None:
+            raise copy.copy(flight.error)
+        self.scheduler.statistics.passed_on += 1
+        return flight.data
+
+    # --- what becomes of flights ------------------------------------------------------------------------------------
+
+    def landed(self, flight: Flight, priority: Priority) -> None:
+        """It came from a peer."""
+        self.scheduler.statistics.count_peer(priority, flight.size)
+        self.scheduler.land(flight)
+
+    def hand_on(self, flights: list[Flight], job: _Job) -> None:
+        """To the registry: those that are still to come, and wanted."""
+        if self.scheduler.closed:
+            return
+        given_up = job.window is not None and job.window.cancelled
+        wanted = []
+        for flight in flights:
+            if flight.done:
+                continue
+            if (given_up or job.scope.cancel_called) and not flight.waiters:
+                self.scheduler.fail(flight, SourceError(f"{flight.source.name}: nobody waits for it any more"))
+            else:
+                wanted.append(flight)
+        if wanted:
+            self.scheduler.queue(wanted)
+            self.scheduler.dispatch()
+
+    def ended(self, flight: Flight) -> None:
+        """A flight of a window landed or failed, wherever it came from."""
+        window = flight.window
+        handle = self._windows.get(window) if isinstance(window, PeerWindow) else None
+        if handle is None or not isinstance(window, PeerWindow) or not window.account(flight):
+            return
+        del self._windows[window]
+        self.scheduler.running[handle.priority] -= 1
+        handle.window_ended(window)
+        failed = [one for one in window.flights if one.error is not None]
+        if not failed:
+            handle.failure_count = 0
+        elif not handle.cancelled and failed[0].error is not None:
+            self.scheduler.set_back(handle, window, failed[0].error, failed)
+        handle.check_end()
+        self.scheduler.dispatch()
+
+    async def _sweep(self) -> None:
+        """End the jobs for reads of which none waits any more: killed, most likely."""
+        while True:
+            await trio.sleep(SWEEP_S)
+            now = trio.current_time()
+            for job in list(self._jobs):
+                if job.is_wanted():
+                    job.unwanted_since = None
+                elif job.unwanted_since is None:
+                    job.unwanted_since = now
+                elif now - job.unwanted_since > ABANDON_S:
+                    job.scope.cancel()
