@@ -53,11 +53,13 @@ class Standing(msgspec.Struct, omit_defaults=True):
     Attributes:
         done: thousandths of it; COMPLETE only if all of it is here.
         need: it uses it itself (it is mounted); False: its copy is for others only.
+        origin: thousandths of it that this node had from the registry.
 
     """
 
     done: Annotated[int, msgspec.Meta(ge=0, le=COMPLETE)] = 0
     need: bool = True
+    origin: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
 
 
 class Report(msgspec.Struct, omit_defaults=True):
@@ -123,7 +125,6 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
         seconds: until the node should beat again; sooner if it has news.
         swarms: by Resource.key: the version of its view now; keys that it did not ask for do not come.
         views: those of `swarms` that the node does not have.
-        origin: by Resource.key: ids of those that go to the registry while the swarm is young; others ask them.
         release: by Resource.key: "some" (it is one of some that are told) or "all": a copy that the node does not need
             itself can go.
         isolated: members that others have reported; they are in no view.
@@ -133,7 +134,6 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
     seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)]
     swarms: dict[Key, _Version] = {}
     views: list[msgspec.Raw] = []
-    origin: dict[Key, list[Name]] = {}
     release: dict[Key, _Word] = {}
     isolated: list[Name] = []
     extra: dict[_Word, msgspec.Raw] = {}
