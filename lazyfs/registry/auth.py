@@ -81,6 +81,8 @@ class Authenticator:
 
     def authorization(self, scope: str, deadline: float) -> Secret | None:
         """What to send for `scope`; None while nothing was demanded. Renews a token that is about to expire."""
+        if self._options.shown:
+            return self._options.shown
         grant = self._grants.get(scope)
         if grant is None or time.monotonic() < grant.renew_at:
             return grant.value if grant else None
@@ -111,6 +113,8 @@ class Authenticator:
             AuthError: there are no credentials, or these were refused too.
 
         """
+        if self._options.shown:
+            raise self._refusal("refused what was shown as proof")
         asked_at = self._acquire(deadline)
         try:
             grant = self._grants.get(scope)

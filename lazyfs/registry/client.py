@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from typing import IO
 
     from lazyfs.registry.endpoint import Endpoint
-    from lazyfs.registry.options import RegistryOptions
+    from lazyfs.registry.options import RegistryOptions, Secret
     from lazyfs.registry.place import Document
     from lazyfs.registry.transport import HttpResponse, Transport
 
@@ -254,6 +254,10 @@ class RegistryClient:
             return answer
 
         return self._first(PULL, deadline, attempt)
+
+    def credential(self, deadline: float) -> Secret | None:
+        """What the registry itself gets to see for a pull from this repository; None: it has demanded nothing yet."""
+        return self._own.credential(deadline)
 
     def has_blob(self, digest: Digest, size: int, deadline: float, scope: str) -> bool:
         url = self.url(f"blobs/{digest}", deadline)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import IO
 
     from lazyfs.registry.hoststoml import HostEntry
-    from lazyfs.registry.options import RegistryOptions
+    from lazyfs.registry.options import RegistryOptions, Secret
 
 _REDIRECTS: Final = {301, 302, 303, 307, 308}
 RENEWAL_COUNT_MAX = 4     # as many sources of credentials as there are
@@ -79,6 +79,10 @@ class HostClient:
         if not self._namespace:
             return url
         return f"{url}{'&' if '?' in url else '?'}{urlencode({'ns': self._namespace})}"
+
+    def credential(self, deadline: float) -> Secret | None:
+        """What is shown for a pull from this repository, renewed if need be; None: nothing was demanded yet."""
+        return self._auth.authorization(f"repository:{self.repository}:pull", deadline)
 
     # --- sending --------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class Keychain:
         self._sources: list[CredentialSource] = [PUSHED.find, self._docker, self._kubelet, self._settings]
         if options.username:
             self._sources = [self._docker]   # it begins with the command line's
+        if options.shown is not None:
+            self._sources = []
 
     def find(self, host: str, repository: str, refused: Collection[Credentials] = ()) -> Credentials | None:
         """

@@ -81,6 +81,7 @@ class RegistryOptions:
     `hosts_dir`: containerd's hosts.toml files (hosts.py), None: none. `provider_config`, `provider_bin_dir`: kubelet's
     credential-provider plugins (kubelet.py). `hosts`: settings by host[:port]. `origin`: scheme://host:port of one
     registry, as a process just before this one has found it; where plain http is allowed, it need not be found again.
+    `shown`: what to show as Authorization, somebody else's proof, and nothing besides it; empty: be anonymous.
     """
 
     username: str | None = None
@@ -101,6 +102,7 @@ class RegistryOptions:
     request_deadline_s: float = limits.REQUEST_DEADLINE_S
     retry_count: int = limits.RETRY_COUNT_MAX
     origin: str = ""
+    shown: Secret | None = None
 
     def __post_init__(self) -> None:
         """A bare string is wrapped at once, so that repr() of the options never shows it."""
