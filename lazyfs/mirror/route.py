@@ -50,6 +50,7 @@ class Route:
     One request's object.
 
     Attributes:
+        name: as it stood in the path.
         reference: registry and repository; its tag or digest is the manifest's that is asked for.
         digest: of the blob, manifest or subject that is asked for by digest.
         namespace: what `?ns=` said, to be said again in the answer; "": it was not there.
@@ -58,6 +59,7 @@ class Route:
     """
 
     end: End
+    name: str
     reference: RegistryReference
     digest: Digest | None
     namespace: str
@@ -76,7 +78,7 @@ def find_route(target: str) -> Route | Refusal | None:
     except ValueError:
         return Refusal(400, "NAME_INVALID", "the target is malformed")
     if path in {"/v2", "/v2/"}:
-        return Route(End.PING, RegistryReference(DOCKER_HUB, "", ""), None, query.pop("ns", ""), query)
+        return Route(End.PING, "", RegistryReference(DOCKER_HUB, "", ""), None, query.pop("ns", ""), query)
     if not path.startswith("/v2/"):
         return None
     met = _END.match(path)
@@ -97,7 +99,7 @@ def _of_end(met: re.Match[str], query: dict[str, str]) -> Route | Refusal:
     reference = _reference(met["name"], namespace, "" if digest is not None else what, digest)
     if reference is None:
         return Refusal(400, "NAME_INVALID", "not the name of a repository or tag, or not of a registry")
-    return Route(end, reference, digest, namespace, query)
+    return Route(end, met["name"], reference, digest, namespace, query)
 
 
 def _reference(name: str, namespace: str, tag: str, digest: Digest | None) -> RegistryReference | None:
