@@ -13,16 +13,24 @@ import contextlib
 import os
 import shutil
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from lazyfs.cache.ownership import DirectoryLock, prepare_directory, raise_cache_error
 from lazyfs.errors import DiskFullError
 from lazyfs.limits import MIB
-from lazyfs.mirror.piecefile import PieceFile, file_name, make_whole, open_part, open_whole, write_record
+from lazyfs.mirror.piecefile import (
+    PieceFile,
+    file_name,
+    make_whole,
+    open_part,
+    open_whole,
+    resource_named,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from lazyfs.peers.model import Resource
 
@@ -55,9 +63,7 @@ class PieceDirectory:
         """
         The file of a resource, open. None: there is nothing of it, and `make` is not set.
 
-        Args:
-            make: begin it where there is none.
-            busy: names (piecefile.file_name) that must stay.
+        `make`: begin it where there is none. `busy`: names (piecefile.file_name) that must stay.
 
         Raises:
             DiskFullError: there is no room, whatever goes. CacheError: the disk does not let us.
@@ -93,6 +99,10 @@ class PieceDirectory:
         except OSError as error:
             raise_cache_error(self.path, "keep a blob", error)
 
+    def failed(self, error: OSError) -> NoReturn:
+        """A write into a file of it failed. Raises CacheError."""
+        raise_cache_error(self.path, "write a blob", error)
+
     def drop(self, resource: Resource) -> None:
         """It is bad, or not wanted here any more. Best effort; who has it open keeps it."""
         name = file_name(resource)
@@ -100,9 +110,15 @@ class PieceDirectory:
             for path in (self._whole / name, *self._of_part(name)):
                 path.unlink(missing_ok=True)
 
-    def names(self) -> tuple[set[str], set[str]]:
-        """What there is all of, and what there is some of (piecefile.file_name). Raises OSError."""
-        return ({path.name for path in self._whole.iterdir()}, {path.stem for path in self._part.glob("*.data")})
+    def has(self, resource: Resource) -> bool:
+        """Whether there is anything of it."""
+        name = file_name(resource)
+        return (self._whole / name).exists() or self._of_part(name)[0].exists()
+
+    def held(self) -> list[tuple[Resource, bool]]:
+        """What is here, and whether all of it. Raises OSError."""
+        found = [(resource_named(path.stem, size), path.parent == self._whole) for _, size, path in self._entries()]
+        return [(resource, whole) for resource, whole in found if resource is not None]
 
     def used_bytes(self) -> int:
         """Raises OSError."""
@@ -127,7 +143,7 @@ class PieceDirectory:
         for _, entry_size, path in entries:
             if self._fits(size, used, free):
                 break
-            if path.name in busy or path.stem in busy:
+            if path.stem in busy:
                 continue
             freed = path.stat().st_blocks * 512
             path.unlink()

@@ -69,6 +69,15 @@ def file_name(resource: Resource) -> str:
     return f"{resource.kind}-{resource.digest.hex}"
 
 
+def resource_named(name: str, size: int) -> Resource | None:
+    """The resource of a file of `file_name`; None: it is none of ours."""
+    kind, _, hexadecimal = name.partition("-")
+    try:
+        return resource_of(Kind(kind), Digest(f"sha256:{hexadecimal}"), size)
+    except (ValueError, FormatError):
+        return None
+
+
 class PieceFile:
     """
     An open file of pieces. Referenced: made with one reference, closed with the last `release`.
