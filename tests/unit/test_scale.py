@@ -1,0 +1,69 @@
+"""
+The real topology, swarm and limits in a simulated cluster (benchmarks.scale), on a clock of its own: what a wrong
+decision of theirs costs a cluster. No figures are asserted here, but what is several times off.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.scale.cluster import simulate
+from benchmarks.scale.setting import Setting, parse
+
+NODES, MIB = 40, 32
+
+
+def setting(**fields) -> Setting:
+    return Setting(**{"nodes": NODES, "image_mib": MIB, "hot_mib": 8, "limit_s": 120.0, **fields})
+
+
+def test_one_copy_enters_the_cluster_and_all_have_it_soon():
+    result = simulate(setting())
+    assert result.unfinished == 0
+    assert result.origin_images == 1
+    assert result.slowest_ratio < 2.5
+    assert max(result.depth) <= 8            # a tree of two children over 40 nodes has six levels
+    assert result.depth[1] == MIB            # what came from the origin came once
+
+
+def test_each_node_gives_about_as_much_as_the_others():
+    result = simulate(setting(image_mib=64))
+    assert result.upload_skew < 1.8
+
+
+@pytest.mark.parametrize("silent", [0.0, 1.0], ids=["process", "machine"])
+def test_nodes_that_die_cost_the_origin_little_and_nobody_waits_for_them(silent: float):
+    result = simulate(setting(dying=0.1, silent=silent))
+    assert result.nodes == NODES - 4
+    assert result.unfinished == 0
+    assert result.origin_images <= 1.5
+    assert max(result.done_s) < 15
+
+
+def test_liars_are_found_and_the_rest_goes_on():
+    result = simulate(setting(liars=0.05))
+    assert result.unfinished == 0
+    assert result.origin_images <= 1.5
+
+
+def test_slow_nodes_that_say_so_slow_nobody():
+    alone, mixed = simulate(setting()), simulate(setting(slow=0.1, declared=1))
+    assert mixed.unfinished == 0
+    assert max(mixed.done_s) < 2 * max(alone.done_s)
+
+
+def test_a_zone_gets_one_copy_over_the_link_between_zones():
+    result = simulate(setting(zones=4, zone_rtt_ms=20.0))
+    assert result.unfinished == 0
+    assert result.origin_images == 1
+    assert result.cross_zone_images == pytest.approx(3, abs=0.3)
+
+
+def test_who_comes_later_gets_it_from_who_has_it():
+    result = simulate(setting(spread_s=5.0))
+    assert result.unfinished == 0
+    assert result.origin_images < 4
+
+
+def test_what_is_simulated_is_what_the_command_line_says():
+    assert parse(["--nodes", "7", "--dying", "0.25"]) == Setting(nodes=7, dying=0.25)
