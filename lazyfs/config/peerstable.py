@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lazyfs.config.key import key
-from lazyfs.config.kinds import AbsolutePath, Address, List, Name, Number, Place, Size, Url
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, List, Name, Number, Place, Size, Url
 
 MEMBER_COUNT_MAX = 1000          # of `static`: the configuration travels as one argument (config.loading)
 TRACKER_COUNT_MAX = 8
@@ -53,6 +53,12 @@ class Peers:
                          "too. Read again when it changes.")
     key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM), readable for root only.")
     ca_file: str = key(AbsolutePath(optional=True), "", "The authority of the nodes' certificates (PEM).")
+    tokens: str = key(Choice(("off", "cluster", "resource")), "off",
+                      "What others must show to get data of this node: nothing; a token of the cluster; or one for "
+                      "that very image, which only who may pull it gets (docs/tokens.md). Needs `tracker`; the same as "
+                      "`tracker.tokens` there.")
+    token_grace_s: float = key(Number(0, 7 * 86_400.0), 3600.0,
+                               "While no tracker is heard of, tokens count for so much longer.", unit="s")
 
     @property
     def enabled(self) -> bool:
@@ -74,4 +80,7 @@ class Peers:
         if 0 < len(missing) < len(files):
             text = f"peers: expected cert_file, key_file and ca_file together, found no {' and no '.join(missing)}"
             found.append((text, "nodes show each other certificates of one authority"))
+        if self.tokens != "off" and not self.tracker:
+            found.append((f'peers.tokens = "{self.tokens}": expected peers.tracker beside it, found none',
+                          "a tracker gives the tokens"))
         return found

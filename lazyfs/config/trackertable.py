@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 
 from lazyfs.config.key import key
-from lazyfs.config.kinds import AbsolutePath, Address, Kind
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Number
 
+REGISTRY_COUNT_MAX = 256         # of `registries`
 _REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
 
 
@@ -49,6 +50,19 @@ class Tracker:
     key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM).")
     ca_file: str = key(AbsolutePath(optional=True), "",
                        "The authority of the nodes' certificates (PEM): nobody is served who shows none.")
+    tokens: str = key(Choice(("off", "cluster", "resource")), "off",
+                      "Tokens that nodes show to each other (docs/tokens.md): none; one for all of the cluster, for "
+                      "whoever may use the tracker; or one for each image's data, for whoever has shown its registry a "
+                      "credential that may pull it. The same as `peers.tokens`.")
+    registries: tuple[str, ...] = key(List(Kind(), "hosts", REGISTRY_COUNT_MAX), (),
+                                      "The registries, as in image references, that are asked for that; empty: any but "
+                                      "this machine's own.")
+    keys_dir: str = key(AbsolutePath(optional=True), "",
+                        "Where the keys are that tokens are signed with; made when it is not there, shared by several "
+                        "trackers of one address; empty: a key in memory, and nodes need new tokens after a restart.")
+    keys_rotate_s: float = key(Number(0, 366 * 86_400.0), 30 * 86_400.0,
+                               "A new key is made when the newest in `keys_dir` is that old; 0: the operator does.",
+                               unit="s")
 
     def problems(self) -> list[tuple[str, str]]:
         """What no key can see alone: texts and hints."""

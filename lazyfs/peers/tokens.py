@@ -80,6 +80,16 @@ class NodeKey:
         return f"{token}~{_encode(self._key.sign(_proof_text(token, to)))}"
 
 
+    @property
+    def name(self) -> str:
+        """The public half, as a question for tokens says it."""
+        return _encode(self.public)
+
+    def sign_question(self, cluster: str, body: bytes) -> str:
+        """What shows a tracker that a question for tokens is this key's holder's."""
+        return _encode(self._key.sign(_question_text(cluster, body)))
+
+
 class SigningKey:
     """One private key of the tracker. `id`: the RFC 7638 thumbprint of its public half."""
 
@@ -194,6 +204,18 @@ def check_token(shown: str, keys: PublicKeys, cluster: str, *, names: tuple[str,
     raise PeerRefusedError("a token that was shown to another member, or by somebody it was not given to")
 
 
+def is_signed_by(holder: bytes, cluster: str, body: bytes, signature: str) -> bool:
+    """Whether a question for tokens is signed by the key with that raw public half."""
+    value = _decode(signature, _SIGNATURE_BYTES)
+    if value is None:
+        return False
+    try:
+        Ed25519PublicKey.from_public_bytes(holder).verify(value, _question_text(cluster, body))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def is_member_id(text: str) -> bool:
     """Whether it can be a member's id."""
     return _MEMBER.fullmatch(text) is not None
@@ -237,6 +259,10 @@ def _claims(payload: dict[str, Any], cluster: str, now: float, grace_s: float) -
 
 def _proof_text(token: str, to: str) -> bytes:
     return b"lazyfs-peer-1\0" + to.encode() + b"\0" + hashlib.sha256(token.encode()).digest()
+
+
+def _question_text(cluster: str, body: bytes) -> bytes:
+    return b"lazyfs-token-1\0" + cluster.encode() + b"\0" + hashlib.sha256(body).digest()
 
 
 def _jwk(public: bytes) -> dict[str, str]:
