@@ -8,15 +8,15 @@ Layer: node. Who calls: node.collector, node.uploads. Blocking. Neither is ever 
 from __future__ import annotations
 
 import os
-import stat
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lazyfs.errors import ConfigError
+from lazyfs.config.secretfile import read_word
 from lazyfs.registry.options import Secret
 
-_BYTES_MAX = 4096
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _SECRET_BYTES = 32
-_CHARS_MIN = 16                  # a guess a connection, eight connections at a time
 
 
 def read_token(path: str) -> Secret:
@@ -27,19 +27,7 @@ def read_token(path: str) -> Secret:
         ConfigError: it cannot be read, others may read it, or it is no token.
 
     """
-    try:
-        with Path(path).open("rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read(_BYTES_MAX)
-    except OSError as error:
-        raise ConfigError(f"profile.token_file {path}: {error.strerror}") from error
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise ConfigError(f"profile.token_file {path} can be read by others than its owner", hint=f"chmod 600 {path}")
-    line = data.partition(b"\n")[0].strip()
-    if len(line) < _CHARS_MIN or not line.isascii() or not line.decode("ascii").isprintable() or b" " in line:
-        raise ConfigError(f"profile.token_file {path}: expected a line of at least {_CHARS_MIN} printable characters",
-                          hint=f"for example: openssl rand -hex 32 > {path}")
-    return Secret(line.decode("ascii"))
+    return Secret(read_word(path, "profile.token_file"))
 
 
 def node_secret(path: Path) -> bytes:

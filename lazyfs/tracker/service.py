@@ -130,7 +130,11 @@ class Service:
         cluster = await self.store.cluster(name)
         known = cluster.members.get(said.member.id)
         new = said.swarms.keys() - (known.state.swarms.keys() if known is not None else set())
-        await self.store.update(name, said.member.id, dump_state(MemberState(said.member, said.swarms)))
+        state = MemberState(said.member, said.swarms)
+        if known is None or known.state != state:    # else another tracker was told
+            await self.store.update(name, said.member.id, dump_state(state))
+        else:
+            await self.store.heard(name, said.member.id)
         cluster = await self.store.cluster(name)
         if new:
             self.counters["joins"] += len(new)

@@ -41,6 +41,7 @@ _BODY_BYTES_MAX = 512 * 1024     # a beat with 2,000 resources; a route may say 
 _REQUEST_S = 15.0                # from its first byte to its last
 _ANSWER_S = 30.0                 # to make one, and to send one
 _IDLE_S = 180.0                  # between two requests: longer than any beat's interval
+_ENDING_S = 5.0                  # for answers under way when the tracker ends
 _PIECE_BYTES = 64 * 1024
 _LINE_CHARS_MAX = 500
 _log = logging.getLogger("lazyfs.tracker.web")
@@ -217,12 +218,24 @@ class Server:
         self._routes = routes
         self._tls = tls
         self._idle: dict[trio.CancelScope, None] = {}     # connections without a request, the longest idle first
+        self._accepting = trio.CancelScope()
+        self.ending = False
 
     async def serve(self, listeners: list[trio.SocketListener]) -> None:
-        """Until cancelled; then connections end at once (a node asks the next tracker, or again)."""
+        """Until `end`, or cancelled."""
         async with trio.open_nursery() as nursery:
-            for listener in listeners:
-                nursery.start_soon(self._accept, listener, nursery)
+            with self._accepting:
+                async with trio.open_nursery() as accepting:
+                    for listener in listeners:
+                        accepting.start_soon(self._accept, listener, nursery)
+            nursery.cancel_scope.deadline = trio.current_time() + _ENDING_S
+
+    def end(self) -> None:
+        """Accept nobody any more; requests under way are answered, other connections end (nodes ask another one)."""
+        self.ending = True
+        self._accepting.cancel()
+        for scope in self._idle:
+            scope.cancel()
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         async with listener:
@@ -282,7 +295,9 @@ class Server:
 
     def idle(self, scope: trio.CancelScope, *, idle: bool) -> None:
         """A connection waits for its next request, or has it."""
-        if idle:
+        if idle and self.ending:
+            scope.cancel()
+        elif idle:
             self._idle[scope] = None
         else:
             self._idle.pop(scope, None)
