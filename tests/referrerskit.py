@@ -4,6 +4,7 @@ A registry with the referrers API, which Debian's docker-registry does not have:
     with running_registry(tmp_path) as registry, ReferrersApi(registry.host) as api:
         open_source(f"docker://{api.host}/repo:tag", ...)
         api.pages               # knob: so many pages for each listing
+        api.filters             # knob: False: every type is listed, whatever was asked for, as registries may
         api.answer              # knob: (status, content type, body) in place of each listing
         api.asked               # paths of the listings that were asked for
 
@@ -30,6 +31,7 @@ class ReferrersApi:
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.pages = 1
+        self.filters = True
         self.answer: tuple[int, str, bytes] | None = None
         self.asked: list[str] = []
         self.referrers: dict[str, list[dict[str, Any]]] = {}
@@ -64,7 +66,7 @@ class ReferrersApi:
         words = parse_qs(parts.query)
         page = int(words.get("page", ["0"])[-1])
         found = [one for one in self.referrers.get(parts.path.rpartition("/")[2], [])
-                 if one["artifactType"] == words["artifactType"][0]]
+                 if not self.filters or one["artifactType"] in words.get("artifactType", [one["artifactType"]])]
         link = f'<{parts.path}?{parts.query}&page={page + 1}>; rel="next"' if page + 1 < self.pages else ""
         body = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": found[page :: self.pages]}
         return 200, INDEX_TYPE, json.dumps(body).encode(), link

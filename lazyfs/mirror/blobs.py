@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -21,7 +21,7 @@ from lazyfs.mirror.piecefile import resource_of
 from lazyfs.peers.model import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
 
     from lazyfs.image.digest import Digest
     from lazyfs.mirror.access import Access
@@ -148,7 +148,7 @@ class PullBlobs:
         resource = download.resource
         was_whole, was_here = download.file.is_whole, any(download.file.present)
         before = download.counted.peers
-        async with aclosing(cast("AsyncGenerator[Span]", download.spans(start, end))) as spans:
+        async with aclosing(download.spans(start, end)) as spans:
             with trio.move_on_after(FIRST_BYTE_S) as scope:
                 first = await anext(spans, None)
             if scope.cancelled_caught:

@@ -48,12 +48,23 @@ class _Referrer(msgspec.Struct, rename="camel"):
 
 
 def tags(upstream: Upstream, route: Route) -> Page:
-    """A page of tags, in the registry's order. Blocking. Raises LazyfsError: it has none for us."""
+    """
+    A page of tags. Blocking. Raises LazyfsError: it has none for us.
+
+    Some registries send all of them at once, in no order, whatever was asked for: then order and pages are made here.
+    """
     data, _, headers = _get(upstream, route, "tags/list", route.query, _TAGS_BYTES_MAX)
     try:
         found = msgspec.json.decode(data, type=_Tags).tags or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{route.reference.identity}: not a list of tags") from error
+    if "Link" not in headers:
+        found = sorted(found)
+        found = found[found.index(route.query["last"]) + 1:] if route.query.get("last") in found else found
+        count = int(route.query["n"]) if re.fullmatch(r"\d{1,9}", route.query.get("n", "")) else len(found)
+        if 0 < count < len(found):
+            found = found[:count]
+            headers["Link"] = _link(route, "tags/list", "?" + urlencode({"n": count, "last": found[-1]}))
     name = route.reference.repository
     return Page("application/json", json.dumps({"name": name, "tags": found}).encode(), headers)
 

@@ -1,0 +1,114 @@
+"""
+The mirror's process: puts the parts together, and serves until it is told to end.
+
+Layer: mirror. Who calls: cli.mirror. State: what is in mirror.dir; one process at a time uses it. On the same address:
+the distribution API (mirror.pulling), `/healthz`, `/readyz` and `/metrics`.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from lazyfs.cache.ownership import prepare_directory
+from lazyfs.errors import TargetError
+from lazyfs.mirror import web
+from lazyfs.mirror.access import Access
+from lazyfs.mirror.blobs import PullBlobs
+from lazyfs.mirror.contentstore import ContentStore
+from lazyfs.mirror.figures import Figures
+from lazyfs.mirror.manifests import Manifests, Terms
+from lazyfs.mirror.piecedir import PieceDirectory
+from lazyfs.mirror.pieces import Blobs
+from lazyfs.mirror.pulling import Pulling, refuse
+from lazyfs.mirror.records import Records
+from lazyfs.mirror.route import Refusal
+from lazyfs.mirror.upstream import Upstream, anonymous
+from lazyfs.registry.fields import from_config
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from lazyfs.config import Config
+    from lazyfs.mirror.web import Reply, Request
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:9450"
+_log = logging.getLogger("lazyfs.mirror")
+
+
+class Mirror:
+    """One mirror; `opened()` makes it. `handle` answers a request of any kind."""
+
+    def __init__(self, pulling: Pulling, figures: Figures) -> None:
+        self._pulling = pulling
+        self._figures = figures
+
+    async def handle(self, request: Request, reply: Reply) -> None:
+        """For mirror.web."""
+        if await self._pulling.answer(request, reply):
+            return
+        path = request.target.partition("?")[0]
+        if request.method in {"GET", "HEAD"} and path in {"/healthz", "/readyz"}:
+            await reply.whole(200, {"Content-Type": "text/plain"}, b"ok\n")
+        elif request.method in {"GET", "HEAD"} and path == "/metrics":
+            await reply.whole(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self._figures.text())
+        else:
+            await refuse(reply, Refusal(404, "NAME_UNKNOWN", "this is lazyfs' mirror: it serves /v2/"))
+
+
+@asynccontextmanager
+async def opened(settings: Config) -> AsyncIterator[Mirror]:
+    """
+    A mirror, ready for requests.
+
+    Raises:
+        CacheError: its directory cannot be used, or is used by another one.
+
+    """
+    own = settings.mirror
+    directory = await trio.to_thread.run_sync(prepare_directory, Path(own.dir))
+    pieces = await trio.to_thread.run_sync(PieceDirectory, directory / "pieces", own.quota_bytes)
+    async with AsyncExitStack() as stack:
+        stack.callback(pieces.close)
+        records = Records(directory / "records.sqlite")
+        stack.callback(records.close)
+        options = from_config(settings.registry)
+        upstream = Upstream(anonymous(options, directory) if own.private == "never" else options)
+        stack.callback(upstream.close)
+        content = ContentStore(own.containerd_root)
+        blobs = await stack.enter_async_context(Blobs(pieces, content=content).serving())
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        terms = Terms(own.tag_fresh_s, own.proof_s, own.offline_s)
+        manifests = Manifests(upstream, records, terms, nursery)
+        access = Access(upstream, records, terms, manifests, nursery)
+        figures = Figures(blobs.counted)
+        pull = PullBlobs(content, blobs, access, upstream, peers_prove=False)
+        yield Mirror(Pulling(manifests, pull, upstream, figures), figures)
+
+
+async def run(settings: Config, address: str, ready: Callable[[str], None]) -> None:
+    """
+    Serve at `address` until SIGTERM or SIGINT; `ready` is told the address that is really listened at.
+
+    Raises:
+        TargetError: the address cannot be used. CacheError: the directory cannot.
+
+    """
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        listeners = await web.listen(address)
+        if not listeners:
+            raise TargetError(f"cannot listen at {address}", hint="set mirror.address")
+        async with opened(settings) as mirror, trio.open_nursery() as nursery:
+            nursery.start_soon(web.serve, listeners, mirror.handle)
+            host, port = listeners[0].socket.getsockname()[:2]
+            ready(f"{host}:{port}")
+            async for number in signals:
+                _log.info("ends", extra={"fields": {"signal": signal.Signals(number).name}})
+                break
+            nursery.cancel_scope.cancel()
