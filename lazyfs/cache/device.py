@@ -111,6 +111,15 @@ class CachedDevice:
         """Whether all chunks from `first` to `last`, inclusive, can be read."""
         return self._generation.present.find(0, first, last + 1) < 0
 
+    def descriptor(self, index: int) -> int | None:
+        """Of the file that chunk `index` lies in, at its offset; None: it is not present. For who holds a reference."""
+        generation = self._generation
+        return generation.data_fd if generation.present[index] else None
+
+    def inherited(self, index: int) -> bool:
+        """Whether it was there when the device was opened: what was stored since is in the page cache."""
+        return bool(self._inherited[index])
+
     def missing(self, first: int, last: int) -> list[int]:
         """The chunks from `first` to `last`, inclusive, that are not present; ascending."""
         present = self._generation.present

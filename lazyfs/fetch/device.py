@@ -22,6 +22,7 @@ from lazyfs.fetch.constants import (
 )
 from lazyfs.fetch.readahead import Readahead
 from lazyfs.image.codec import Codec
+from lazyfs.peers.model import Kind, Resource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from lazyfs.fetch.hotview import HotView
     from lazyfs.image.digest import Digest
     from lazyfs.image.table import ChunkTable
-    from lazyfs.peers.model import Resource
     from lazyfs.registry.place import ImageSource
 
     Blob = tuple[ImageSource, Digest, int]
@@ -42,7 +42,7 @@ class FetchDevice:
     `blobs[i]` is where the rows with blob_index i are: (source, digest, size in bytes).
 
     :hot: which of its blocks are in the image's hot device too; None: there is none, or this is it.
-    :resource: what peers call it; None: this node has none.
+    :resource: what peers call it.
     :touched: one byte a chunk, 1 once a read asked for it (and was not answered by the hot device).
     :touched_stored_bytes: what these chunks are in their blobs; the least that the link has to carry.
     """
@@ -51,7 +51,7 @@ class FetchDevice:
     cached: CachedDevice
     blobs: Sequence[Blob]
     hot: HotView | None = None
-    resource: Resource | None = None
+    resource: Resource = field(init=False)
     touched: bytearray = field(init=False)
     touched_stored_bytes: int = field(init=False, default=0)
     shift: int = field(init=False)
@@ -66,6 +66,7 @@ class FetchDevice:
         self.touched = bytearray(table.chunk_count)
         self.shift = table.chunk_size.bit_length() - 1
         self.size = table.device_size
+        self.resource = Resource(Kind.DEVICE, cached.digest, table.device_size, table.chunk_size)
         size = table.chunk_size
         self.readahead = Readahead(max(1, READAHEAD_BYTES_MAX // size), max(2, READAHEAD_SEQUENCE_BYTES_MIN // size))
         self._errors = {}

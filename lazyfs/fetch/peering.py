@@ -78,7 +78,6 @@ class _Job:
         """Until all its flights have landed or were handed on. Never raises an Exception."""
         first = self.all[0]
         resource = first.device.resource
-        assert resource is not None
         left_s = max(flight.deadline for flight in self.all) - time.monotonic()
         share = PASSED_ON_SHARE if self.hops else SHARE
         try:
@@ -138,6 +137,7 @@ class Peering:
     Of one fetcher.
 
     :swarm: None: there is none (yet); then nothing is taken.
+    :jobs: under way.
     :peered: keys of the resources that others have a part in as well.
     :threads: that check and store.
     """
@@ -148,9 +148,10 @@ class Peering:
         self.peered: set[str] = set()
         self.threads = trio.CapacityLimiter(SETTLE_THREAD_COUNT)
         self._nursery = nursery
-        self._jobs: set[_Job] = set()
+        self.jobs: set[_Job] = set()
         self._pending: dict[tuple[FetchDevice, Priority, int], list[Flight]] = {}
         self._windows: dict[PeerWindow, PrefetchHandle] = {}
+        self._beginning = False
         self._passing_on = 0
 
     def begin(self, swarm: Swarming) -> None:
@@ -162,13 +163,13 @@ class Peering:
         """The flights have been failed by the scheduler."""
         self.peered = set()
         self._pending.clear()
-        for job in self._jobs:
+        for job in self.jobs:
             job.flights.clear()
             job.scope.cancel()
 
     def takes(self, device: FetchDevice) -> bool:
         """Whether its flights go to peers."""
-        return bool(self.peered) and device.resource is not None and device.resource.key in self.peered
+        return bool(self.peered) and device.resource.key in self.peered
 
     def took(self, flight: Flight, priority: Priority, hops: int = 0) -> bool:
         """A new flight: whether it goes to peers. It begins with flush()."""
@@ -178,7 +179,14 @@ class Peering:
         return True
 
     def flush(self) -> None:
-        """Begin what was taken: the chunks of one read together."""
+        """Begin what was taken, when the loop has had its turn: what is asked for at the same time goes together."""
+        if self._pending and not self._beginning:
+            self._beginning = True
+            self._nursery.start_soon(self._begin_pending)
+
+    async def _begin_pending(self) -> None:
+        """Checkpoint: none."""
+        self._beginning = False
         pending, self._pending = self._pending, {}
         for (_, priority, hops), flights in pending.items():
             self._start(flights, priority, hops, None)
@@ -212,7 +220,7 @@ class Peering:
         job = _Job(self, kept, priority, hops, window)
         if window is not None:
             window.scopes.append(job.scope)
-        self._jobs.add(job)
+        self.jobs.add(job)
         self.scheduler.begin_traffic(priority)
         self._nursery.start_soon(self._run, job)
         return True
@@ -221,7 +229,7 @@ class Peering:
         try:
             await job.run()
         finally:
-            self._jobs.discard(job)
+            self.jobs.discard(job)
             self.scheduler.end_traffic(job.priority)
             self.scheduler.dispatch()
 
@@ -323,7 +331,7 @@ class Peering:
         while True:
             await trio.sleep(SWEEP_S)
             now = trio.current_time()
-            for job in list(self._jobs):
+            for job in list(self.jobs):
                 if job.is_wanted():
                     job.unwanted_since = None
                 elif job.unwanted_since is None:

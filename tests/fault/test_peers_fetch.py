@@ -1,0 +1,160 @@
+"""Reads of nodes that have peers: each byte once from the registry, and what is wrong with peers ends no read."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from lazyfs.errors import SourceError
+from lazyfs.fetch.copying import CopyTerms
+from lazyfs.peers.model import PieceRequest, Priority
+from tests.peernodekit import SAMPLE, peer_nodes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.fetchkit import Request
+    from tests.peernodekit import PeerCluster, PeerNode
+
+pytestmark = pytest.mark.trio
+
+
+async def one_has_all(cluster: PeerCluster) -> list[PeerNode]:
+    """The first node reads all of it by itself; then they see each other."""
+    cluster.set_view(0)
+    await cluster.nodes[0].read_all()
+    await cluster.nodes[0].settled()
+    cluster.set_view()
+    return cluster.nodes
+
+
+async def test_all_read_all_at_once_and_the_registry_sends_it_once(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 4) as cluster:
+        async with trio.open_nursery() as nursery:
+            for node in cluster.nodes:
+                nursery.start_soon(node.read_all)
+        # a hedge may ask the origin for a piece once more where the machine is busy; as a rule there is none
+        assert len(SAMPLE.stored) <= cluster.origin_bytes <= 1.25 * len(SAMPLE.stored)
+        assert all(node.source.requests for node in cluster.nodes)    # everybody is somebody's root
+        for node in cluster.nodes:
+            statistics = node.fetcher.statistics
+            assert statistics.peer_bytes + sum(size for _, size in node.source.requests) >= len(SAMPLE.data)
+
+
+async def test_prefetch_and_copies_go_the_same_way(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 3) as cluster:
+        plan = range(SAMPLE.table.chunk_count)
+        first = cluster.nodes[0].fetcher.prefetch([(cluster.nodes[0].device, index) for index in plan])
+        others = [node.fetcher.copy([(node.device, index) for index in plan], CopyTerms(quiet_s=0.0, patience_s=0.0))
+                  for node in cluster.nodes[1:]]
+        with trio.fail_after(20):
+            for handle in (first, *others):
+                await handle.wait()
+        for node, handle in zip(cluster.nodes, (first, *others), strict=True):
+            assert handle.error is None
+            assert node.device is not None
+            assert node.device.cached.complete
+            assert handle.fetched_count == SAMPLE.table.chunk_count
+        assert cluster.origin_bytes <= 1.25 * len(SAMPLE.stored)
+
+
+async def test_a_registry_that_is_gone_is_not_missed_when_a_peer_has_it(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+
+        def refuse(request: Request) -> None:
+            raise SourceError("the registry is gone")
+
+        other.source.faults.append(refuse)
+        one.source.faults.append(refuse)
+        await other.read_all()
+        assert other.fetcher.statistics.peer_bytes == len(SAMPLE.data)
+
+
+async def test_an_image_that_is_only_cached_is_given_too(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+        one.leave()
+        other.source.gate.clear()
+        await other.read_all()
+        assert other.fetcher.statistics.peer_bytes == len(SAMPLE.data)
+        assert one.store.counts.from_cache >= SAMPLE.table.chunk_count
+
+
+async def test_a_dead_peer_costs_a_read_less_than_a_second(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = cluster.nodes
+        one.source.gate.clear()    # it answers its peer with nothing: the registry is slow
+        async with trio.open_nursery() as nursery:
+            took: list[float] = []
+
+            async def read(index: int) -> None:
+                took.append(await other.read(index * SAMPLE.table.chunk_size, 1))
+
+            for index in range(SAMPLE.table.chunk_count):
+                nursery.start_soon(read, index)
+            with trio.fail_after(10):
+                while not one.source.requests:    # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            began = trio.current_time()
+            one.scope.cancel()
+        assert trio.current_time() - began < 1.0 + 2.0    # the promise, and what a busy machine may add
+        assert len(took) == SAMPLE.table.chunk_count
+
+
+async def test_peers_that_lie_are_found_out_and_left_alone(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+        assert one.device is not None
+        one.device.cached.data_path.write_bytes(bytes(len(SAMPLE.data)))    # behind its back
+        await other.read_all()
+        health = other.swarm.health.of(one.member.id)
+        assert health.wrong_pieces >= 1
+        assert health.away == "lied"
+        assert other.fetcher.statistics.peer_bytes == 0
+        assert other.fetcher.statistics.bad_chunks >= 1
+
+
+async def test_what_has_rotted_on_the_disk_is_not_given_away(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+        assert one.device is not None
+        assert one.device.cached.make_durable()
+        path = one.device.cached.data_path
+        one.leave()
+        data = bytearray(path.read_bytes())
+        data[3 * SAMPLE.table.chunk_size] ^= 1
+        path.write_bytes(bytes(data))
+        device = one.use()
+        request = PieceRequest(device.resource, (3,), 20.0, 0, Priority.FOREGROUND)
+        async with other.swarm.exchange.ask(one.member, request) as pieces:
+            async for piece in pieces:
+                assert bytes(piece.data) == SAMPLE.chunk(3)
+        assert one.cache.health.statistics.chunks_damaged == 1
+        assert one.store.counts.fetched == 1
+
+
+async def test_nobody_to_ask_is_as_if_there_were_no_peers(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 1) as cluster:
+        await cluster.nodes[0].read_all()
+        assert cluster.origin_bytes == len(SAMPLE.stored)
+        assert cluster.nodes[0].fetcher.statistics.peer_bytes == 0
+
+
+async def test_a_read_whose_reader_left_is_given_up(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        gate = threading.Event()
+        for node in cluster.nodes:
+            node.source.faults.append(lambda _: gate.wait(20) or None)
+        reader = cluster.nodes[0]
+        with trio.move_on_after(0.3):
+            await reader.read_all()
+        try:
+            with trio.fail_after(15):
+                while any(job.flights for job in reader.fetcher.peering.jobs):    # noqa: ASYNC110
+                    await trio.sleep(0.05)
+        finally:
+            gate.set()
