@@ -1,7 +1,7 @@
 """
 `scripts/bench`: measure the table of targets, in one run, ours and others' in turns, and keep the figures.
 
-`python -m benchmarks [--suite image|node|profile|faults] [--runs N] [--no-save] [ROW ...]`. A suite is the table
+`python -m benchmarks [--suite image|node|profile|faults|peers] [--runs N] [--no-save] [ROW ...]`. A suite is the table
 of one issue. Rows can be run alone; a row that fails is told and does not stop the others (exit code 1). A missed
 target is no failure: it is a figure.
 """
@@ -22,7 +22,8 @@ from benchmarks.kit.workspace import Interrupted, exit_by_signal, workspace
 from benchmarks.session import Session
 
 SUITES = {"image": ("benchmarks.rows", 10), "node": ("benchmarks.noderows", 6),   # package, rows
-          "profile": ("benchmarks.profilerows", 7), "faults": ("benchmarks.faultrows", 6)}
+          "profile": ("benchmarks.profilerows", 7), "faults": ("benchmarks.faultrows", 6),
+          "peers": ("benchmarks.peerrows", 10)}
 RUNS_MIN = 3
 
 

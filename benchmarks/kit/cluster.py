@@ -7,7 +7,7 @@ A real cluster on one machine: registry, Redis, trackers and node daemons, each 
         cluster.nodes[0].mount(image) / .data        # the file
 
 Used by benchmarks.peerrows and tests/peers. Its directories, processes and namespaces are the workspace's, which takes
-away whatever is left. `discovery`: "tracker" (two, on one Redis) or "static".
+away whatever is left. `discovery`: "tracker" (two, on one Redis), "static", or "none": nodes without peers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.faultrows.images import random_image
 from benchmarks.kit.daemon import NodeDaemon
 from benchmarks.kit.lazy import COMMAND, trust
 from benchmarks.kit.nets import Rack
-from benchmarks.kit.proc import Daemon, ToolError, attempt, run
+from benchmarks.kit.proc import Daemon, ToolError, attempt
 from benchmarks.kit.registry import Registry, start_registry
 from benchmarks.kit.workspace import Workspace
 
@@ -51,9 +51,8 @@ class Node:
         self.name = name
         self.machine: Machine = cluster.rack[name]
         self.place = Workspace(os.getpid())
-        self.place.top = cluster.place.top / name
+        self.place.top = cluster.place.folder(name)
         self.place.stack = cluster.place.stack
-        self.place.top.mkdir()
         self.mount_path = self.place.top / "mnt"
         self._cluster = cluster
         self._daemon: NodeDaemon | None = None
@@ -70,7 +69,7 @@ class Node:
     def start(self, *, ready: bool = True, **peers: str) -> None:
         """Start its daemon, with an empty cache. `peers`: keys of [peers] as TOML values, besides the cluster's."""
         trust(self.place, self._cluster.registry.host)
-        keys = {**self._cluster.settings(self), **peers}
+        keys = {**self._cluster.settings(self), **peers} if self._cluster.discovery != "none" else {}
         config = self.place.top / "lazyfs.toml"
         text = config.read_text().partition("[peers]")[0]
         config.write_text(text + "[peers]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()))
@@ -130,7 +129,6 @@ class Cluster:
                 self.rack.shape(name, self._rate)
             if self._registry_rate:
                 self.rack.shape(_REGISTRY, self._registry_rate)
-            self.place.folder(self.rack.prefix)
             if self.discovery == "tracker":
                 self.start_redis()
                 for number in range(len(TRACKER_PORTS)):
@@ -152,7 +150,7 @@ class Cluster:
             self.registry.close()
         self.rack.__exit__()
         for node in self.nodes:
-            attempt(["rm", "-rf", str(node.place.top)])
+            self.place.folder(node.name).rmdir()     # what a killed one had mounted, too
 
     @cached_property
     def registry(self) -> Registry:
@@ -208,7 +206,13 @@ class Cluster:
             node.start(ready=False)
         for node in self.nodes:
             node.daemon.wait_ready()
-        self.wait_members(len(self.nodes))
+        if self.discovery != "none":
+            self.wait_members(len(self.nodes))
+
+    def mount(self, image: str, *, prefetch: bool = True) -> None:
+        """On all nodes at once."""
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            list(pool.map(lambda node: node.mount(image, prefetch=prefetch), self.nodes))
 
     def wait_members(self, count: int) -> None:
         """Until each running node knows so many, itself included. Raises ToolError."""
@@ -216,12 +220,6 @@ class Cluster:
             if node._daemon is not None:  # noqa: SLF001 - our own
                 _wait(f"{node.name} knows {count} members",
                       lambda node=node: len(node.peers().get("members", ())) >= count, None)  # type: ignore[misc]
-
-
-def read_all(paths: list[Path], timeout_s: float) -> list[float]:
-    """Read files by one `cat` each, all at once; returns each one's seconds. Raises ToolError."""
-    with ThreadPoolExecutor(len(paths)) as pool:
-        return list(pool.map(lambda path: run(["cat", path], timeout_s=timeout_s, discard=True).wall_s, paths))
 
 
 def _is_ready(address: str) -> bool:

@@ -72,8 +72,8 @@ class _Cluster:
         rate = self._rate(number)
         node = Node(member, self._resource, self._fabric, self._origin, up=rate, down=rate, window=setting.window,
                     hot=min(setting.hot_mib << 20, self._resource.size) // self._resource.piece_size,
-                    disk=rate / _SLOW_TIMES if number in self._slow_disk else math.inf, lies=number in self._liars,
-                    ended=self._ended)
+                    disk=rate / _SLOW_TIMES if number in self._slow_disk else math.inf,
+                    work=setting.work_mb * 1e6, lies=number in self._liars, ended=self._ended)
         self._fabric.hosts[member.id], self._fabric.zones[member.id] = node, member.zone
         self._nodes.append(node)
         return node

@@ -82,6 +82,7 @@ class Host(Protocol):
 
     up: Link
     down: Link
+    work: Link | None                # its processor, where that is simulated
     alive: bool
     silent: bool                     # dead so that nobody says so: the machine is gone, not the process
 

@@ -8,6 +8,7 @@ origin gives. State: `depth[i]` is 0 where piece i is missing, else how many lin
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 OWN_DEADLINE_S = 60.0
 FETCH_BATCH = 8                      # pieces that a node asks its swarm for at once, of its own
 _GOOD, _WRONG = b"g", b"w"           # a piece's bytes, so often as it is long
+
+
+@functools.cache
+def _bytes(one: bytes, count: int) -> bytes:
+    """The same object for all nodes."""
+    return one * count
 
 
 class Origin:
@@ -53,16 +60,18 @@ class Node:
     swarm: Swarm
 
     def __init__(self, member: Member, resource: Resource, fabric: Fabric, origin: Origin, *, up: float, down: float,
-                 window: int, hot: int, disk: float, lies: bool = False,
+                 window: int, hot: int, disk: float, work: float, lies: bool = False,
                  ended: Callable[[], None]) -> None:
         """
         Not yet started.
 
-        `up`, `down`: bytes/s. `hot`: pieces that a start needs. `disk`: bytes/s of what it gives. `ended` is
+        `up`, `down`: bytes/s. `hot`: pieces that a start needs. `disk`: bytes/s of what it gives;
+        `work`: that its processor receives and gives together, 0: without end. `ended` is
         called once: it has all, or it died before.
         """
         self.member, self.resource, self.fabric = member, resource, fabric
         self.up, self.down = Link(up), Link(down)
+        self.work = Link(work) if work else None
         self.port = Port(fabric, member.id)
         self.alive, self.has_begun, self.silent = True, False, False
         self.depth = bytearray(resource.piece_count)
@@ -78,7 +87,7 @@ class Node:
         self._sending = False
         self._open: dict[int, tuple[Answer, AbstractContextManager[None]]] = {}
         self._limits = Uploads(UploadLimits())
-        self._piece = (_WRONG if lies else _GOOD) * resource.piece_size
+        self._piece = _bytes(_WRONG if lies else _GOOD, resource.piece_size)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -217,16 +226,25 @@ class Node:
                     continue
                 self._sending = True
                 size = self.resource.piece_bytes(index)
-                sent = self.up.carry(ready, size)
+                sent = self.up.carry(self.work.carry(ready, size) if self.work else ready, size)
                 self.uploads += 1
                 if self.fabric.zones[answer.asker] != self.member.zone:
                     self.fabric.cross_zone_bytes += size
                 arrived = self.fabric.hosts[answer.asker].down.deliver(sent, size)
                 way_s = self.fabric.half_rtt_s(answer.asker, self.member.id)
                 piece = Piece(index, self._piece[:size] if size < len(self._piece) else self._piece)
-                self.fabric.timeline.at(arrived + way_s, self._arrived, answer, piece)
+                self.fabric.timeline.at(arrived + way_s, self._received, answer, piece)
                 self.fabric.timeline.at(sent, self._send)
                 return
+
+    def _received(self, answer: Answer, piece: Piece) -> None:
+        """The last byte is with the asker, whose processor may have other work."""
+        asker = self.fabric.hosts[answer.asker]
+        if asker.work is None:
+            self._arrived(answer, piece)
+        else:
+            done = asker.work.carry(trio.current_time(), len(piece.data))
+            self.fabric.timeline.at(done, self._arrived, answer, piece)
 
     def _arrived(self, answer: Answer, piece: Piece) -> None:
         if self.alive:

@@ -17,6 +17,7 @@ class Setting:
     piece_kib: int = 1024
     node_mbit: float = 1000.0            # each way
     origin_mbit: float = 10_000.0
+    work_mb: float = 0.0                 # MB/s that a node's processor receives and gives together; 0: no bound
     rtt_ms: float = 1.0
     origin_ms: float = 10.0              # from asking the registry to its first byte
     zones: int = 1

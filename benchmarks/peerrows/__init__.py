@@ -1,0 +1,1 @@
+"""The rows of the table of the issue `peers`: row N is in rowN.py, measure(session) gives its figures."""
