@@ -9,7 +9,8 @@ A token server for bearer tests: distribution's token specification, with tokens
 GET with Basic, GET without (anonymous may pull if `anonymous_pull`), POST with grant_type=refresh_token and a token out
 of `refresh_tokens`. Knobs that may be changed while it runs: lifetime_s (0 < x; also the token's real `exp`),
 says_lifetime (False: no expires_in), status (not 0: answer that), location (with a 3xx status), delay_s, answer (raw
-bytes instead of a token), allows_push; reset() puts them back.
+bytes instead of a token), allows_push; reset() puts them back. `private`: who
+alone may have anything of a repository.
 Only ES256 with a certificate chain in the header (x5c) is made.
 """
 
@@ -64,6 +65,7 @@ class TokenServer:
     answer: bytes = b""
     allows_push: bool = True
     requests: list[Asked] = field(default_factory=list)
+    private: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         authority = trustme.CA()
@@ -113,6 +115,8 @@ class TokenServer:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
             allowed = [a for a in actions.split(",") if a == "pull" or (a == "push" and user and self.allows_push)]
+            if user not in self.private.get(name, {user}):
+                allowed = []
             access.append({"type": kind, "name": name, "actions": allowed})
         claims = {"iss": ISSUER, "sub": user, "aud": SERVICE, "exp": int(now + max(self.lifetime_s, 1)),
                   "nbf": int(now) - 60, "iat": int(now), "jti": uuid.uuid4().hex, "access": access}

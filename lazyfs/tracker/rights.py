@@ -146,8 +146,9 @@ class Rights:
             self._proved.pop(name, None)
             await self._items.drop(_HELD, held)
             raise
-        except SourceError:
-            if await self._items.get(_HELD, held) is None:
+        except SourceError as error:
+            # Only where the registry says nothing: what it does not like, the asker may have made so.
+            if not error.transient or await self._items.get(_HELD, held) is None:
                 raise
             return
         finally:
