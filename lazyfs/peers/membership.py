@@ -2,8 +2,8 @@
 Who is in the swarms of this node: one interface, and the ways without a tracker (a static list, DNS).
 
 Layer: peers, on trio. Who calls: node and mirror make one (peers.tracked.open_membership) and run it beside their
-swarm; what it finds out it says to their Participant. Whatever happens to trackers or DNS, `run` goes on, and the participant keeps
-the views that it has. peers.tracked asks trackers; here are the two ways without.
+swarm; what it finds out it says to their Participant. Whatever happens to trackers or DNS, `run` goes on, and the
+participant keeps the views that it has. peers.tracked asks trackers; here are the two ways without.
 """
 
 from __future__ import annotations
