@@ -226,6 +226,23 @@ class Url(Kind):
         return text
 
 
+class Pattern(Kind):
+    """A regular expression, as Python has them."""
+
+    @property
+    def expected(self) -> str:
+        return "a regular expression"
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        try:
+            re.compile(text)
+        except (re.error, RecursionError, OverflowError):
+            raise ValueError(value) from None
+        return text
+
+
 class Place(Kind):
     """Where another process listens: host:port; `optional`: or nothing."""
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from lazyfs import limits
 from lazyfs.config.key import key
-from lazyfs.config.kinds import AbsolutePath, Address, Choice, Number, Size
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, Flag, List, Number, Pattern, Place, Size
 
 _DAY_S = 86_400.0
+_RULE_COUNT_MAX = 100
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,14 @@ class Mirror:
     private: str = key(Choice(("node", "never")), "node",
                        "Images that need credentials: served to who may connect, if this node's own credentials may "
                        "pull them; or never: only what anybody may pull.")
+    proxy: tuple[str, ...] = key(List(Pattern(), "regular expressions", _RULE_COUNT_MAX), (),
+                                 "As an HTTP proxy (docs/get.md): URLs, without their query, in which one of these is "
+                                 "found are kept, and asked about at their server each time; others are passed on.")
+    proxy_immutable: tuple[str, ...] = key(List(Pattern(), "regular expressions", _RULE_COUNT_MAX), (),
+                                           "The same, of URLs whose bytes never change: not asked about again.")
+    proxy_hosts: tuple[str, ...] = key(List(Place(), "host:port", _RULE_COUNT_MAX), (),
+                                       "Where the proxy makes tunnels to (CONNECT: for https), and what it may reach "
+                                       "on this machine itself.")
+    share_unverified: bool = key(Flag(), False,
+                                 "Fetch files whose digest nobody knows from peers too: every node of the cluster is "
+                                 "trusted to give the right bytes.")

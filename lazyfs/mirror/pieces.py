@@ -93,15 +93,15 @@ class Blobs:
 
     @asynccontextmanager
     async def open(self, resource: Resource, origin: Origin, *, sums: bytes = b"",
-                   verify: bool = True) -> AsyncIterator[Download]:
+                   verify: bool = True, shared: bool = True) -> AsyncIterator[Download]:
         """
-        Take part in a resource; of `origin` the newest counts. `sums`, `verify`: as of Download.
+        Take part in a resource; of `origin` the newest counts. `sums`, `verify`: as of Download. `shared`: with peers.
 
         Raises:
             DiskFullError: there is no room for it. CacheError: the disk does not let us.
 
         """
-        async with self._entered(resource, origin, sums, verify=verify) as entry:
+        async with self._entered(resource, origin, sums, verify=verify, shared=shared) as entry:
             assert entry.download is not None
             yield entry.download
 
@@ -130,7 +130,7 @@ class Blobs:
 
     @asynccontextmanager
     async def _entered(self, resource: Resource, origin: Origin | None, sums: bytes, *,
-                       verify: bool) -> AsyncIterator[_Entry]:
+                       verify: bool, shared: bool = True) -> AsyncIterator[_Entry]:
         entry = self._entries.setdefault(resource.key, _Entry())
         entry.users += 1
         try:
@@ -140,10 +140,10 @@ class Blobs:
                     if file is not None:
                         entry.download = Download(file, self.directory, self._threads, self.counted, sums=sums,
                                                   verify=verify, blame=self._blame)
-                        if self.on_open is not None:
+                        if shared and self.on_open is not None:
                             self.on_open(resource)
                 if entry.download is not None and origin is not None:
-                    self._start(resource, entry, entry.download, origin)
+                    self._start(resource, entry, entry.download, origin, shared=shared)
             yield entry
         finally:
             entry.users -= 1
@@ -155,12 +155,13 @@ class Blobs:
         return await trio.to_thread.run_sync(lambda: self.directory.find(resource, make=make, busy=busy),
                                              limiter=self._threads.disk)
 
-    def _start(self, resource: Resource, entry: _Entry, download: Download, origin: Origin) -> None:
+    def _start(self, resource: Resource, entry: _Entry, download: Download, origin: Origin, *,
+               shared: bool) -> None:
         if self._nursery is None:
             raise BugError("blobs are not being served")
         if download.resource != resource:
             raise BugError(f"{resource.key}: two sizes")
-        download.ask(origin, self.swarm)
+        download.ask(origin, self.swarm if shared else None)
         if entry.scope is None and not download.file.is_whole:
             entry.scope = trio.CancelScope()
             self._nursery.start_soon(self._run, resource.key, entry, download, entry.scope)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,13 +23,16 @@ from lazyfs.mirror.access import Access
 from lazyfs.mirror.blobs import PullBlobs
 from lazyfs.mirror.contentstore import ContentStore
 from lazyfs.mirror.figures import Figures
+from lazyfs.mirror.files import Files, Rules
 from lazyfs.mirror.manifests import Manifests, Terms
 from lazyfs.mirror.piecedir import PieceDirectory
 from lazyfs.mirror.pieces import Blobs
+from lazyfs.mirror.proxy import Proxy
 from lazyfs.mirror.pulling import Pulling, refuse
 from lazyfs.mirror.records import Records
 from lazyfs.mirror.route import Refusal
-from lazyfs.mirror.upstream import Upstream, anonymous
+from lazyfs.mirror.upstream import USER_AGENT, Upstream, anonymous
+from lazyfs.mirror.urls import Urls
 from lazyfs.registry.fields import from_config
 
 if TYPE_CHECKING:
@@ -44,13 +48,14 @@ _log = logging.getLogger("lazyfs.mirror")
 class Mirror:
     """One mirror; `opened()` makes it. `handle` answers a request of any kind."""
 
-    def __init__(self, pulling: Pulling, figures: Figures) -> None:
+    def __init__(self, pulling: Pulling, figures: Figures, proxy: Proxy) -> None:
         self._pulling = pulling
+        self._proxy = proxy
         self._figures = figures
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """For mirror.web."""
-        if await self._pulling.answer(request, reply):
+        if await self._proxy.answer(request, reply) or await self._pulling.answer(request, reply):
             return
         path = request.target.partition("?")[0]
         if request.method in {"GET", "HEAD"} and path in {"/healthz", "/readyz"}:
@@ -89,7 +94,10 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         access = Access(upstream, records, terms, manifests, nursery)
         figures = Figures(blobs.counted)
         pull = PullBlobs(content, blobs, access, upstream, peers_prove=False)
-        yield Mirror(Pulling(manifests, pull, upstream, figures), figures)
+        urls = Urls(replace(options, user_agent=USER_AGENT))
+        stack.callback(urls.close)
+        files = Files(blobs, urls, Rules.of(own.proxy, own.proxy_immutable), share_unverified=own.share_unverified)
+        yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts))
 
 
 async def run(settings: Config, address: str, ready: Callable[[str], None]) -> None:
