@@ -16,7 +16,7 @@ from lazyfs.peers.announce import Name  # noqa: TC001 - msgspec looks at it
 
 TOKENS_PATH: Final = "/v1/clusters/{cluster}/tokens"
 KEYS_PATH: Final = "/v1/keys"
-PROOF_HEADER: Final = "Lazyfs-Holder-Proof"
+PROOF_QUERY: Final = "proof="
 KEY_COUNT_MAX = 512              # layers of an image
 ASK_BYTES_MAX = 128 * 1024       # 512 names of 80 bytes, and a registry's token of 16 KiB
 _AUTHORIZATION_CHARS_MAX = 32 * 1024
@@ -53,7 +53,7 @@ class TokenAsk(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         member: whose the tokens are to be.
-        holder: the raw public key that they are bound to, base64url; its owner signs the whole body (PROOF_HEADER).
+        holder: the raw public key that they are bound to, base64url; its owner signs the whole body (PROOF_QUERY).
         keys: Resource.key of each, or EVERYTHING alone.
         proof: None: the cluster has tokens that prove no more than membership.
 

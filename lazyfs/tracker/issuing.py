@@ -4,8 +4,8 @@ Tokens, given by the tracker: the routes, and what is asked before one is signed
 Layer: tracker. Who calls: tracker.run (extend). State: the signing keys and the rights.
 
     GET  /v1/keys                        the public keys, a JWK Set; for everybody
-    POST /v1/clusters/{cluster}/tokens   tokenwire.TokenAsk -> TokenAnswer; for who may use the tracker, signed by the
-                                         key that the tokens are bound to
+    POST /v1/clusters/{cluster}/tokens?proof=SIGNATURE   tokenwire.TokenAsk -> TokenAnswer; for who may use the tracker,
+                                         signed by the key that the tokens are bound to
 
 Policy (`tracker.tokens`): `cluster`: whoever may use the tracker gets a token for everything in it; `resource`: a token
 for each resource whose right is proved (tracker.rights). A body is never logged: it may hold a credential.
@@ -26,7 +26,7 @@ from lazyfs.peers.tokens import EVERYTHING, LIFETIME_S_MAX, PUBLIC_KEY_BYTES, Cl
 from lazyfs.peers.tokenwire import (
     ASK_BYTES_MAX,
     KEYS_PATH,
-    PROOF_HEADER,
+    PROOF_QUERY,
     TOKENS_PATH,
     TokenAnswer,
     TokenAsk,
@@ -88,7 +88,7 @@ class Issuing:
             raise FormatError("this is not the name of a cluster")
         ask = parse_ask(request.body)
         holder = _raw(ask.holder)
-        if not is_signed_by(holder, cluster, request.body, request.header(PROOF_HEADER.lower())):
+        if not is_signed_by(holder, cluster, request.body, request.query.removeprefix(PROOF_QUERY)):
             self._counters["tokens_refused"] += 1
             raise PeerRefusedError("the question is not signed by the key that the tokens are to be bound to")
         try:

@@ -16,7 +16,7 @@ from lazyfs.errors import FormatError, LazyfsError, NotFoundError, PeerRefusedEr
 from lazyfs.image.bootstrap import Bootstrap, Device, compress_layer, pack_bootstrap
 from lazyfs.image.digest import Digest
 from lazyfs.peers.tokens import NodeKey, check_token, parse_keys
-from lazyfs.peers.tokenwire import PROOF_HEADER, Proof, TokenAsk, parse_answer
+from lazyfs.peers.tokenwire import PROOF_QUERY, Proof, TokenAsk, parse_answer
 from lazyfs.registry import RegistryOptions, open_destination
 from lazyfs.registry.client import RegistryClient
 from lazyfs.registry.proving import show_right
@@ -245,8 +245,8 @@ class Asked:
                   cluster: str = "prod", change: bytes = b"") -> Answer:
         body = msgspec.json.encode(TokenAsk("node-1", self.node.name, keys, proof))
         signature = (signed_by or self.node).sign_question(cluster, body)
-        headers = {PROOF_HEADER.lower().encode(): signature.encode()}
-        return await self.routes.answer(Request("POST", "/v1/clusters/prod/tokens", "", headers, body + change, "::1"))
+        return await self.routes.answer(Request("POST", "/v1/clusters/prod/tokens", PROOF_QUERY + signature, {},
+                                                body + change, "::1"))
 
 
 async def test_what_the_tracker_signs_a_node_believes(world: World) -> None:
