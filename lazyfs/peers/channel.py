@@ -108,6 +108,7 @@ class Channel:
             await self.send(data)
 
     async def _send_file(self, connection: trio.socket.SocketType, head: bytes, part: FileRange) -> None:
+        await trio.lowlevel.checkpoint()     # where everything fits into the socket's buffer nothing else waits
         try:
             sent = await connection.send(head, socket.MSG_MORE)
             if sent < len(head):

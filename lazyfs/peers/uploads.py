@@ -20,11 +20,11 @@ import trio
 from lazyfs.errors import PeerBusyError
 from lazyfs.limits import MIB
 from lazyfs.peers.model import BEAT_S, Priority
+from lazyfs.peers.rates import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-_BURST_S = 0.1             # of the rate: what may go at once after a pause
 _HELD_BYTES_MAX = 64 * MIB  # pieces that could not be stored, and wait to be sent
 _RETRY_S = 0.25            # when a place may be free again, nobody knows better
 _RETRY_S_MAX = 10.0
@@ -86,8 +86,7 @@ class Uploads:
         self._held = 0
         self._turns: list[_Turn] = []
         self._numbers = itertools.count()
-        self._level = limits.rate * _BURST_S    # bytes that may go now; negative: a piece was larger
-        self._level_at = -math.inf
+        self._rate = Rate(limits.rate)
 
     @property
     def open_requests(self) -> int:
@@ -99,7 +98,7 @@ class Uploads:
 
     def change(self, limits: UploadLimits) -> None:
         """Other bounds from now on."""
-        self._level = min(self._level, limits.rate * _BURST_S)
+        self._rate.bytes_s = limits.rate
         self.limits = limits
         self._wake_first()
 
@@ -177,13 +176,13 @@ class Uploads:
             raise
         heapq.heappop(self._turns)
         self._sending += 1
-        self._level -= size
+        self._rate.take_now(size)
         self._wake_first()
 
     def end(self, plain_bytes: int, wire_bytes: int) -> None:
         """A piece of `plain_bytes`, as `begin` was told, was sent as `wire_bytes`; 0: it was not."""
         self._sending -= 1
-        self._level += plain_bytes - wire_bytes
+        self._rate.take_now(wire_bytes - plain_bytes)
         self.counters.pieces += wire_bytes > 0
         self.counters.plain_bytes += plain_bytes if wire_bytes else 0
         self.counters.wire_bytes += wire_bytes
@@ -197,13 +196,7 @@ class Uploads:
         places = limits.concurrent if turn.place[0] == Priority.FOREGROUND else limits.concurrent * 3 // 4
         if self._turns[0] is not turn or self._sending >= max(places, 1):
             return math.inf
-        if not limits.rate:
-            return 0.0
-        now = trio.current_time()
-        passed = now - self._level_at if self._level_at > -math.inf else 0.0
-        self._level_at = now
-        self._level = min(self._level + passed * limits.rate, limits.rate * _BURST_S)
-        return 0.0 if self._level > 0 else max(-self._level / limits.rate, 0.001)
+        return self._rate.wait_s()
 
     def _wake_first(self) -> None:
         while self._turns and self._turns[0].gone:
