@@ -21,6 +21,7 @@ from lazyfs.mirror import lists
 from lazyfs.mirror.ranges import NotSatisfiable, parse_range
 from lazyfs.mirror.route import End, Refusal, find_route
 from lazyfs.mirror.upstream import USER_AGENT
+from lazyfs.registry.hosts import OWN_MIRROR
 
 if TYPE_CHECKING:
     from lazyfs.mirror.blobs import PullBlobs
@@ -67,7 +68,8 @@ class Pulling:
         source = ""
         try:
             if route.end is End.PING:
-                await reply.whole(200, {**headers, "Content-Type": "application/json"}, b"{}")
+                own = {OWN_MIRROR: USER_AGENT, "Content-Type": "application/json"}
+                await reply.whole(200, {**headers, **own}, b"{}")
             elif route.end is End.MANIFEST:
                 source = await self._manifest(route, request, reply, headers)
             elif route.end is End.BLOB:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazyfs.config.atomic import write_atomically
 from lazyfs.errors import ConfigError, FormatError, TargetError
 from snapshotter.install.edit import FILE_BYTES_MAX, Done, take_back
 
@@ -152,32 +153,6 @@ def check_by_containerd(program: str, path: Path, data: bytes) -> None:
         said = " ".join(done.stderr.split())[-300:]
         raise ConfigError(f"containerd refuses the new configuration, which was not put in place: {said}",
                           hint="put in by hand what this prints: lazyfs snapshotter install --print")
-
-
-def write_atomically(path: Path, data: bytes, mode: int) -> None:
-    """With the mode and owner of the file that is replaced; `mode` where there was none."""
-    temporary = path.with_name(f".{path.name}.lazyfs-tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            try:
-                before = path.stat()
-                os.fchown(stream.fileno(), before.st_uid, before.st_gid)
-                os.fchmod(stream.fileno(), before.st_mode & 0o7777)
-            except FileNotFoundError:
-                os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _back_up(path: Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from lazyfs.config.atomic import write_atomically
 from lazyfs.errors import TargetError
-from snapshotter.install.apply import write_atomically
 
 MARK = "# Written by `lazyfs snapshotter install`; changes belong into a drop-in: systemctl edit"
 SYSTEMD_DIR = "/etc/systemd/system"
