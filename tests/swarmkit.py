@@ -54,7 +54,7 @@ class Link:
 
 @dataclass
 class Node:
-    """`state`: up, dead, frozen or lying. `slow_s`: added to each piece that it gives."""
+    """`state`: up, dead, frozen or lying. `disk`: what it gives to others comes from there."""
 
     member: Member
     swarm: Swarm
@@ -62,11 +62,12 @@ class Node:
     down: Link
     have: set[int] = field(default_factory=set)
     state: str = "up"
-    slow_s: float = 0.0
+    disk: Link = field(default_factory=lambda: Link(0.0))
     busy_until: float = 0.0
     better: tuple[str, ...] = ()
     sent: int = 0
     flights: dict[int, trio.Event] = field(default_factory=dict)
+    scopes: set[trio.CancelScope] = field(default_factory=set)
     changed: trio.Event = field(default_factory=trio.Event)
 
 
@@ -76,6 +77,7 @@ class Cluster:
     def __init__(self, all_members: tuple[Member, ...], what: Resource, *, link: float = 0.0, origin_link: float = 0.0,
                  rtt_s: float = 0.001, bounds: SwarmLimits | None = None) -> None:
         self.what, self.rtt_s = what, rtt_s
+        self.truth, self.lies = bytes(what.piece_size), b"\xff" * what.piece_size
         self.nodes: dict[str, Node] = {}
         self.origin = Link(origin_link)
         self.origin_pieces: list[tuple[str, int]] = []
@@ -120,28 +122,28 @@ class Cluster:
                 nursery.start_soon(one, index)
 
     async def get(self, node: Node, index: int, deadline: float, hops: int, priority: Priority) -> None:
-        flight = node.flights.get(index)
-        if index in node.have:
+        """Join the flight, or begin one: it goes on when who began it leaves, and ends with its node."""
+        if index in node.have or node.state not in {"up", "lying"}:
             return
-        if flight is not None:
-            await flight.wait()
-            return
-        node.flights[index] = trio.Event()
+        if index not in node.flights:
+            node.flights[index] = trio.Event()
+            trio.lowlevel.spawn_system_task(self._fly, node, index, deadline, hops, priority)
+        await node.flights[index].wait()
 
+    async def _fly(self, node: Node, index: int, deadline: float, hops: int, priority: Priority) -> None:
         async def deliver(piece: Piece, _member: Member) -> bool:
-            await trio.lowlevel.checkpoint()
-            if bytes(piece.data[:1]) == b"\xff":
+            if piece.data[:1] == b"\xff":
                 return False
             node.have.add(piece.index)
             return True
 
-        try:
-            left = await node.swarm.fetch(self.what, [index], priority=priority, deadline=deadline, hops=hops,
-                                          deliver=deliver)
-            for one in left:
+        with trio.CancelScope() as scope:
+            node.scopes.add(scope)
+            for one in await node.swarm.fetch(self.what, [index], priority=priority, deadline=deadline, hops=hops,
+                                              deliver=deliver):
                 await self._from_origin(node, one)
-        finally:
-            node.flights.pop(index).set()
+        node.scopes.discard(scope)
+        node.flights.pop(index).set()
 
     async def _from_origin(self, node: Node, index: int) -> None:
         size = self.what.piece_bytes(index)
@@ -161,8 +163,9 @@ class Cluster:
     def _turn(self, name: str, state: str) -> None:
         node = self.nodes[name]
         node.state = state
+        for scope in node.scopes:
+            scope.cancel()
         node.changed.set()
-        node.changed = trio.Event()
 
 
 class _Net:
@@ -192,33 +195,25 @@ class _Net:
             if index not in node.have:
                 if request.hops >= HERE_ONLY:
                     raise PeerLacksError(f"{name} has not {index}")
-                await self._watch(node, cluster.get, node, index, until, request.hops + 1, request.priority)
+                await cluster.get(node, index, until, request.hops + 1, request.priority)
+                await self._sleep(node, 0)
             if index not in node.have:
                 raise PeerLacksError(f"{name} did not get {index}")
-            await self._sleep(node, node.slow_s)
             size = cluster.what.piece_bytes(index)
+            await self._sleep(node, node.disk.book(size, trio.current_time()) - trio.current_time())
             node.sent += size
             sent = node.up.book(size, trio.current_time())
             arrived = max(sent, me.down.book(size, trio.current_time()))
             await self._sleep(node, arrived + cluster.rtt_s / 2 - trio.current_time())
-            yield Piece(index, (b"\xff" if node.state == "lying" else b"\x00") * size)
+            yield Piece(index, cluster.lies if node.state == "lying" else cluster.truth)
 
     async def _sleep(self, node: Node, seconds: float) -> None:
-        await self._watch(node, trio.sleep, max(0.0, seconds))
-
-    async def _watch(self, node: Node, what: object, *args: object) -> None:
-        """Do it, unless the node dies or freezes in the meantime."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._until_gone, node, nursery.cancel_scope)
-            await what(*args)
-            nursery.cancel_scope.cancel()
+        """So long, unless the node dies or freezes before."""
+        if seconds > 0 and node.state in {"up", "lying"}:
+            with trio.move_on_after(seconds):
+                await node.changed.wait()
         if node.state == "dead":
             raise PeerError(f"{node.member.id} broke off")
         if node.state == "frozen":
             await trio.sleep(SILENCE_S)
             raise PeerError(f"{node.member.id} says nothing")
-
-    async def _until_gone(self, node: Node, scope: trio.CancelScope) -> None:
-        while node.state not in {"dead", "frozen"}:
-            await node.changed.wait()
-        scope.cancel()

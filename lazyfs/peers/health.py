@@ -19,9 +19,9 @@ GONE_MAX_S = 60.0       # up to this: a node that came back is found again withi
 SLOW_S = 30.0
 REFUSED_S = 10.0        # a token is fetched anew within seconds
 LACKS_S = 2.0           # it has just joined, or just left
-SLOW_TIMES = 4.0        # in the median as long as what is usual
-SLOW_MIN_S = 0.02       # what is usual counts as this at least: nobody is slow for 50 ms
-SLOW_SAMPLES = 8
+SLOW_TIMES = 3.0        # as long as what is usual
+SLOW_MIN_S = 0.1        # what is usual counts as this at least: another continent is not slow
+SLOW_SAMPLES = 8        # of the last pieces and what is overdue; half of them as slow as that, and it is
 LATENCIES = 64          # kept, of one peer and of all
 HEALTH_MAX = 20_000
 REPORT_MAX = 256        # waiting for the tracker
@@ -73,7 +73,7 @@ class Health:
     One peer, as this node has found it.
 
     Attributes:
-        running: requests under way.
+        running: requests under way; `late` of them are SLOW_TIMES what is usual.
         away_until: it is not asked before (why: `away`).
         slow_until: it is asked last before.
         moved_at: when its last piece came.
@@ -82,6 +82,7 @@ class Health:
     """
 
     running: int = 0
+    late: int = 0
     requests: int = 0
     pieces: int = 0
     bytes_received: int = 0
@@ -96,7 +97,14 @@ class Health:
     gone_in_a_row: int = 0
     last_error: str = ""
     latencies: Latencies = field(default_factory=Latencies)
-    times_usual: Latencies = field(default_factory=lambda: Latencies(SLOW_SAMPLES * 4))
+    times_usual: deque[float] = field(default_factory=lambda: deque(maxlen=SLOW_SAMPLES * 4))
+
+    def is_mostly_late(self) -> bool:
+        """Of its last pieces and of those under way that are overdue."""
+        count = len(self.times_usual) + self.late
+        if count < SLOW_SAMPLES:
+            return False
+        return self.late + sum(times > SLOW_TIMES for times in self.times_usual) > count / 2
 
 
 class HealthBook:
@@ -177,7 +185,7 @@ class HealthBook:
         if health.slow_until <= now:
             health.slow_until = now + SLOW_S
             health.last_error = why
-            health.times_usual = Latencies(SLOW_SAMPLES * 4)    # judged anew by what it does then
+            health.times_usual.clear()    # judged anew by what it does then
             self._report(member_id, Fault.SLOW)
 
     def take_reports(self) -> list[Report]:

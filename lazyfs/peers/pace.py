@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from lazyfs.peers.health import Latencies
 from lazyfs.peers.model import Priority
 
-TIMES = 1.5                  # of the 95th percentile
+TIMES = 1.5                  # of the 95th percentile,
+TIMES_MEDIAN = 4.0           # but no more than this of the median: one slow peer of eight is more than 5 %
 SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
@@ -43,7 +44,8 @@ class Pace:
         least, most = FOREGROUND_S if priority is Priority.FOREGROUND else BULK_S
         if len(latencies) < SAMPLES_MIN:
             return most
-        return min(most, max(least, TIMES * latencies.quantile(0.95)))
+        usual = min(TIMES * latencies.quantile(0.95), TIMES_MEDIAN * latencies.quantile(0.5))
+        return min(most, max(least, usual))
 
     def median_s(self, priority: Priority) -> float:
         return self._of(priority).latencies.quantile(0.5)

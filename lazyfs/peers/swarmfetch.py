@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
-from lazyfs.peers.health import SLOW_MIN_S, SLOW_SAMPLES, SLOW_TIMES
+from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
 from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
+from lazyfs.peers.ways import Attempt, Way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -30,53 +31,10 @@ if TYPE_CHECKING:
 HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
 HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
+ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
 BUSY_ROUNDS = 3         # of a way whose peers were all busy; then the origin
 BETTER_MAX = 2          # members that a busy one may name
-
-
-class Way:
-    """
-    A group's pieces in this call.
-
-    :missing: not delivered yet.
-    :running: attempts that ask for some of them.
-    :again_at: when all were busy: begin anew at that time (inf: not so).
-    """
-
-    __slots__ = ("again_at", "busy_rounds", "missing", "next", "retry_after", "running", "stops")
-
-    def __init__(self, stops: list[tuple[Member, bool]]) -> None:
-        self.missing: set[int] = set()
-        self.stops = stops            # (member, asked only for what it has)
-        self.next = 0
-        self.running = 0
-        self.busy_rounds = 0
-        self.retry_after = math.inf
-        self.again_at = math.inf
-
-
-class Attempt:
-    """
-    A request to a member. `left`: of its pieces, those that are still missing.
-
-    :moved_at: when it began, or its last piece came.
-    :hedged: the others of its ways have been asked as well.
-    :delivering: what came is being checked and kept; that takes as long as it takes.
-    """
-
-    __slots__ = ("delivering", "got", "hedged", "here_only", "jitter", "left", "member", "moved_at", "scope", "ways")
-
-    def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
-        self.member = member
-        self.here_only = here_only
-        self.ways = ways
-        self.left = set(ways)
-        self.moved_at = now
-        self.jitter = jitter
-        self.hedged = self.delivering = False
-        self.got = 0
-        self.scope = trio.CancelScope()
 
 
 class SwarmFetch:
@@ -133,16 +91,22 @@ class SwarmFetch:
         return list(by_group.values())
 
     def _stops(self, group: int) -> list[tuple[Member, bool]]:
-        """Whom to ask for a group: parents, those that have been slow after the others; then who may have it."""
-        swarm, now = self._swarm, self._now()
-        place = self._known.place(swarm.me.id, self._resource.key, group)
-        stops = [(member, False) for member in place.parents]
-        if any(swarm.health.is_slow(member.id, now) for member in place.parents):
-            stops.sort(key=lambda stop: swarm.health.is_slow(stop[0].id, now))
+        """
+        Whom to ask for a group: parents, those that have been slow after the others; then who may have it.
+
+        If all parents are slow, this node is as good as the root: only the first of an order has so few.
+        """
+        place = self._known.place(self._swarm.me.id, self._resource.key, group)
+        slow = {member.id for member in place.parents if self._is_slow(member)}
+        stops = [(member, False) for member in place.parents if member.id not in slow]
+        stops += [(member, False) for member in place.parents if member.id in slow and stops]
         stops += [(member, True) for member in place.holders]
         if place.heir is not None and not place.holders and self._known.probe_pays():
             stops.append((place.heir, True))
         return stops
+
+    def _is_slow(self, member: Member) -> bool:
+        return self._swarm.health.is_slow(member.id, self._now())
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
@@ -245,7 +209,9 @@ class SwarmFetch:
         if self._priority is Priority.FOREGROUND:
             swarm.download.take_now(size)
         else:
+            attempt.ours = True
             await swarm.download.take(size)
+            attempt.ours = False
             attempt.moved_at = self._now()
         left_s = self._deadline - self._now()
         request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
@@ -269,7 +235,7 @@ class SwarmFetch:
             attempt.left.discard(index)
             return True
         self._delivering.add(index)
-        attempt.delivering = True
+        attempt.ours = True
         try:
             good = await self._deliver(piece, member)
         except LazyfsError as error:
@@ -277,7 +243,7 @@ class SwarmFetch:
             self._changed.set()
             return False
         finally:
-            attempt.delivering = False
+            attempt.ours = False
             self._delivering.discard(index)
             attempt.moved_at = self._now()
         if not good:
@@ -291,19 +257,25 @@ class SwarmFetch:
         seconds = now - attempt.moved_at
         attempt.moved_at = now
         attempt.got += 1
+        health.late -= attempt.late
+        attempt.late = False
         self._swarm.health.delivered(attempt.member.id, size, now)
         self._swarm.pace.add(self._priority, seconds)
         health.latencies.add(seconds)
         self._judge(attempt, seconds)
 
-    def _judge(self, attempt: Attempt, seconds: float) -> None:
-        """Is it slow, beside the others?"""
+    def _judge(self, attempt: Attempt, seconds: float, *, came: bool = True) -> None:
+        """Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet."""
         swarm = self._swarm
         health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(self._priority)
-        health.times_usual.add(seconds / max(usual, SLOW_MIN_S))
-        if len(health.times_usual) >= SLOW_SAMPLES and health.times_usual.quantile(0.5) > SLOW_TIMES:
-            swarm.health.was_slow(attempt.member.id, self._now(), f"{health.latencies.quantile(0.5):.2f} s a piece, "
-                                                                  f"others {usual:.2f} s")
+        times = seconds / max(usual, SLOW_MIN_S)
+        if came:
+            health.times_usual.append(times)
+        elif usual and times > SLOW_TIMES and not attempt.late:
+            attempt.late = True
+            health.late += 1
+        if health.is_mostly_late():
+            swarm.health.was_slow(attempt.member.id, self._now(), f"{seconds:.2f} s a piece, others {usual:.2f} s")
 
     def _delivered(self, attempt: Attempt, index: int, size: int) -> None:
         swarm = self._swarm
@@ -326,6 +298,7 @@ class SwarmFetch:
     def _ended(self, attempt: Attempt) -> None:
         health = self._swarm.health.of(attempt.member.id)
         health.running -= 1
+        health.late -= attempt.late
         self._attempts.discard(attempt)
         for way in set(attempt.ways.values()):
             way.running -= 1
@@ -355,16 +328,19 @@ class SwarmFetch:
     # --- time -----------------------------------------------------------------------------------------------------
 
     def _due_at(self, attempt: Attempt) -> float:
-        """When a hedge is due. Of what nobody sleeps on: not while the same peer brings other pieces."""
-        if attempt.hedged or attempt.delivering:
+        """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
+        if attempt.ours:
             return math.inf
+        if self._is_slow(attempt.member):
+            return attempt.moved_at
+        since = max(attempt.moved_at, attempt.looked_at)
         delay = self._swarm.pace.delay_s(self._priority) * attempt.jitter
         if attempt.here_only:
-            return attempt.moved_at + HERE_TIMES * delay
+            return since + HERE_TIMES * delay
         if self._priority is Priority.FOREGROUND:
-            return attempt.moved_at + delay
+            return since + delay
         alive_at = self._swarm.health.of(attempt.member.id).moved_at
-        return max(attempt.moved_at + delay, min(alive_at + delay, attempt.moved_at + 3 * delay))
+        return max(since + delay, min(alive_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
 
     def _wake_at(self) -> float:
         times = [self._due_at(attempt) for attempt in self._attempts]
@@ -375,16 +351,27 @@ class SwarmFetch:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
         for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
-            attempt.hedged = True
-            if attempt.here_only:
-                attempt.scope.cancel()
-                continue
-            ways = [way for way in self._open_ways(attempt) if way.next < len(way.stops)]
-            if ways and self._swarm.pace.may_hedge(self._priority):
-                self._swarm.counters["hedges"] += 1
-                self._swarm.health.of(attempt.member.id).hedges += 1
-                self._advance(ways, nursery)
+            self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:
             way.again_at = math.inf
         self._advance(late, nursery)
+
+    def _hedge(self, attempt: Attempt, nursery: trio.Nursery) -> None:
+        """
+        Ask the others as well; one that has been slow all the time is not waited for at all.
+
+        That is rare, so it asks no leave of Pace; what is merely late does, or a full network would be asked twice.
+        """
+        attempt.looked_at = self._now()
+        if not attempt.here_only and not self._is_slow(attempt.member):
+            self._judge(attempt, self._now() - attempt.moved_at, came=False)
+        if attempt.here_only or self._is_slow(attempt.member):
+            attempt.scope.cancel()    # the next are asked when it has ended
+            return
+        ways = [way for way in self._open_ways(attempt) if way.next < len(way.stops)]
+        if ways and not attempt.hedged and self._swarm.pace.may_hedge(self._priority):
+            attempt.hedged = True
+            self._swarm.counters["hedges"] += 1
+            self._swarm.health.of(attempt.member.id).hedges += 1
+            self._advance(ways, nursery)

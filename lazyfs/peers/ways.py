@@ -1,0 +1,62 @@
+"""
+What one call of Swarm.fetch keeps: ways (whom to ask for a group, in order) and attempts (requests under way).
+
+Layer: peers. Who calls: swarmfetch. Pure; what they mean together is said there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from lazyfs.peers.model import Member
+
+
+class Way:
+    """
+    A group's pieces in this call.
+
+    :missing: not delivered yet.
+    :running: attempts that ask for some of them.
+    :again_at: when all were busy: begin anew at that time (inf: not so).
+    """
+
+    __slots__ = ("again_at", "busy_rounds", "missing", "next", "retry_after", "running", "stops")
+
+    def __init__(self, stops: list[tuple[Member, bool]]) -> None:
+        self.missing: set[int] = set()
+        self.stops = stops            # (member, asked only for what it has)
+        self.next = 0
+        self.running = 0
+        self.busy_rounds = 0
+        self.retry_after = math.inf
+        self.again_at = math.inf
+
+
+class Attempt:
+    """
+    A request to a member. `left`: of its pieces, those that are still missing.
+
+    :moved_at: when it began, or its last piece came.
+    :looked_at: when it was late, and was or was not hedged.
+    :late: it counts in Health.late.
+    :hedged: the others of its ways have been asked as well.
+    :ours: the peer is not waited for: our own limit holds it back, or what came is being checked and kept.
+    """
+
+    __slots__ = ("got", "hedged", "here_only", "jitter", "late", "left", "looked_at", "member",
+                 "moved_at", "ours", "scope", "ways")
+
+    def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
+        self.member = member
+        self.here_only = here_only
+        self.ways = ways
+        self.left = set(ways)
+        self.moved_at = self.looked_at = now
+        self.jitter = jitter
+        self.hedged = self.late = self.ours = False
+        self.got = 0
+        self.scope = trio.CancelScope()
