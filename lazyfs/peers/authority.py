@@ -16,17 +16,42 @@ from urllib.parse import urlsplit
 import msgspec
 
 from lazyfs.errors import ConfigError, FormatError, NotFoundError, PeerError, PeerRefusedError, UsageError
+from lazyfs.peers.gate import OpenGate, TokenGate
 from lazyfs.peers.tokens import PublicKeys, parse_keys
 from lazyfs.peers.tokenwire import KEYS_PATH, PROOF_QUERY, TOKENS_PATH, Proof, TokenAsk, parse_answer
+from lazyfs.peers.tracked import tracker_client
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from lazyfs import config
 
     from lazyfs.peers.tokens import NodeKey
     from lazyfs.peers.trackerclient import Reply, TrackerClient
 
 _ISSUE_S: Final = 10.0           # a tracker asks a registry first; the gate has a bound of its own
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def make_gate(settings: config.Peers, member: str, prover: Prover) -> OpenGate | TokenGate:
+    """
+    The gate that [peers] asks for; a TokenGate's `run` must run beside it.
+
+    Args:
+        settings: [peers].
+        member: our id in the cluster.
+        prover: asked only where there are tokens for single resources.
+
+    Raises:
+        ConfigError: what it says of trackers cannot be used.
+
+    """
+    if settings.tokens == "off":
+        return OpenGate()
+    by_resource = settings.tokens == "resource"
+    authority = TrackerAuthority(tracker_client(settings), settings.tracker, settings.cluster, member,
+                                 prover if by_resource else None)
+    return TokenGate(settings.cluster, (member,), authority, by_resource, settings.token_grace_s)
 
 
 class Prover(Protocol):
