@@ -52,13 +52,13 @@ class PeerNode:
 
     def use(self) -> FetchDevice:
         self.device = self.sample.device(self.cache, self.source)
-        self.store.add(self.device)
-        self.fetcher.peering.peered.add(self.device.resource.key)
+        self.fetcher.peering.use([self.device])
+        self.fetcher.peering.view_came(self.device.resource.key, others=True)
         return self.device
 
     def leave(self) -> None:
         if self.device is not None:
-            self.store.remove(self.device)
+            self.fetcher.peering.leave([self.device])
             self.device.cached.release()
             self.device = None
 

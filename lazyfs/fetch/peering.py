@@ -27,7 +27,7 @@ from lazyfs.fetch.transfer import Priority, keep
 from lazyfs.peers import model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.flight import Flight
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # A read whose peers are all silent still has half of its time for the registry; who is asked by a peer keeps less
 # back, for each hop on the way takes its share, and the asker has a registry too.
 SHARE, PASSED_ON_SHARE = 0.5, 15 / 16
+FIRST_VIEW_S = 2.0               # a tracker answers who joins after 1.5 s at most, so that all who join see each other
 PASSED_ON_MAX = 1024             # chunks fetched for others at once: two windows of a full tree of 16 askers
 BUSY_S = 0.5                     # then they may ask again
 SETTLE_THREAD_COUNT = 4          # BLAKE3 and pwrite let go of the interpreter lock; a node has few cores to spare
@@ -82,6 +83,7 @@ class _Job:
         share = PASSED_ON_SHARE if self.hops else SHARE
         try:
             with self.scope:
+                await self._peering.viewed(resource.key)
                 self.hand_on(await self._peering.swarm.fetch(
                     resource, sorted(self.flights), priority=model.Priority(self.priority),
                     deadline=trio.current_time() + max(0.0, left_s * share), hops=self.hops, deliver=self.deliver,
@@ -137,18 +139,24 @@ class Peering:
     Of one fetcher.
 
     :swarm: None: there is none (yet); then nothing is taken.
+    :in_use: devices by key: mounted, or being fetched as a whole. Several images may have one layer.
+    :peered: keys of the resources that others have a part in as well, or may have: see `awaited`.
+    :awaited: of these, whose others are not known yet; set when they are.
+    :changed: called when `in_use` has another key, or one less.
     :jobs: under way.
-    :peered: keys of the resources that others have a part in as well.
     :threads: that check and store.
     """
 
     def __init__(self, scheduler: Scheduler, nursery: trio.Nursery) -> None:
         self.scheduler = scheduler
         self.swarm: Swarming
+        self.in_use: dict[str, list[FetchDevice]] = {}
         self.peered: set[str] = set()
+        self.awaited: dict[str, trio.Event] = {}
+        self.changed: Callable[[], None] = lambda: None
+        self.jobs: set[_Job] = set()
         self.threads = trio.CapacityLimiter(SETTLE_THREAD_COUNT)
         self._nursery = nursery
-        self.jobs: set[_Job] = set()
         self._pending: dict[tuple[FetchDevice, Priority, int], list[Flight]] = {}
         self._windows: dict[PeerWindow, PrefetchHandle] = {}
         self._beginning = False
@@ -166,6 +174,53 @@ class Peering:
         for job in self.jobs:
             job.flights.clear()
             job.scope.cancel()
+
+    def use(self, devices: Iterable[FetchDevice]) -> None:
+        """These are in use from now on, before anything of them is fetched."""
+        news = False
+        for device in devices:
+            known = self.in_use.setdefault(device.resource.key, [])
+            news = news or not known
+            known.append(device)
+        if news:
+            self.changed()
+
+    def leave(self, devices: Iterable[FetchDevice]) -> None:
+        """They are not any more; those that were not are passed over."""
+        news = False
+        for device in devices:
+            key = device.resource.key
+            known = self.in_use.get(key, [])
+            if device in known:
+                known.remove(device)
+                if not known:
+                    del self.in_use[key]
+                    self.peered.discard(key)
+                    self.awaited.pop(key, None)
+                    news = True
+        if news:
+            self.changed()
+
+    def await_view(self, key: str) -> None:
+        """Who else has a part in it will be known in a moment: what is asked for until then waits a little."""
+        self.peered.add(key)
+        self.awaited.setdefault(key, trio.Event())
+
+    def view_came(self, key: str, *, others: bool) -> None:
+        """`others`: whether anybody else has a part in it. Also: nobody knows, and it is not waited for."""
+        (self.peered.add if others else self.peered.discard)(key)
+        event = self.awaited.pop(key, None)
+        if event is not None:
+            event.set()
+
+    async def viewed(self, key: str) -> None:
+        """Until that, or for FIRST_VIEW_S. Checkpoint: perhaps."""
+        event = self.awaited.get(key)
+        if event is not None:
+            with trio.move_on_after(FIRST_VIEW_S) as late:
+                await event.wait()
+            if late.cancelled_caught:
+                self.awaited.pop(key, None)    # the others need not wait as well
 
     def takes(self, device: FetchDevice) -> bool:
         """Whether its flights go to peers."""

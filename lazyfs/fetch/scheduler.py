@@ -293,6 +293,7 @@ class Scheduler:
         again: list[Flight] = []
         for flight in transfer.flights:
             if flight.done and flight.error is None:
+                flight.device.origin_chunks += 1
                 self.land(flight)
             elif not flight.done and (flight.waiters or not flight.overtaken):
                 again.extend(self._not_landed(flight, transfer))

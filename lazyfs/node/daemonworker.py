@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     import trio
 
+    from lazyfs.cache.store import CacheDir
     from lazyfs.config import Config
+    from lazyfs.fetch.engine import Fetcher
     from lazyfs.fs.mounter import MounterClient
     from lazyfs.fs.session import FuseSession
     from lazyfs.node.rundir import WorkerDir
@@ -158,7 +160,8 @@ def _ports(config: Config) -> tuple[int, ...]:
     """Where this worker listens."""
     from lazyfs.config.kinds import split_address  # noqa: PLC0415
 
-    return tuple(split_address(one)[1] for one in (config.daemon.health_address, config.profile.collect) if one)
+    peers = config.peers.address if config.peers.enabled else ""
+    return tuple(split_address(one)[1] for one in (config.daemon.health_address, config.profile.collect, peers) if one)
 
 
 async def _serve(
@@ -203,6 +206,7 @@ async def _serve(
             nursery.start_soon(worker.scrubbing.run, place.config.cache)
             nursery.start_soon(_listen, lines, worker)
             _start_services(place.config, directory, worker, nursery)
+            _start_peers(place.config, cache, fetcher, worker, nursery)
             await nursery.start(_watch_term, worker)
             _say(channel, READY)
             nursery.start_soon(worker.resume_prefetch)
@@ -233,6 +237,14 @@ def _start_services(config: Config, directory: WorkerDir, worker: Worker, nurser
         uploads = Uploads(config.profile, directory.contributor, worker.mounts)
         worker.leaving = uploads.leaving
         nursery.start_soon(uploads.run)
+
+
+def _start_peers(config: Config, cache: CacheDir, fetcher: Fetcher, worker: Worker, nursery: trio.Nursery) -> None:
+    if config.peers.enabled:
+        from lazyfs.node.peering import NodePeers  # noqa: PLC0415 - as above
+
+        worker.peers = NodePeers(config.peers, cache, fetcher)
+        nursery.start_soon(worker.peers.run)
 
 
 async def _beat(channel: socket.socket, every_s: float, session: FuseSession) -> None:

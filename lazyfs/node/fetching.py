@@ -162,6 +162,7 @@ class Fetching:
                 self._note(fetch, opened)
                 await trio.to_thread.run_sync(_keep, fetch, opened, self._cache.path)
                 devices = await self._housekeeper.with_room(open_layers, opened, self._cache)
+                self._fetcher.peering.use(devices)
                 await self._all(fetch, devices)
                 fetch.share = Share.of(devices)
                 fetch.become(COMPLETE)
@@ -173,6 +174,7 @@ class Fetching:
             fetch.become(FAILED, known)
             _log.warning("%s: not fetched: %s", fetch.order.image, known)
         finally:
+            self._fetcher.peering.leave(devices)
             for device in devices:
                 device.cached.release()
             if opened is not None:

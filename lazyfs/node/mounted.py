@@ -185,6 +185,8 @@ class MountedImage:
                 served.remove_device(index)
         if self.slot in served.images:
             served.remove_image(self.slot)
+        if self.devices:
+            self.devices[0].fetcher.peering.leave(self.fetch_devices())
         for device in self.devices:
             device.device.cached.release()
         self.devices.clear()

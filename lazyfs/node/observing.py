@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lazyfs.node.copying import Copying
     from lazyfs.node.housekeeping import Housekeeper
     from lazyfs.node.mounted import MountedImage
+    from lazyfs.node.peering import NodePeers
     from lazyfs.node.rundir import WorkerDir
     from lazyfs.node.scrubbing import Scrubbing
 
@@ -69,6 +70,9 @@ class Observed(Protocol):
 
     @property
     def housekeeper(self) -> Housekeeper: ...
+
+    @property
+    def peers(self) -> NodePeers | None: ...
 
 
 class Observer:
@@ -130,7 +134,7 @@ class Observer:
             "flights": len(self._fetcher.flights()), "running": self._fetcher.running(),
             "evicted": dict(self._worker.housekeeper.evicted),
             "minute": self._lately(MINUTE_S), "errors_lately": self._errors_lately(),
-            "space": self._space(looked.get("disk")), **looked,
+            "space": self._space(looked.get("disk")), **looked, **self._peers(),
         }
 
     def statistics(self) -> dict[str, Any]:
@@ -165,6 +169,11 @@ class Observer:
         limits = self._cache.space.limits
         return {"used_bytes": self._cache.space.used_bytes, "quota_bytes": limits.quota_bytes,
                 "floor_bytes": limits.floor.of(disk["size_bytes"]) if disk is not None else None}
+
+    def _peers(self) -> dict[str, Any]:
+        """Nothing where there are none."""
+        peers = self._worker.peers
+        return {} if peers is None else {"peers": peers.describe()}
 
     def _describe_reads(self) -> dict[str, Any]:
         waiting = self._reads.waiting_longer(0.0)

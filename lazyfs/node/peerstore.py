@@ -1,10 +1,10 @@
 """
 What a node gives to its peers: chunks in its cache, and chunks of mounted images that it fetches because they ask.
 
-Layer: node. Who calls: peers.server, by model.Store; node.peering says which devices are in use. On the loop; the disk
-is looked at in threads. State: the devices in use, and those that are only cached and were asked for lately (open for
-IDLE_S). A chunk that was in the cache before is verified once before it is given away: who gives bytes that rotted on
-its disk would be taken for a liar by everybody.
+Layer: node. Who calls: peers.server, by model.Store. On the loop; the disk is looked at in threads. State: devices that
+are only cached and were asked for lately (open for IDLE_S); those in use are known to fetch.peering. A chunk that was
+in the cache before is verified once before it is given away: who gives bytes that rotted on its disk would be taken
+for a liar by everybody.
 """
 
 from __future__ import annotations
@@ -58,23 +58,10 @@ class PeerStore:
     cache: CacheDir
     peering: Peering
     counts: StoreCounts = field(default_factory=StoreCounts)
-    _in_use: dict[str, list[FetchDevice]] = field(default_factory=dict)
     _idle: dict[str, _Idle] = field(default_factory=dict)
     _opening: trio.Lock = field(default_factory=trio.Lock)
     _threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREAD_COUNT))
     _verified: WeakKeyDictionary[CachedDevice, bytearray] = field(default_factory=WeakKeyDictionary)
-
-    def add(self, device: FetchDevice) -> None:
-        """It is in use from now on; several may be of one layer."""
-        self._in_use.setdefault(device.resource.key, []).append(device)
-
-    def remove(self, device: FetchDevice) -> None:
-        """It is not any more."""
-        devices = self._in_use.get(device.resource.key, [])
-        if device in devices:
-            devices.remove(device)
-        if not devices:
-            self._in_use.pop(device.resource.key, None)
 
     async def run(self) -> None:
         """Close what nobody asked for lately; everything at the end."""
@@ -113,7 +100,7 @@ class PeerStore:
 
     def _find(self, resource: Resource) -> FetchDevice | None:
         """A device in use, retained."""
-        for device in self._in_use.get(resource.key, ()):
+        for device in self.peering.in_use.get(resource.key, ()):
             _check(device.cached, resource)
             if device.cached.try_retain():
                 return device

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lazyfs.fs.mounter import MounterClient
     from lazyfs.fs.served import Served
     from lazyfs.node.order import MountOrder
+    from lazyfs.node.peering import NodePeers
     from lazyfs.node.rundir import MountRecord
 
 _TEND_S = 2.0                    # how soon a foreign umount(8), or a complete image, is noticed
@@ -83,6 +84,7 @@ class Worker:
         self.observer = Observer(directory, cache, fetcher, served, self)
         self.copying = Copying(fetcher, cache, self.housekeeper, directory, mounts=self._mounts.values,
                                note=self._note_again, ended=self.finish_if_idle)
+        self.peers: NodePeers | None = None    # where [peers] is configured
         self.leaving: Callable[[MountedImage], None] = lambda _: None   # told of every mount that ends
         self.closing = False
         self.dissolving = False           # nothing is served, and nobody is to come after us
@@ -223,6 +225,8 @@ class Worker:
     def shut_down(self) -> None:
         """Begin to end: no new requests."""
         self.closing = True
+        if self.peers is not None:
+            self.peers.ends(leaves=self.dissolving)
         self.finished.set()
 
     def _mounter_lost(self) -> None:
@@ -326,6 +330,7 @@ class Worker:
                 mounted.release(self._served)
                 return        # the next round takes its record away
             restore.serve(mounted, record, self._served)
+            self._fetcher.peering.use(mounted.fetch_devices())
         except Exception as error:  # noqa: BLE001 - one broken image must not keep the others from being served
             if offline or str(error) != self._broken[record.slot].reason:
                 _log.error("%s (%s) cannot be served: %s", record.target, record.image, error)
