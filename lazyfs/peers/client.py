@@ -21,12 +21,13 @@ from lazyfs.errors import FormatError, PeerBusyError, PeerError, PeerLacksError
 from lazyfs.peers import handshake, wire
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.model import SILENCE_S, Piece
+from lazyfs.peers.tlsfiles import check_server
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from lazyfs.peers.model import Gate, Member, PieceRequest, Resource
+    from lazyfs.peers.tlsfiles import TlsFiles
 
 _CONNECT_S = 1.0                 # name, TCP, TLS and upgrade: a peer is near, or not worth the wait
 _IDLE_S = 30.0                   # then an idle connection is closed; the server's bound is larger
@@ -45,12 +46,12 @@ class PeerClient:
     :connections: that were made; requests: that were sent. For who describes the node.
     """
 
-    def __init__(self, gate: Gate, *, context: ssl.SSLContext | None = None, connect_s: float = _CONNECT_S) -> None:
-        """`context`: of TLS, with our certificate; None: plain."""
+    def __init__(self, gate: Gate, *, tls: TlsFiles | None = None, connect_s: float = _CONNECT_S) -> None:
+        """`tls`: our certificate, and whose are believed; None: plain."""
         self.connections = 0
         self.requests = 0
         self._gate = gate
-        self._context = context
+        self._tls = tls
         self._connect_s = connect_s
         self._idle: dict[_Connection, None] = {}     # longest first
         self._closed = False
@@ -95,14 +96,14 @@ class PeerClient:
                         hint="is it running, and may this node reach its port? lazyfs doctor looks")
 
     async def _connect(self, member: Member) -> _Connection:
-        host, port = split_address(member.address)
         try:
+            host, port = split_address(member.address)
             stream = await trio.open_tcp_stream(host, port)
-        except OSError as error:
-            raise PeerError(f"{member.id} at {member.address}: {error.strerror or error}") from error
+        except (OSError, ValueError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PeerError(f"{member.id} at {member.address}: {reason}") from error
         try:
-            channel = Channel(stream if self._context is None else trio.SSLStream(
-                stream, self._context, server_hostname=host, https_compatible=True))
+            channel = Channel(stream if self._tls is None else await _secure(stream, self._tls, member, host))
             await handshake.ask(channel, member.address)
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -129,6 +130,19 @@ class PeerClient:
     async def _drop(self, connection: _Connection) -> None:
         self._idle.pop(connection, None)
         await connection.channel.close()
+
+
+async def _secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host: str,
+                  ) -> trio.SSLStream[trio.SocketStream]:
+    """TLS, with the very member that was meant. Raises PeerError, ConfigError."""
+    secure = trio.SSLStream(stream, tls.client(), server_hostname=host, https_compatible=True)
+    try:
+        await secure.do_handshake()
+    except (trio.BrokenResourceError, OSError) as error:
+        raise PeerError(f"{member.id} at {member.address}: no TLS: {error.__cause__ or error}",
+                        hint="the nodes' certificates are of one authority, [peers] ca_file") from error
+    check_server(secure.getpeercert(), member)
+    return secure
 
 
 class _Connection:

@@ -22,10 +22,10 @@ from lazyfs.peers.channel import Channel
 from lazyfs.peers.hop import Hop
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Sequence
 
     from lazyfs.peers.model import Gate, PieceRequest, Store
+    from lazyfs.peers.tlsfiles import TlsFiles
     from lazyfs.peers.uploads import Uploads
 
 _HANDSHAKE_S = 5.0               # from accept to the upgrade, TLS included
@@ -37,7 +37,7 @@ _log = logging.getLogger("lazyfs.peers.server")
 
 
 async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Gate, uploads: Uploads, *,
-                context: ssl.SSLContext | None = None, hop: Hop | None = None,
+                tls: TlsFiles | None = None, hop: Hop | None = None,
                 better: Callable[[PieceRequest], tuple[str, ...]] | None = None) -> None:
     """
     Answer peers until cancelled. The listeners are closed at the end.
@@ -47,12 +47,12 @@ async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Ga
         store: what is served.
         gate: who may have it.
         uploads: how much of it; its counters say what was done.
-        context: of TLS; None: plain.
+        tls: our certificate, and whose are believed; None: plain.
         hop: decides what is compressed; None: one with the usual bounds.
         better: for a request that finds no room here: host:port of members that are known to have it.
 
     """
-    server = _Server(store, gate, uploads, context=context, hop=hop or Hop(), better=better)
+    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(server.accept, listener, nursery)
@@ -65,11 +65,11 @@ class _Queued(NamedTuple):
 
 
 class _Server:
-    def __init__(self, store: Store, gate: Gate, uploads: Uploads, *, context: ssl.SSLContext | None, hop: Hop,
+    def __init__(self, store: Store, gate: Gate, uploads: Uploads, *, tls: TlsFiles | None, hop: Hop,
                  better: Callable[[PieceRequest], tuple[str, ...]] | None) -> None:
         self.store = store
         self.uploads = uploads
-        self.context = context
+        self.tls = tls
         self.hop = hop
         self.better = better
         self.idle: dict[_Connection, None] = {}      # longest first
@@ -143,9 +143,9 @@ class _Connection:
         """Raises PeerError, FormatError and others: it is over."""
         self._server.idle[self] = None
         with trio.move_on_after(_HANDSHAKE_S) as shaking:
-            context = self._server.context
-            channel = Channel(stream if context is None else trio.SSLStream(
-                stream, context, server_side=True, https_compatible=True))
+            tls = self._server.tls
+            channel = Channel(stream if tls is None else trio.SSLStream(
+                stream, tls.server(), server_side=True, https_compatible=True))
             upgraded = await handshake.answer(channel)
         if shaking.cancelled_caught or not upgraded:
             await _say_goodbye(stream)
