@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lazyfs import config
-
     from lazyfs.peers.tokens import NodeKey
     from lazyfs.peers.trackerclient import Reply, TrackerClient
 

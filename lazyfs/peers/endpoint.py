@@ -19,7 +19,7 @@ import trio
 from lazyfs.config import split_address
 from lazyfs.peers.announce import Report
 from lazyfs.peers.client import PeerClient
-from lazyfs.peers.gate import OpenGate
+from lazyfs.peers.gate import OpenGate, TokenGate
 from lazyfs.peers.health import Fault
 from lazyfs.peers.server import serve
 from lazyfs.peers.swarm import Swarm, SwarmLimits
@@ -80,7 +80,7 @@ class Endpoint:
                      if settings.cert_file else None)
         if self._tls is not None:
             self._tls.load()
-        self.client = PeerClient(self.gate, context=self._tls.client() if self._tls is not None else None)
+        self.client = PeerClient(self.gate, tls=self._tls)
         self.swarm = Swarm(self.me, self.client, SwarmLimits(download_rate=settings.download_rate))
         self.uploads = Uploads(UploadLimits(rate=settings.upload_rate, concurrent=settings.upload_concurrent))
         self.membership = open_membership(settings, self.me, self)
@@ -92,6 +92,8 @@ class Endpoint:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.client.run)
             nursery.start_soon(self.membership.run)
+            if isinstance(self.gate, TokenGate):
+                nursery.start_soon(self.gate.run)
             nursery.start_soon(self._serve)
 
     async def _serve(self) -> None:
@@ -99,8 +101,7 @@ class Endpoint:
         self.port = listeners[0].socket.getsockname()[1]
         _log.info("peers: listening", extra={"fields": {"address": self._listen_at, "member": self.me.id,
                                                         "as": self.me.address}})
-        await serve(listeners, self._store, self.gate, self.uploads, better=self._better,
-                    context=self._tls.server() if self._tls is not None else None)
+        await serve(listeners, self._store, self.gate, self.uploads, better=self._better, tls=self._tls)
 
     async def _listen(self) -> list[trio.SocketListener]:
         said = False
