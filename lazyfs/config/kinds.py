@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGTkmgt][Ii]?[Bb]|[Bb]?)"
+_SIZE = r"(\d{1,19}(?:\.\d{1,6})?) ?([KMGTkmgt][Ii]?[Bb]|[Bb]?)"
 _PERCENT = r"(\d{1,2}(?:\.\d{1,3})?) ?%"
 _NAME = r"[A-Za-z0-9._-]{1,128}"
 _HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
