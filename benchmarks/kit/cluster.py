@@ -97,9 +97,15 @@ class Node:
         self.signal(signal.SIGKILL)
 
     def peers(self) -> dict[str, Any]:
-        """What the worker says of its peers: its statistics' part."""
-        found: dict[str, Any] = self.daemon.statistics().get("peers", {})
+        """What the worker says of its peers (node.peering): {} while it does not."""
+        found: dict[str, Any] = self.daemon.status().get("peers", {})
         return found
+
+    def takes_part(self) -> bool:
+        """It listens, and a tracker (if there is one) has answered it."""
+        found = self.peers()
+        membership = found.get("membership", {})
+        return bool(found.get("listens") and not membership["lost_s"] and membership.get("tracker", "static"))
 
     def close(self) -> None:
         if self._daemon is not None:
@@ -200,26 +206,19 @@ class Cluster:
         _wait(f"the tracker at {address} answers", lambda: self.control.reach(lambda: _is_ready(address)), server)
         return server
 
-    def start(self) -> None:
-        """Start all daemons at once; returns when each knows all members."""
+    def start(self, **peers: str) -> None:
+        """Start all daemons at once; returns when they take part. `peers`: as of Node.start."""
         for node in self.nodes:
-            node.start(ready=False)
+            node.start(ready=False, **peers)
         for node in self.nodes:
             node.daemon.wait_ready()
-        if self.discovery != "none":
-            self.wait_members(len(self.nodes))
+        for node in self.nodes if self.discovery != "none" else ():
+            _wait(f"{node.name} takes part", node.takes_part, None)
 
     def mount(self, image: str, *, prefetch: bool = True) -> None:
         """On all nodes at once."""
         with ThreadPoolExecutor(len(self.nodes)) as pool:
             list(pool.map(lambda node: node.mount(image, prefetch=prefetch), self.nodes))
-
-    def wait_members(self, count: int) -> None:
-        """Until each running node knows so many, itself included. Raises ToolError."""
-        for node in self.nodes:
-            if node._daemon is not None:  # noqa: SLF001 - our own
-                _wait(f"{node.name} knows {count} members",
-                      lambda node=node: len(node.peers().get("members", ())) >= count, None)  # type: ignore[misc]
 
 
 def _is_ready(address: str) -> bool:

@@ -123,6 +123,14 @@ class NodeDaemon:
             answer: dict[str, Any] = client.request(STATS, 10.0)
             return answer
 
+    def status(self) -> dict[str, Any]:
+        """All that the worker says of itself."""
+        from lazyfs.node.protocol import STATUS, ControlClient  # noqa: PLC0415 - only some rows ask
+
+        with ControlClient.connect(self._run / "daemon" / "control.sock") as client:
+            answer: dict[str, Any] = client.request(STATUS, 10.0)
+            return answer
+
     def copies(self) -> list[dict[str, Any]]:
         """Of each mounted image: how much of it is there (node.copying)."""
         from lazyfs.node.protocol import COPIES, ControlClient  # noqa: PLC0415 - only some rows ask
