@@ -15,6 +15,7 @@ from lazyfs.peers.model import Priority
 
 TIMES = 1.5                  # of the 95th percentile,
 TIMES_MEDIAN = 4.0           # but no more than this of the median: one slow peer of eight is more than 5 %
+ANEW = 4                     # pieces: so often it is worked out anew
 SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
@@ -26,29 +27,38 @@ CREDIT_MAX = 8.0             # and some at once
 class _Class:
     latencies: Latencies
     credit: float
+    least: float
+    most: float
+    delay_s: float
+    median_s: float = 0.0
+    news: int = 0
 
 
 class Pace:
     """Of all of a swarm's peers together; what somebody waits for and what not are two things."""
 
     def __init__(self) -> None:
-        self._foreground = _Class(Latencies(256), CREDIT_MAX)
-        self._bulk = _Class(Latencies(256), CREDIT_MAX)
+        self._foreground = _Class(Latencies(256), CREDIT_MAX, *FOREGROUND_S, FOREGROUND_S[1])
+        self._bulk = _Class(Latencies(256), CREDIT_MAX, *BULK_S, BULK_S[1])
 
     def add(self, priority: Priority, seconds: float) -> None:
         """A piece has come, so long after it was asked for, or after the one before it."""
-        self._of(priority).latencies.add(seconds)
+        kind = self._of(priority)
+        kind.latencies.add(seconds)
+        kind.news += 1
+        if kind.news == ANEW:
+            kind.news = 0
+            kind.median_s = kind.latencies.quantile(0.5)
+            if len(kind.latencies) >= SAMPLES_MIN:
+                usual = min(TIMES * kind.latencies.quantile(0.95), TIMES_MEDIAN * kind.median_s)
+                kind.delay_s = min(kind.most, max(kind.least, usual))
 
     def delay_s(self, priority: Priority) -> float:
-        latencies = self._of(priority).latencies
-        least, most = FOREGROUND_S if priority is Priority.FOREGROUND else BULK_S
-        if len(latencies) < SAMPLES_MIN:
-            return most
-        usual = min(TIMES * latencies.quantile(0.95), TIMES_MEDIAN * latencies.quantile(0.5))
-        return min(most, max(least, usual))
+        return self._of(priority).delay_s
 
     def median_s(self, priority: Priority) -> float:
-        return self._of(priority).latencies.quantile(0.5)
+        """Half of the pieces take less; 0.0 until some have come."""
+        return self._of(priority).median_s
 
     def asked(self, priority: Priority) -> None:
         """A request was made: some of a hedge is allowed by it."""

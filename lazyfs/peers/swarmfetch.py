@@ -52,7 +52,8 @@ class SwarmFetch:
         self._attempts: set[Attempt] = set()
         self._delivering: set[int] = set()
         self._origin: list[int] = []
-        self._changed = trio.Event()
+        self._ended = trio.Event()            # nothing is missing, or it has failed
+        self._sleep = trio.CancelScope()      # of _work, until something is late
         self._failure: LazyfsError | None = None
 
     async def run(self) -> list[int]:
@@ -69,10 +70,9 @@ class SwarmFetch:
             async with trio.open_nursery() as nursery:
                 for attempt in self._attempts:
                     nursery.start_soon(self._ask, attempt, nursery)
-                while self._missing and self._failure is None:
-                    with trio.move_on_at(self._wake_at()):
-                        await self._changed.wait()
-                    self._changed = trio.Event()
+                while not self._ended.is_set():
+                    with trio.CancelScope(deadline=self._wake_at()) as self._sleep:
+                        await self._ended.wait()
                     self._look(nursery)
                 nursery.cancel_scope.cancel()
 
@@ -145,6 +145,7 @@ class SwarmFetch:
         if again and self._priority is not Priority.FOREGROUND and self._now() + pause < self._deadline:
             way.busy_rounds += 1
             way.again_at, way.retry_after, way.next = self._now() + pause, math.inf, 0
+            self._sleep.deadline = min(self._sleep.deadline, way.again_at)
         else:
             self._to_origin(list(way.missing))
 
@@ -159,7 +160,8 @@ class SwarmFetch:
             self._give_origin(sorted(indexes))
         else:
             self._origin += indexes
-        self._changed.set()
+        if not self._missing:
+            self._ended.set()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -171,7 +173,8 @@ class SwarmFetch:
             yield {index: ways[position] for index, position in pieces[first:first + most]}
 
     def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None) -> None:
-        attempt = Attempt(member, here_only, pieces, self._now(), self._swarm.random.uniform(0.9, 1.2))
+        now = self._now()
+        attempt = Attempt(member, here_only, pieces, now, self._swarm.random.uniform(0.9, 1.2))
         health = self._swarm.health.of(member.id)
         health.running += 1
         health.requests += 1
@@ -180,6 +183,7 @@ class SwarmFetch:
         self._attempts.add(attempt)
         for way in set(pieces.values()):
             way.running += 1
+        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt, attempt.moved_at))
         if nursery is not None:
             nursery.start_soon(self._ask, attempt, nursery)
 
@@ -199,9 +203,9 @@ class SwarmFetch:
         except LazyfsError as error:    # no token to show it, or deliver's own
             self._swarm.health.refused(attempt.member.id, self._resource.key, str(error), self._now())
         finally:
-            self._ended(attempt)
-        self._advance([way for way in self._open_ways(attempt) if not way.running], nursery)
-        self._changed.set()
+            self._close(attempt)
+        if self._missing:
+            self._advance([way for way in self._open_ways(attempt) if not way.running], nursery)
 
     async def _receive(self, attempt: Attempt) -> None:
         swarm, resource = self._swarm, self._resource
@@ -240,12 +244,12 @@ class SwarmFetch:
             good = await self._deliver(piece, member)
         except LazyfsError as error:
             self._failure = error
-            self._changed.set()
+            self._ended.set()
             return False
         finally:
             attempt.ours = False
             self._delivering.discard(index)
-            attempt.moved_at = self._now()
+        attempt.moved_at = self._now()
         if not good:
             swarm.health.lied(member.id, f"{self._resource.key}: piece {index} has another digest", self._now())
             return False
@@ -293,9 +297,9 @@ class SwarmFetch:
                     if not other.left:
                         other.scope.cancel()
         if not self._missing:
-            self._changed.set()
+            self._ended.set()
 
-    def _ended(self, attempt: Attempt) -> None:
+    def _close(self, attempt: Attempt) -> None:
         health = self._swarm.health.of(attempt.member.id)
         health.running -= 1
         health.late -= attempt.late
@@ -327,11 +331,12 @@ class SwarmFetch:
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _due_at(self, attempt: Attempt) -> float:
+    def _due_at(self, attempt: Attempt, now: float) -> float:
         """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
         if attempt.ours:
             return math.inf
-        if self._is_slow(attempt.member):
+        health = self._swarm.health.of(attempt.member.id)
+        if health.slow_until > now:
             return attempt.moved_at
         since = max(attempt.moved_at, attempt.looked_at)
         delay = self._swarm.pace.delay_s(self._priority) * attempt.jitter
@@ -339,18 +344,17 @@ class SwarmFetch:
             return since + HERE_TIMES * delay
         if self._priority is Priority.FOREGROUND:
             return since + delay
-        alive_at = self._swarm.health.of(attempt.member.id).moved_at
-        return max(since + delay, min(alive_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
+        return max(since + delay, min(health.moved_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
 
     def _wake_at(self) -> float:
-        times = [self._due_at(attempt) for attempt in self._attempts]
-        times += [way.again_at for way in self._all_ways]
-        return min(times, default=math.inf)
+        now = self._now()
+        return min(*(self._due_at(attempt, now) for attempt in self._attempts),
+                   *(way.again_at for way in self._all_ways), math.inf)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
-        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
+        for attempt in [one for one in self._attempts if self._due_at(one, now) <= now]:
             self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:
