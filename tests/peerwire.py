@@ -17,11 +17,11 @@ from lazyfs.peers.server import serve
 from lazyfs.peers.uploads import UploadLimits, Uploads
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
     from lazyfs.peers.hop import Hop
+    from lazyfs.peers.tlsfiles import TlsFiles
 
 
 def resource_of(size: int, piece_size: int = 64 << 10, name: bytes = b"a device") -> Resource:
@@ -116,18 +116,18 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def pair_of(store: FileStore, limits: UploadLimits | None = None, *, hop: Hop | None = None,
-                  contexts: tuple[ssl.SSLContext | None, ssl.SSLContext | None] = (None, None),
+                  tls: tuple[TlsFiles | None, TlsFiles | None] = (None, None),
                   better: tuple[str, ...] = ()) -> AsyncIterator[Pair]:
-    """`contexts`: of the server, of the client."""
+    """`tls`: of the server, of the client."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     gate, uploads = OpenGate(), Uploads(limits or UploadLimits())
-    client = PeerClient(gate, context=contexts[1])
+    client = PeerClient(gate, tls=tls[1])
     pair = Pair(store, Member("server", f"127.0.0.1:{port}"), client, gate, uploads)
 
     async def run_server() -> None:
         with pair.server:
-            await serve(listeners, store, gate, uploads, context=contexts[0], hop=hop,
+            await serve(listeners, store, gate, uploads, tls=tls[0], hop=hop,
                         better=(lambda _: better) if better else None)
 
     try:

@@ -43,6 +43,7 @@ class FetchDevice:
 
     :hot: which of its blocks are in the image's hot device too; None: there is none, or this is it.
     :resource: what peers call it.
+    :image: what it is of, as its owner says it (node: MountOrder); None: nobody said.
     :origin_chunks: so many of its chunks this node has had from the registry since it was opened.
     :touched: one byte a chunk, 1 once a read asked for it (and was not answered by the hot device).
     :touched_stored_bytes: what these chunks are in their blobs; the least that the link has to carry.
@@ -53,6 +54,7 @@ class FetchDevice:
     blobs: Sequence[Blob]
     hot: HotView | None = None
     resource: Resource = field(init=False)
+    image: object = field(init=False, default=None)
     origin_chunks: int = field(init=False, default=0)
     touched: bytearray = field(init=False)
     touched_stored_bytes: int = field(init=False, default=0)

@@ -175,10 +175,11 @@ class Peering:
             job.flights.clear()
             job.scope.cancel()
 
-    def use(self, devices: Iterable[FetchDevice]) -> None:
-        """These are in use from now on, before anything of them is fetched."""
+    def use(self, devices: Iterable[FetchDevice], image: object = None) -> None:
+        """These, of that image (FetchDevice.image), are in use from now on, before anything of them is fetched."""
         news = False
         for device in devices:
+            device.image = image
             known = self.in_use.setdefault(device.resource.key, [])
             news = news or not known
             known.append(device)

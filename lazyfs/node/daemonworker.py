@@ -242,8 +242,11 @@ def _start_services(config: Config, directory: WorkerDir, worker: Worker, nurser
 def _start_peers(config: Config, cache: CacheDir, fetcher: Fetcher, worker: Worker, nursery: trio.Nursery) -> None:
     if config.peers.enabled:
         from lazyfs.node.peering import NodePeers  # noqa: PLC0415 - as above
+        from lazyfs.node.peerproof import NodeProver  # noqa: PLC0415
+        from lazyfs.peers.authority import make_gate  # noqa: PLC0415
 
-        worker.peers = NodePeers(config.peers, cache, fetcher)
+        prover = NodeProver(fetcher.peering.in_use)
+        worker.peers = NodePeers(config.peers, cache, fetcher, lambda me: make_gate(config.peers, me.id, prover))
         nursery.start_soon(worker.peers.run)
 
 

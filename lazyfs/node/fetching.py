@@ -162,7 +162,7 @@ class Fetching:
                 self._note(fetch, opened)
                 await trio.to_thread.run_sync(_keep, fetch, opened, self._cache.path)
                 devices = await self._housekeeper.with_room(open_layers, opened, self._cache)
-                self._fetcher.peering.use(devices)
+                self._fetcher.peering.use(devices, fetch.order)
                 await self._all(fetch, devices)
                 fetch.share = Share.of(devices)
                 fetch.become(COMPLETE)

@@ -73,7 +73,7 @@ class Mounting:
 
         """
         await self._housekeeper.with_room(open_devices, mounted, self._cache, self._fetcher)
-        self._fetcher.peering.use(mounted.fetch_devices())
+        self._fetcher.peering.use(mounted.fetch_devices(), mounted.order)
         fetch_ahead(mounted)
         try:
             mounted.opened, tree = await self._housekeeper.with_room(store_tree, mounted.opened, erofs, mounted.order)

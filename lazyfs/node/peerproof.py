@@ -1,7 +1,7 @@
 """
 What proves this node's right to the data of its images, for tokens: the credential that their registry takes.
 
-Layer: node. Who calls: node.peering tells which images there are; peers.authority asks for proofs. State: of each image
+Layer: node. Who calls: node.daemonworker makes one; peers.authority asks it for proofs. State: of each image in use
 whose data was asked for, a client of its registry (no mirror: a mirror's word is no proof), which bootstrap layer it
 has, and what was shown last. Registries are asked in threads, LOOK_S at most.
 
@@ -21,7 +21,8 @@ import trio
 from lazyfs.errors import AuthError, LazyfsError, NotFoundError, PeerError, PeerRefusedError, SourceError
 from lazyfs.image.digest import Digest
 from lazyfs.image.manifest import parse_lazy_manifest, parse_manifest
-from lazyfs.peers.tokenwire import Proof
+from lazyfs.node.order import MountOrder
+from lazyfs.peers.tokenwire import KEY_COUNT_MAX, Proof
 from lazyfs.registry.client import RegistryClient
 from lazyfs.registry.proving import show_right
 from lazyfs.registry.reference import RegistryReference, parse_reference
@@ -29,10 +30,10 @@ from lazyfs.registry.remote import RegistrySource
 from lazyfs.registry.select import select_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from lazyfs.fetch.device import FetchDevice
     from lazyfs.image.manifest import LazyBootstrap
-    from lazyfs.node.order import MountOrder
     from lazyfs.registry.options import Secret
 
 LOOK_S = 8.0                     # a registry; the gate waits less, what comes later counts the next time
@@ -42,10 +43,9 @@ _THREADS: Final = 4
 
 @dataclass(eq=False)
 class _Image:
-    """One mounted image. What a thread does to it, it does under `lock`."""
+    """One image in use. What a thread does to it, it does under `lock`."""
 
     order: MountOrder
-    keys: frozenset[str]
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     client: RegistryClient | None = field(default=None, repr=False)
     bootstrap: LazyBootstrap | None = None
@@ -55,32 +55,39 @@ class _Image:
 
 
 class NodeProver:
-    """authority.Prover over the images of a node. On the loop."""
+    """authority.Prover over the devices that a node uses. On the loop."""
 
-    def __init__(self) -> None:
-        self._images: dict[object, _Image] = {}
+    def __init__(self, in_use: Mapping[str, Sequence[FetchDevice]]) -> None:
+        """`in_use`: as fetch.peering has it: devices by Resource.key, each with the order that it is of."""
+        self._in_use = in_use
+        self._images: dict[int, _Image] = {}     # by id of the order, which they hold
         self._threads = trio.CapacityLimiter(_THREADS)
 
-    def add(self, name: object, order: MountOrder, keys: Iterable[str]) -> None:
-        """An image is mounted: `keys` are Resource.key of its devices, the hot one among them."""
-        self._images[name] = _Image(order, frozenset(keys))
-
-    async def remove(self, name: object) -> None:
-        """It is not any more."""
-        image = self._images.pop(name, None)
-        if image is not None:
-            await trio.to_thread.run_sync(_close, image, abandon_on_cancel=True, limiter=self._threads)
+    async def _current(self) -> dict[int, set[str]]:
+        """Keys of the devices of each image, by id of its order; images that are gone are forgotten."""
+        found: dict[int, set[str]] = {}
+        for key, devices in self._in_use.items():
+            for device in devices:
+                order = device.image
+                if isinstance(order, MountOrder):
+                    self._images.setdefault(id(order), _Image(order))
+                    found.setdefault(id(order), set()).add(key)
+        for name in self._images.keys() - found.keys():
+            await trio.to_thread.run_sync(_close, self._images.pop(name), abandon_on_cancel=True,
+                                          limiter=self._threads)
+        return found
 
     async def proofs(self, keys: Sequence[str]) -> Sequence[tuple[Proof, Sequence[str]]]:
         """See authority.Prover. As few images as have all of `keys` among them."""
         found: list[tuple[Proof, Sequence[str]]] = []
-        left, candidates = set(keys), list(self._images.values())
+        left, candidates = set(keys), await self._current()
         failure: LazyfsError | None = None
         while left and candidates:
             now = trio.current_time()
-            best = max(candidates, key=lambda image: (image.refused_until <= now, len(image.keys & left)))
-            candidates.remove(best)
-            covered = best.keys & left
+            name = max(candidates, key=lambda one: (self._images[one].refused_until <= now,
+                                                    len(candidates[one] & left)))
+            best, whole = self._images[name], candidates.pop(name)
+            covered = whole & left
             if not covered:
                 continue
             try:
@@ -89,7 +96,7 @@ class NodeProver:
                 failure = error
                 best.refused_until = now + REFUSED_S
                 continue
-            found.append((proof, sorted(covered)))
+            found.append((proof, [*covered, *(whole - covered)][:KEY_COUNT_MAX]))     # the others are wanted soon
             left -= covered
         if not found and isinstance(failure, SourceError) and failure.transient:
             raise PeerError(f"no proof of a right: {failure}", hint=failure.hint)

@@ -330,7 +330,7 @@ class Worker:
                 mounted.release(self._served)
                 return        # the next round takes its record away
             restore.serve(mounted, record, self._served)
-            self._fetcher.peering.use(mounted.fetch_devices())
+            self._fetcher.peering.use(mounted.fetch_devices(), mounted.order)
         except Exception as error:  # noqa: BLE001 - one broken image must not keep the others from being served
             if offline or str(error) != self._broken[record.slot].reason:
                 _log.error("%s (%s) cannot be served: %s", record.target, record.image, error)

@@ -15,22 +15,10 @@ import trustme
 from lazyfs.errors import ConfigError, PeerError
 from lazyfs.peers.model import Member
 from lazyfs.peers.tlsfiles import TlsFiles, check_server
+from tests.certkit import issue
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def issue(directory: Path, authority: trustme.CA, *names: str, believes: trustme.CA | None = None) -> TlsFiles:
-    """A node's three files."""
-    directory.mkdir(exist_ok=True)
-    leaf = authority.issue_cert(*names)
-    for name, blobs in (("cert", leaf.cert_chain_pems), ("key", [leaf.private_key_pem]),
-                        ("ca", [(believes or authority).cert_pem])):
-        path = directory / f"{name}.new"
-        path.write_bytes(b"".join(blob.bytes() for blob in blobs))
-        path.chmod(0o600)
-        path.replace(directory / f"{name}.pem")
-    return TlsFiles("peers", *(str(directory / f"{name}.pem") for name in ("cert", "key", "ca")))
 
 
 def talk(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any]:
