@@ -43,6 +43,7 @@ COMMANDS = {
     "snapshotter": ("lazyfs.cli.snapshotter:snapshotter_command", "Serve containerd's snapshots; lazy images too."),
     "mirror": ("lazyfs.cli.mirror:mirror_command", "Serve ordinary images to this node's container runtime."),
     "tracker": ("lazyfs.cli.tracker:tracker_command", "Tell the nodes of clusters of each other."),
+    "peers": ("lazyfs.cli.peers:peers_command", "Show with whom this node shares chunks, and how that goes."),
     "config": ("lazyfs.cli.config:config_command", "Check or show the configuration."),
     "cache": ("lazyfs.cli.cache:cache_command", "Show what is cached on this node; make room."),
     "pull": ("lazyfs.cli.pull:pull_command", "Pull an image into containerd, lazily."),

@@ -112,6 +112,7 @@ def _worker(told: dict[str, Any], *, is_daemon: bool) -> Iterator[str]:
         yield f"  trouble   {trouble['what']}: {trouble['why']}, since {_since(trouble['since'], told['time'])}"
     yield from _reads(told)
     yield from _sources(told)
+    yield from _peers(told)
     yield from _snapshotter(told)
     yield from _mounts(told)
 
@@ -177,6 +178,21 @@ def _sources(told: dict[str, Any]) -> Iterator[str]:
             since = f" since {_since(one['since'], told['time'])}" if one.get("since") else ""
             yield f"  {title:<9} server {one['server']}: {one['state']}{since}: {one['why']}"
             title = ""
+
+
+def _peers(told: dict[str, Any]) -> Iterator[str]:
+    peers = told.get("peers")
+    if peers is None:
+        return
+    if peers["why"]:
+        yield f"  peers     none: {peers['why']}"
+        return
+    membership = peers["membership"]
+    away = sum(bool(one["away"]) for one in peers["peers"])
+    lost = f"; {membership['kind']} lost for {_span(membership['lost_s'])}" if membership["lost_s"] else ""
+    yield (f"  peers     {membership['members']} members of {peers['cluster']}{lost}; "
+           f"{format_bytes(told['fetch']['peer_bytes'])} came, {format_bytes(peers['uploads']['bytes'])} went"
+           + (f"; {away} left alone: lazyfs peers" if away else ""))
 
 
 def _snapshotter(told: dict[str, Any]) -> Iterator[str]:

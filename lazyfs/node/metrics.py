@@ -110,6 +110,18 @@ def _summed(pairs: Iterable[tuple[str, float]]) -> Values:
     return [((name,), number) for name, number in found.items()]
 
 
+def _peer_sums(snapshot: Snapshot, *kinds: str) -> Values:
+    """Sums over the peers that are known."""
+    known = snapshot.get("peers", {}).get("peers")
+    return [] if known is None else [((kind,), float(sum(one[kind] for one in known))) for kind in kinds]
+
+
+def _left_alone(snapshot: Snapshot) -> Values:
+    known = snapshot.get("peers", {}).get("peers")
+    return [] if known is None else [((why,), float(sum(one["away"] == why for one in known)))
+                                     for why in ("lied", "gone", "busy")]
+
+
 def _hits(snapshot: Snapshot) -> Values:
     return _several(("hit", ("fetch", "hits")), ("miss", ("fetch", "misses")))(snapshot)
 
@@ -205,6 +217,36 @@ METRICS: tuple[Metric, ...] = (
            _one("cache", "checkpoint_errors")),
     Metric("lazyfs_cache_troubles", GAUGE, (), "What fails on its disk now (`lazyfs status` says what, and why).",
            _troubles),
+    # --- peers
+    Metric("lazyfs_source_bytes_total", COUNTER, ("source",),
+           "Bytes that came: of registries and their mirrors (registry, compressed), of peers (peer, as they are).",
+           _several(("registry", ("fetch", "fetched_stored_bytes")), ("peer", ("fetch", "peer_bytes")))),
+    Metric("lazyfs_peer_chunks_total", COUNTER, (), "Of lazyfs_chunks_fetched_total: peers gave them.",
+           _one("fetch", "peer_chunks")),
+    Metric("lazyfs_peer_members", GAUGE, (), "Members that this node knows, itself included.",
+           _one("peers", "membership", "members")),
+    Metric("lazyfs_peer_lost_seconds", GAUGE, (), "For how long no tracker (or DNS) has answered; 0: one does.",
+           _one("peers", "membership", "lost_s")),
+    Metric("lazyfs_peer_requests_total", COUNTER, (), "Requests sent to peers.", _one("peers", "counters", "requests")),
+    Metric("lazyfs_peer_hedges_total", COUNTER, (), "Of these, because another one was late.",
+           _one("peers", "counters", "hedges")),
+    Metric("lazyfs_peer_duplicate_bytes_total", COUNTER, (), "Bytes that came twice, because of that.",
+           _one("peers", "counters", "duplicate_bytes")),
+    Metric("lazyfs_peer_failures_total", COUNTER, ("kind",),
+           "Requests that peers did not answer, or answered with wrong bytes; of the peers that are known now.",
+           lambda snapshot: _peer_sums(snapshot, "failures", "busy", "wrong_pieces")),
+    Metric("lazyfs_peers_left_alone", GAUGE, ("why",), "Peers that are not asked now.", _left_alone),
+    Metric("lazyfs_peer_uploads_total", COUNTER, (), "Requests of peers answered.",
+           _one("peers", "uploads", "requests")),
+    Metric("lazyfs_peer_uploads_refused_total", COUNTER, (), "Requests of peers sent elsewhere: too many.",
+           _one("peers", "uploads", "refused")),
+    Metric("lazyfs_peer_uploaded_bytes_total", COUNTER, ("form",),
+           "Bytes given to peers: as they are (plain), and as they went (wire).",
+           _several(("plain", ("peers", "uploads", "bytes")), ("wire", ("peers", "uploads", "wire_bytes")))),
+    Metric("lazyfs_peer_given_chunks_total", COUNTER, ("from",),
+           "Chunks asked for by peers: given out of the cache, fetched for them, not to be had.",
+           _several(("cache", ("peers", "given", "from_cache")), ("fetched", ("peers", "given", "fetched")),
+                    ("lacking", ("peers", "given", "lacking")))),
     # --- full copies
     Metric("lazyfs_copies_total", COUNTER, ("result",), "Full copies of images: begun, and how they ended.",
            _several(("started", ("copies", "started")), ("completed", ("copies", "completed")),

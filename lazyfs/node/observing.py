@@ -191,6 +191,7 @@ class Observer:
         return {
             "hits": counters.hits, "misses": counters.misses, "fetched_stored_bytes": counters.fetched_stored_bytes,
             "retries": counters.retries, "bad_chunks": counters.bad_chunks, "slow": self._reads.slow_count,
+            "peer_bytes": counters.peer_bytes,
             **{f"source {name}": count for name, count in counters.bytes_by_source.items()},
             **{f"error {kind}": count for kind, count in self._reads.errors.items()},
         }

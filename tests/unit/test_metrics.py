@@ -20,6 +20,7 @@ SNAPSHOT: dict[str, Any] = {
     "keeper": {"turns": 5, "since": 900.0, "died": 2, "hung": 1},
     "fetch": {"hits": 10, "misses": 4, "hot_reads": 1, "requests": 6, "retries": 2, "chunks_fetched": 9,
               "chunks_prefetched": 3, "chunks_read_ahead": 2, "chunks_copied": 1, "copied_stored_bytes": 77,
+              "fetched_stored_bytes": 11, "peer_bytes": 22, "peer_chunks": 3,
               "bad_chunks": 1, "bytes_by_source": {'host"\\\n:1': 5, "b": 6}},
     "reads": {"waiting": 2, "hung": 1, "hung_s": 10.0, "oldest_s": 12.5, "slow": 3, "slow_s": 1.0, "bounds_s": BOUNDS_S,
               "counts": [1] * (len(BOUNDS_S) + 1), "seconds": 99.5, "errors": {"deadline": 2}},
@@ -35,6 +36,18 @@ SNAPSHOT: dict[str, Any] = {
     "snapshotter": {"pid": 3, "time": 1000.0, "running": 1, "ended": [
         {"call": "Stat", "code": "OK", "count": 9, "seconds": 0.5},
         {"call": "Stat", "code": "INTERNAL", "count": 1, "seconds": 0.1}]},
+    "peers": {
+        "cluster": "prod", "why": "", "id": "n1", "address": "10.0.0.1:9451", "zone": "a", "listens": True,
+        "membership": {"kind": "tracker", "members": 8, "lost_s": 0.0, "why": "", "isolated": []},
+        "counters": {"requests": 12, "hedges": 2, "duplicate_bytes": 9}, "swarms": {"device/x": {}},
+        "uploads": {"requests": 5, "refused": 1, "pieces": 7, "bytes": 700, "wire_bytes": 300},
+        "given": {"from_cache": 4, "fetched": 2, "lacking": 1},
+        "peers": [{"id": "n2", "address": "10.0.0.2:9451", "zone": "a", "running": 0, "requests": 3, "pieces": 3,
+                   "bytes": 1000, "failures": 1, "busy": 2, "wrong_pieces": 1, "hedges": 0, "p50_s": 0.01,
+                   "p95_s": 0.02, "away": "lied", "away_s": 590.0, "slow": False, "last_error": "another digest"},
+                  {"id": "n3", "address": "10.0.0.3:9451", "zone": "b", "running": 0, "requests": 3, "pieces": 3,
+                   "bytes": 2000, "failures": 0, "busy": 0, "wrong_pieces": 0, "hedges": 0, "p50_s": 0.01,
+                   "p95_s": 0.02, "away": "", "away_s": 0.0, "slow": False, "last_error": ""}]},
     "process": {"cpu_s": 1.5, "resident_bytes": 1 << 20, "descriptors": 20},
 }
 
