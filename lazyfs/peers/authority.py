@@ -100,6 +100,10 @@ class TrackerAuthority:
             raise refusal or PeerRefusedError("this node pulls from no registry what a token was asked for")
         return found
 
+    async def aclose(self) -> None:
+        """See gate.Authority."""
+        await self._client.aclose()
+
     async def _issue(self, keys: Sequence[str], proof: Proof | None, holder: NodeKey) -> dict[str, tuple[str, float]]:
         if proof is not None and proof.authorization.startswith("Basic ") and not self._is_private:
             raise PeerRefusedError("the registry's password is not shown to a tracker without TLS",

@@ -61,6 +61,10 @@ class Authority(Protocol):
         """
         ...
 
+    async def aclose(self) -> None:
+        """Nobody asks any more."""
+        ...
+
 
 @dataclass(slots=True)
 class _Held:
@@ -229,9 +233,13 @@ class TokenGate:
 
     async def run(self) -> None:
         """Keep keys and tokens fresh, for ever. Never raises but trio.Cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keys_for_ever)
-            nursery.start_soon(self._tokens_for_ever)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keys_for_ever)
+                nursery.start_soon(self._tokens_for_ever)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.authority.aclose()
 
     async def _keys_for_ever(self) -> None:
         was_lost, failed_count = False, 0

@@ -58,6 +58,9 @@ class Asker:
         await self.tracker.answer()
         return parse_keys(dump_keys([self.tracker.signing.public]))
 
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def issue(self, keys: Sequence[str], holder: NodeKey) -> Mapping[str, tuple[str, float]]:
         self.tracker.asked.append(tuple(keys))
         await self.tracker.answer()
