@@ -81,6 +81,7 @@ class Node:
         self._ended = ended
         self._origin, self._window, self._hot, self._disk = origin, window, hot, Link(disk)
         self._held = self._hot_held = self._next = 0
+        self._batch = max(1, min(FETCH_BATCH, window // 4))
         self._flights: dict[int, list[Answer]] = {}
         self._own: set[int] = set()
         self._queues: tuple[deque[tuple[float, Answer, int]], ...] = tuple(deque() for _ in Priority)
@@ -115,9 +116,9 @@ class Node:
     def read(self) -> None:
         """Keep the window full, of all of it in order; in batches, as a window of the fetcher is."""
         count = self.resource.piece_count
-        while self._next < count and len(self._own) <= self._window - FETCH_BATCH:
+        while self._next < count and len(self._own) <= self._window - self._batch:
             batch: list[int] = []
-            while self._next < count and len(batch) < FETCH_BATCH:
+            while self._next < count and len(batch) < self._batch:
                 if not self.depth[self._next]:
                     self._own.add(self._next)
                     if self._next not in self._flights:

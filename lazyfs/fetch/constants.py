@@ -82,6 +82,9 @@ READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
 # and 1.12 times what they touched; with 8 MiB 1.04 and 1.02, without read-ahead 1.01 and 1.02 (512 KiB chunks).
 READAHEAD_SEQUENCE_BYTES_MIN = 8 * MIB
 READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read in a row so far
+# Of what peers give: a chunk passes a tree's levels one after another, so more must be under way. 8 nodes, 200 Mbit/s,
+# simulated (benchmarks.scale --window): 4 MiB 1.32 times the ideal time, 8 MiB 1.17, 16 MiB 1.12, 32 MiB 1.18.
+READAHEAD_PEERED_TIMES = 4
 READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often
 VERIFY_DEADLINE_SHARE = 0.25     # of a read's time, for the disk to give a chunk that the read takes a sample of
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)

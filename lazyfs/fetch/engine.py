@@ -21,6 +21,7 @@ from lazyfs.fetch.constants import (
     ERROR_MEMORY_S,
     HELD_BYTES_MAX,
     READ_ROUND_COUNT_MAX,
+    READAHEAD_PEERED_TIMES,
     VERIFY_DEADLINE_SHARE,
     FetchLimits,
 )
@@ -361,8 +362,9 @@ class Fetcher:
         if not self._bounds.readahead or self._scheduler.prefetches:
             return fresh
         missing = set(device.cached.missing(first, last))
+        times = READAHEAD_PEERED_TIMES if device.resource.key in self.peering.peered else 1
         for index in fresh:
-            ahead = device.readahead.advance(index, missing=index in missing)
+            ahead = device.readahead.advance(index, missing=index in missing, times=times)
             last_ahead = min(ahead.stop, device.table.chunk_count) - 1
             if ahead.start <= last_ahead:
                 self._scheduler.read_ahead(device, device.cached.missing(ahead.start, last_ahead))

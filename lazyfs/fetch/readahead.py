@@ -35,13 +35,14 @@ class Readahead:
         self._sequence_count_min = sequence_count_min
         self._streams: dict[int, _Stream] = {}    # by the chunk expected next; oldest first
 
-    def advance(self, index: int, *, missing: bool) -> range:
+    def advance(self, index: int, *, missing: bool, times: int = 1) -> range:
         """
         The chunks to fetch ahead now that chunk `index` is touched (often none; may reach beyond the device).
 
         Args:
             index: of the chunk.
             missing: it was not in the cache. A reader that finds everything there needs no help.
+            times: the usual window, at most.
 
         """
         stream = self._streams.pop(index, None)
@@ -54,7 +55,7 @@ class Readahead:
         self._streams[index + 1] = stream
         if not helped or stream.touch_count < self._sequence_count_min:
             return range(0)
-        window = min(stream.touch_count, self._window_count_max)
+        window = min(stream.touch_count, self._window_count_max * times)
         begin = max(index + 1, stream.ahead_end)
         if begin - (index + 1) > window // 2:
             return range(0)    # more than half of it is still to be read

@@ -430,14 +430,16 @@ async def test_a_random_reader_gets_what_it_asks_for_only(tmp_path):
         assert b.fetcher.statistics.fetched_stored_bytes == b.fetcher.statistics.touched_stored_bytes
 
 
-def test_readahead_grows_with_the_stream_and_stops_at_its_bound():
+@pytest.mark.parametrize("times", [1, 4])
+def test_readahead_grows_with_the_stream_and_stops_at_its_bound(times: int):
     ahead = Readahead(8, 3)
     asked: list[int] = []
-    for index in range(100, 140):
-        wanted = ahead.advance(index, missing=index not in asked)
+    for index in range(100, 180):
+        wanted = ahead.advance(index, missing=index not in asked, times=times)
         assert not set(wanted) & set(asked)
         asked.extend(wanted)
-        assert len(asked) == 0 or max(asked) <= index + min(8, index - 99)
+        assert len(asked) == 0 or max(asked) <= index + min(8 * times, index - 99)
+    assert max(asked) > 179 + 4 * times
     assert asked == list(range(103, max(asked) + 1))
 
 
