@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 
 from lazyfs.config.key import key
-from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Number
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Name, Number
 
+CLUSTER_COUNT_MAX = 256          # of `preheat_clusters`
 REGISTRY_COUNT_MAX = 256         # of `registries`
 _REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
 
@@ -57,6 +58,15 @@ class Tracker:
     registries: tuple[str, ...] = key(List(Kind(), "hosts", REGISTRY_COUNT_MAX), (),
                                       "The registries, as in image references, that are asked for that; empty: any but "
                                       "this machine's own.")
+    preheat_auth: str = key(Choice(("off", "none", "basic", "oauth", "custom")), "off",
+                            "Harbor's preheat interface (docs/preheat.md): not served; served to everybody; to who "
+                            "shows what is in `preheat_secret_file`, as Harbor's authentication modes of these names.")
+    preheat_secret_file: str = key(AbsolutePath(optional=True), "",
+                                   "A file with it on its first line, readable for root only: USER:PASSWORD (basic), a "
+                                   "token (oauth), HEADER:VALUE (custom).")
+    preheat_clusters: tuple[str, ...] = key(List(Name(), "names", CLUSTER_COUNT_MAX), (),
+                                            "The clusters that Harbor preheats; it knows them as 1, 2 and so on. "
+                                            "Empty: all that the tracker knows.")
     keys_dir: str = key(AbsolutePath(optional=True), "",
                         "Where the keys are that tokens are signed with; made when it is not there, shared by several "
                         "trackers of one address; empty: a key in memory, and nodes need new tokens after a restart.")
@@ -68,5 +78,7 @@ class Tracker:
         """What no key can see alone: texts and hints."""
         pairs = (("cert_file", "key_file"), ("key_file", "cert_file"), ("ca_file", "cert_file"),
                  ("redis_password_file", "redis"))
+        if self.preheat_auth in {"basic", "oauth", "custom"} and not self.preheat_secret_file:
+            return [("tracker.preheat_auth: expected tracker.preheat_secret_file beside it, found none", "")]
         return [(f"tracker.{given}: expected tracker.{missing} beside it, found none", "")
                 for given, missing in pairs if getattr(self, given) and not getattr(self, missing)]

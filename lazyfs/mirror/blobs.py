@@ -58,7 +58,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class _RegistryBlob:
+class RegistryBlob:
     """mirror.fromorigin.Origin."""
 
     upstream: Upstream
@@ -133,7 +133,7 @@ class PullBlobs:
         is_alone = all(one == reference.identity for one in others)
         others.append(reference.identity)
         try:
-            origin = _RegistryBlob(self._upstream, reference, digest)
+            origin = RegistryBlob(self._upstream, reference, digest)
             async with (self._pieces.open(resource, origin) as download,
                         self._begun(download, reference, start, end, is_alone=is_alone) as reading):
                 yield reading

@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from lazyfs.errors import DiskFullError, FormatError, IntegrityError, LazyfsError
+from lazyfs.errors import DiskFullError, FormatError, IntegrityError, LazyfsError, UsageError
 from lazyfs.image.digest import Digest
 from lazyfs.mirror.piecefile import resource_of
 from lazyfs.mirror.ranges import NotSatisfiable, parse_range
@@ -27,7 +27,8 @@ from lazyfs.mirror.urls import UrlOrigin
 from lazyfs.peers.model import Kind, Resource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from lazyfs.mirror.download import Download
     from lazyfs.mirror.pieces import Blobs
@@ -101,15 +102,36 @@ class Files:
             await reply.whole(status, headers, size=end - start)
             return "files"
         try:
-            shares = digest is not None or (self._share_unverified and not target.has_credentials)
-            origin = UrlOrigin(self._urls, target, looked)
-            async with self._blobs.open(resource, origin, verify=digest is not None, shared=shares) as download:
+            async with self._open(target, looked, resource, digest) as download:
                 await _send(download, reply, (status, headers, start, end))
         except DiskFullError:
             if reply.has_begun:
                 raise
             return await self.pass_on(target, request, reply)
         return "files"
+
+    @asynccontextmanager
+    async def kept(self, target: Target) -> AsyncIterator[Download]:
+        """
+        Something that is to be on this node's disk, before anybody asks for it.
+
+        Raises:
+            UsageError: it is not of a kind that is kept. LazyfsError: it cannot be had.
+
+        """
+        looked = await self._look(target)
+        resource = self._resource(target, looked, looked.digest)
+        if resource is None:
+            raise UsageError(f"{target.where}: its server says no size or no version of it, or it needs credentials",
+                             hint="only files that can be told apart are kept (docs/get.md)")
+        async with self._open(target, looked, resource, looked.digest) as download:
+            yield download
+
+    def _open(self, target: Target, looked: Looked, resource: Resource,
+              digest: Digest | None) -> AbstractAsyncContextManager[Download]:
+        shares = digest is not None or (self._share_unverified and not target.has_credentials)
+        return self._blobs.open(resource, UrlOrigin(self._urls, target, looked), verify=digest is not None,
+                                shared=shares)
 
     async def _look(self, target: Target) -> Looked:
         immutable = self.rules.is_immutable(target.url) and not target.has_credentials

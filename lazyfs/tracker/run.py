@@ -20,7 +20,7 @@ from lazyfs.config import split_address
 from lazyfs.config.secretfile import read_word
 from lazyfs.errors import AuthError, HostError
 from lazyfs.peers.tlsfiles import TlsFiles
-from lazyfs.tracker import issuing
+from lazyfs.tracker import issuing, preheat
 from lazyfs.tracker.service import Service
 from lazyfs.tracker.store import MemoryStore
 from lazyfs.tracker.web import CONNECTION_COUNT_MAX, Answer, Routes, Server
@@ -39,7 +39,7 @@ _DESCRIPTORS = CONNECTION_COUNT_MAX + 256
 _log = logging.getLogger("lazyfs.tracker")
 
 # Other parts of the tracker: each adds its routes and words of a beat to the service, and may give a task to run.
-EXTENSIONS: tuple[Extension, ...] = (issuing.extend,)
+EXTENSIONS: tuple[Extension, ...] = (issuing.extend, preheat.extend)
 
 
 class Guard:
