@@ -281,9 +281,7 @@ def error_of(trouble: Trouble, who: str) -> PeerError:
     message = f"{who}: {trouble.message}"
     if trouble.code is Code.BUSY:
         return PeerBusyError(message, retry_after_s=trouble.retry_after_s, better=trouble.better)
-    if trouble.code is Code.LACKS:
-        return PeerLacksError(message)
     if trouble.code is Code.REFUSED:
         return PeerRefusedError(message, hint="the peer does not take our token: compare the clocks, the cluster's "
                                               "name and the keys of both (lazyfs peers)")
-    return PeerError(message)
+    return PeerLacksError(message)    # FAILED too: who says so is there and honest; the swarm keeps away from others
