@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
+import subprocess
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lazyfs import config
+from lazyfs.doctor import Status, Subject, examine
+from lazyfs.doctor.peers import check_peers, check_trackers
 from lazyfs.node import protocol
 from tests import daemonkit
 from tests.convertkit import registry_with, tar_of
 from tests.faultproxy import FaultProxy
-from tests.mountkit import Machine, require_mounting
+from tests.mountkit import LAZYFS, Machine, require_mounting
 from tests.registrykit import free_port
 
 if TYPE_CHECKING:
@@ -58,7 +64,8 @@ class Nodes:
             until(lambda number=number: self.peers(number).get("listens"))
 
     def _start(self, number: int, keys: dict[str, str]) -> Daemon:
-        peers = {"cluster": "test", "static": ",".join(self.places), "address": self.places[number], **keys}
+        known = {} if "tracker" in keys else {"static": ",".join(self.places)}
+        peers = {"cluster": "test", "node": f"n{number}", "address": self.places[number], **known, **keys}
         environment = {f"LAZYFS_PEERS_{name.upper()}": value for name, value in peers.items()}
         return daemonkit.start_daemon(self.machines[number],
                                       environment={**environment, "LAZYFS_CACHE_FULL_COPY": "off"})
@@ -156,6 +163,50 @@ def test_a_worker_that_is_replaced_serves_its_peers_again(registry: FaultProxy, 
     until(lambda: two.peers(0).get("listens"))
     registry.down()
     read(second)
+
+
+@contextlib.contextmanager
+def running_tracker() -> Iterator[str]:
+    """Its URL."""
+    words = [*LAZYFS, "tracker", "--json", "--address", f"127.0.0.1:{free_port()}"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://{json.loads(process.stdout.readline())['addresses'][0]}"
+        finally:
+            process.terminate()
+
+
+def peers_results(peers: config.Peers, run_dir: Path) -> dict[str, Status]:
+    """What `lazyfs doctor` says of peers."""
+    found = config.Config()
+    whole = replace(found, daemon=replace(found.daemon, run_dir=str(run_dir)), peers=peers)
+    results = examine(Subject(whole), (check_trackers, check_peers))
+    return {one.name: one.status for one in results}
+
+
+def test_daemons_with_a_tracker_find_each_other_and_go_on_without_it(
+    registry: FaultProxy, nodes: Callable[..., Nodes]
+) -> None:
+    with running_tracker() as url:
+        two = nodes(2, tracker=url)
+        first, second = two.mount(0, registry), two.mount(1, registry)
+        read(first, "f0", "f1")
+        until(lambda: two.peers(1)["membership"]["members"] == 2)
+        read(second, "f0", "f1")
+        assert two.status(1)["fetch"]["peer_bytes"] > 0
+        shown = subprocess.run([*LAZYFS, "peers"], env=two.machines[1].environment, capture_output=True, text=True,
+                               check=True, timeout=30).stdout
+        assert "cluster test: n1" in shown
+        assert "n0" in shown
+        peers = config.Peers(cluster="test", tracker=(url,), address=two.places[1])
+        ok = Status.OK
+        assert peers_results(peers, two.machines[1].run_dir) == {"tracker": ok, "peers": ok, "peer server": ok}
+    read(first, "f2", "f3")
+    before = two.status(1)["fetch"]["peer_bytes"]
+    read(second, "f2", "f3")    # the tracker is gone, the members are known
+    assert two.status(1)["fetch"]["peer_bytes"] > before
+    assert peers_results(peers, two.machines[1].run_dir)["tracker"] is Status.FAILED
 
 
 def test_peers_that_are_all_gone_cost_a_mount_nothing(
