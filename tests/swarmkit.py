@@ -54,7 +54,12 @@ class Link:
 
 @dataclass
 class Node:
-    """`state`: up, dead, frozen or lying. `disk`: what it gives to others comes from there."""
+    """
+    One machine.
+
+    :state: up, dead, frozen, lying, or absent (it has no part in the resource).
+    :disk: what it gives to others comes from there.
+    """
 
     member: Member
     swarm: Swarm
@@ -187,6 +192,8 @@ class _Net:
         cluster, me = self._cluster, self._cluster.nodes[self._name]
         node = cluster.nodes[name]
         await self._sleep(node, cluster.rtt_s / 2)
+        if node.state == "absent":
+            raise PeerLacksError(f"{name} has no part in it")
         if node.busy_until > trio.current_time():
             raise PeerBusyError(f"{name} is busy", retry_after_s=node.busy_until - trio.current_time(),
                                 better=node.better)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import trio
 
-BURST_S = 0.25      # of the rate may pass at once: a piece of 1 MiB at 100 Mbit/s takes 80 ms
+BURST_S = 0.1       # of the rate may pass at once; a piece passes whole when nothing is owed
 
 
 class Rate:

@@ -19,11 +19,12 @@ import trio
 from lazyfs import limits
 from lazyfs.errors import PeerLacksError
 from lazyfs.peers.health import HealthBook
+from lazyfs.peers.known import Known
 from lazyfs.peers.model import HOPS_MAX, View
 from lazyfs.peers.pace import Pace
 from lazyfs.peers.rates import Rate
 from lazyfs.peers.swarmfetch import SwarmFetch
-from lazyfs.peers.topology import Place, Topology, group_pieces, group_seed
+from lazyfs.peers.topology import Place, Topology, group_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from lazyfs.peers.health import Report
     from lazyfs.peers.model import Deliver, Exchange, Member, Origin, Priority, Resource
 
-PROBE_MISSES = 8    # heirs that had nothing, in a row: from then on only every eighth is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +45,6 @@ class SwarmLimits:
     download_rate: float = 0.0
     requests_per_peer: int = 256
     request_bytes: int = 16 * limits.MIB
-
-
-class Known:
-    """A resource's swarm. `probe_misses`: heirs that had nothing, in a row."""
-
-    def __init__(self, view: View, topology: Topology) -> None:
-        self.view = view
-        self.topology = topology
-        self.probe_misses = 0
-        self._places: dict[int, Place] = {}
-        self._by_address: dict[str, Member] | None = None
-
-    def place(self, me: str, key: str, group: int) -> Place:
-        place = self._places.get(group)
-        if place is None:
-            place = self._places[group] = self.topology.place(me, group_seed(key, group))
-        return place
-
-    def at(self, address: str) -> Member | None:
-        """The member of that address: nobody else is asked because a peer named it."""
-        if self._by_address is None:
-            self._by_address = {member.address: member for member in self.topology.members}
-        return self._by_address.get(address)
-
-    def probe_pays(self) -> bool:
-        """Whether to ask an heir before the origin."""
-        if self.probe_misses < PROBE_MISSES:
-            return True
-        self.probe_misses += 1
-        return self.probe_misses % PROBE_MISSES == 0
 
 
 class Swarm:
@@ -120,7 +90,9 @@ class Swarm:
     def place(self, resource: Resource, index: int) -> Place | None:
         """Where this node stands in the tree of a piece; None: it knows no swarm for it."""
         known = self._known.get(resource.key)
-        return known.place(self.me.id, resource.key, index // group_pieces(resource)) if known is not None else None
+        if known is None:
+            return None
+        return known.place(self.me.id, resource.key, index // group_pieces(resource), trio.current_time())
 
     async def fetch(self, resource: Resource, indexes: Sequence[int], *, priority: Priority, deadline: float,
                     hops: int, deliver: Deliver, origin: Origin | None = None, request: str = "") -> list[int]:

@@ -25,8 +25,9 @@ from lazyfs.peers.ways import Attempt, Way
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from lazyfs.peers.known import Known
     from lazyfs.peers.model import Deliver, Member, Origin, Piece, Resource
-    from lazyfs.peers.swarm import Known, Swarm
+    from lazyfs.peers.swarm import Swarm
 
 HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
@@ -96,7 +97,7 @@ class SwarmFetch:
 
         If all parents are slow, this node is as good as the root: only the first of an order has so few.
         """
-        place = self._known.place(self._swarm.me.id, self._resource.key, group)
+        place = self._known.place(self._swarm.me.id, self._resource.key, group, self._now())
         slow = {member.id for member in place.parents if self._is_slow(member)}
         stops = [(member, False) for member in place.parents if member.id not in slow]
         stops += [(member, False) for member in place.parents if member.id in slow and stops]
@@ -319,6 +320,8 @@ class SwarmFetch:
             self._known.probe_misses += not attempt.got
         else:
             self._swarm.health.lacks(attempt.member.id, self._resource.key, self._now())
+            if not attempt.got:
+                self._known.lacks(attempt.member.id, self._now())
 
     def _was_busy(self, attempt: Attempt, error: PeerBusyError) -> None:
         """It is left alone for a while; members that it names, if we know them, may have it."""

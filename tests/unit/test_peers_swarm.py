@@ -9,8 +9,9 @@ import trio
 
 from lazyfs.errors import DiskFullError, PeerLacksError
 from lazyfs.peers.health import Fault
+from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES
 from lazyfs.peers.model import HOPS_MAX, Member, Piece, Priority, View
-from lazyfs.peers.swarm import PROBE_MISSES, SwarmLimits
+from lazyfs.peers.swarm import SwarmLimits
 from tests.swarmkit import Cluster, Node, members, resource
 
 if TYPE_CHECKING:
@@ -190,6 +191,35 @@ async def test_views_that_differ_end_all_the_same(autojump_clock: MockClock) -> 
     took = await fetch_all(net)
     assert max(took.values()) < 5
     assert len(net.origin_pieces) <= 8 * PIECES
+
+
+@pytest.mark.trio
+async def test_who_has_no_part_in_it_is_left_out_of_the_trees(autojump_clock: MockClock) -> None:
+    """Members by a list or DNS: nobody knows which of them have the image."""
+    net = cluster(60)
+    taking = ["n0007", "n0021", "n0033", "n0048"]
+    for name, node in net.nodes.items():
+        node.state = "up" if name in taking else "absent"
+    await fetch_all(net, taking, window=8)
+    assert len(net.origin_pieces) <= 2 * PIECES    # not four
+    requests = sum(net.nodes[name].swarm.counters["requests"] for name in taking)
+    for name in taking:
+        net.nodes[name].have.clear()
+    net.origin_pieces.clear()
+    await fetch_all(net, taking, window=8)
+    assert len(net.origin_pieces) <= 1.2 * PIECES
+    again = sum(net.nodes[name].swarm.counters["requests"] for name in taking) - requests
+    assert again <= 1.5 * len(taking) * PIECES
+
+    late = net.nodes["n0000"]    # comes later: it is asked again by and by
+    late.state = "up"
+    late.have = set(range(PIECES))
+    for _ in range(12):
+        await trio.sleep(LEFT_OUT_S)
+        for name in taking:
+            net.nodes[name].have.clear()
+        await fetch_all(net, taking, window=8)
+    assert any(net.asked[name, "n0000"] > 2 for name in taking)
 
 
 @pytest.mark.trio
