@@ -74,6 +74,7 @@ PACE_SLICE_S = 0.1               # how soon a waiting window notices that it is 
 # A window of a background copy. Two at most are under way: what a killed worker fetches again is below 8 MiB; and a
 # read that comes in between waits for 34 ms of it at 1 Gbit/s, if the whole of it is in the link's buffers already.
 COPY_WINDOW_BYTES = 4 * MIB
+PEER_WINDOW_BYTES = 32 * MIB     # of one that comes from peers, chunk by chunk: a killed worker loses what is under way
 COPY_WINDOW_BYTES_MIN = 256 * KIB    # of a slow one: a request costs the registry something too
 PREFETCH_SCAN_COUNT_MAX = 2048   # plan entries looked at before the loop gets a turn
 PREFETCH_FAILURE_COUNT_MAX = 6   # consecutive; then chunks come when they are read

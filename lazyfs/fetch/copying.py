@@ -13,14 +13,14 @@ them. Pure decisions, on the loop.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
 
 from lazyfs.errors import CacheError
 from lazyfs.fetch.brake import Brake, Traffic
-from lazyfs.fetch.constants import COPY_WINDOW_BYTES, COPY_WINDOW_BYTES_MIN, FetchLimits
+from lazyfs.fetch.constants import COPY_WINDOW_BYTES, COPY_WINDOW_BYTES_MIN, PEER_WINDOW_BYTES, FetchLimits
 from lazyfs.fetch.prefetch import PrefetchHandle
 from lazyfs.fetch.transfer import Priority
 
@@ -83,6 +83,12 @@ class CopyHandle(PrefetchHandle):
         self.landed_bytes = 0
         self.on_window: Callable[[], None] = lambda: None
         self._ready_since: float | None = None    # trio's clock: since when its next window waits for others only
+
+    def begin_at_peers(self) -> None:
+        """Its windows come from peers: so many chunks are to be under way that all members of a tree have work."""
+        size = min(PEER_WINDOW_BYTES, max(self._window_bytes, self.terms.rate_bytes_s or PEER_WINDOW_BYTES))
+        self._bounds = replace(self._bounds, window_bytes_first=size, window_bytes_max=size)
+        self._window_bytes = size
 
     def hold(self, *, held: bool = True) -> None:
         """Start no further window, or (held=False) go on: then Fetcher.nudge() tells the scheduler."""

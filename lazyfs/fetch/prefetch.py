@@ -89,6 +89,9 @@ class PrefetchHandle:
         if not self.cancelled:
             self.put_back(entries)
 
+    def begin_at_peers(self) -> None:
+        """Its next window comes from peers; its size is right for that as it is."""
+
     def check_end(self) -> None:
         if not self.running and not self._again and self._cursor >= len(self._plan):
             self._ended.set()

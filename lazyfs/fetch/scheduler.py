@@ -216,7 +216,10 @@ class Scheduler:
     def _is_admitted(self, handle: PrefetchHandle, now: float) -> bool:
         """Whether what its next window is fetched from may be asked: peers may always."""
         entry = handle.peek()
-        return entry is None or self.peering.takes(entry[0]) or self.lanes.admits(entry[0].blobs[0][0], now)
+        if entry is not None and self.peering.takes(entry[0]):
+            handle.begin_at_peers()
+            return True
+        return entry is None or self.lanes.admits(entry[0].blobs[0][0], now)
 
     def _start_handles_window(self, handle: PrefetchHandle, window: list[Entry]) -> None:
         flights = [self._new_flight(*entry, time.monotonic()) for entry in window]
