@@ -103,6 +103,19 @@ def test_documents_link_to_files_that_exist() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+CAPABILITIES, GAPS = 63, 8           # of the systems that docs/p2p-parity.md compares
+
+
+def test_every_capability_of_others_is_answered() -> None:
+    text = (ROOT / "docs/p2p-parity.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (here|better|part|later|no) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, CAPABILITIES + 1))
+    gaps = re.findall(r"^\| G(\d) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in gaps] == list(range(1, GAPS + 1))
+    for file in re.findall(r"`((?:lazyfs|tests|benchmarks|docs|packaging)/[^`\s]*)`", text):
+        assert (ROOT / file).exists(), f"no {file}"
+
+
 def test_every_threat_has_a_test() -> None:
     text = (ROOT / "docs/threat-model.md").read_text()
     threats = re.findall(r"^\| (T-\d+) \|.*\| `(tests/[^`:]+)::([^`]+)` \|$", text, re.MULTILINE)
@@ -111,5 +124,5 @@ def test_every_threat_has_a_test() -> None:
     for threat, file, function in threats:
         assert (ROOT / file).is_file(), f"{threat}: no file {file}"
         assert f"def {function}(" in (ROOT / file).read_text(), f"{threat}: no test {function} in {file}"
-    for file in re.findall(r"`((?:fetch|registry|converter|image|node|fs|cache|snapshotter)/[a-z_/]+\.py)`", text):
+    for file in re.findall(r"`((?:fetch|registry|converter|image|node|fs|cache|snapshotter|peers|tracker|mirror)/[a-z_/]+\.py)`", text):
         assert any((ROOT / top / file).is_file() for top in ("", "lazyfs")), f"no file {file}"
