@@ -42,6 +42,9 @@ class Mirror:
     private: str = key(Choice(("node", "never")), "node",
                        "Images that need credentials: served to who may connect, if this node's own credentials may "
                        "pull them; or never: only what anybody may pull.")
+    peers_address: str = key(Address(), "0.0.0.0:9452",
+                             "Where its own peer server listens, if [peers] is configured; the port is the same on "
+                             "all nodes.")
     proxy: tuple[str, ...] = key(List(Pattern(), "regular expressions", _RULE_COUNT_MAX), (),
                                  "As an HTTP proxy (docs/get.md): URLs, without their query, in which one of these is "
                                  "found are kept, and asked about at their server each time; others are passed on.")

@@ -83,7 +83,7 @@ class PullBlobs:
     """
 
     def __init__(self, content: ContentStore, pieces: Blobs, access: Access, upstream: Upstream, *,
-                 peers_prove: bool) -> None:
+                 peers_prove: bool = False) -> None:
         self._content = content
         self._pieces = pieces
         self._access = access

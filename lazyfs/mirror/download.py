@@ -97,6 +97,8 @@ class Download:
 
     Attributes:
         error: of the last attempt, while nobody has asked again.
+        shared: peers may have it.
+        origin_pieces: that the origin gave.
 
     """
 
@@ -113,6 +115,8 @@ class Download:
         self.origin: Origin | None = None
         self.error: LazyfsError | None = None
         self.counted = counted
+        self.shared = False
+        self.origin_pieces = 0
         self._directory, self._threads = directory, threads
         self._swarm: Fetching | None = None
         self._sums, self._verify, self._blame = sums, verify, blame
@@ -131,9 +135,10 @@ class Download:
         """Whether anybody waits for more of it."""
         return bool(self._readers or self._flying) or (self._wants_all and not self.file.is_whole)
 
-    def ask(self, origin: Origin, swarm: Fetching | None) -> None:
+    def ask(self, origin: Origin, swarm: Fetching | None, *, shared: bool) -> None:
         """From now on ask these. Peers need an origin that can begin anywhere: what they lack comes in pieces."""
-        self.origin, self._swarm = origin, swarm if origin.ranges else None
+        self.shared = shared and origin.ranges
+        self.origin, self._swarm = origin, swarm if self.shared else None
         self._epoch += 1
 
     def want_all(self) -> None:
@@ -303,6 +308,7 @@ class Download:
                     if not self.file.present[index]:
                         await trio.to_thread.run_sync(self._write, index, data, limiter=self._threads.disk)
                         self._given_by.pop(index, None)
+                        self.origin_pieces += 1
                         await self._landed(index)
 
     def _write(self, index: int, data: bytes | bytearray | memoryview) -> None:

@@ -140,8 +140,6 @@ class Blobs:
                     if file is not None:
                         entry.download = Download(file, self.directory, self._threads, self.counted, sums=sums,
                                                   verify=verify, blame=self._blame)
-                        if shared and self.on_open is not None:
-                            self.on_open(resource)
                 if entry.download is not None and origin is not None:
                     self._start(resource, entry, entry.download, origin, shared=shared)
             yield entry
@@ -161,7 +159,10 @@ class Blobs:
             raise BugError("blobs are not being served")
         if download.resource != resource:
             raise BugError(f"{resource.key}: two sizes")
-        download.ask(origin, self.swarm if shared else None)
+        was_shared = download.shared
+        download.ask(origin, self.swarm, shared=shared or was_shared)
+        if download.shared and not was_shared and self.on_open is not None:
+            self.on_open(resource)
         if entry.scope is None and not download.file.is_whole:
             entry.scope = trio.CancelScope()
             self._nursery.start_soon(self._run, resource.key, entry, download, entry.scope)

@@ -25,8 +25,10 @@ from lazyfs.mirror.contentstore import ContentStore
 from lazyfs.mirror.figures import Figures
 from lazyfs.mirror.files import Files, Rules
 from lazyfs.mirror.manifests import Manifests, Terms
+from lazyfs.mirror.peering import MirrorPeers, settings_of
 from lazyfs.mirror.piecedir import PieceDirectory
 from lazyfs.mirror.pieces import Blobs
+from lazyfs.mirror.preheating import Preheating
 from lazyfs.mirror.proxy import Proxy
 from lazyfs.mirror.pulling import Pulling, refuse
 from lazyfs.mirror.records import Records
@@ -93,10 +95,15 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         manifests = Manifests(upstream, records, terms, nursery)
         access = Access(upstream, records, terms, manifests, nursery)
         figures = Figures(blobs.counted)
-        pull = PullBlobs(content, blobs, access, upstream, peers_prove=False)
+        pull = PullBlobs(content, blobs, access, upstream, peers_prove=settings.peers.tokens == "resource")
         urls = Urls(replace(options, user_agent=USER_AGENT))
         stack.callback(urls.close)
         files = Files(blobs, urls, Rules.of(own.proxy, own.proxy_immutable), share_unverified=own.share_unverified)
+        if settings.peers.enabled:
+            preheating = Preheating(blobs, upstream, options, content, files)
+            peers = MirrorPeers(settings_of(settings.peers, own.peers_address), blobs, options,
+                                preheating.do)
+            nursery.start_soon(peers.run)
         yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts))
 
 
