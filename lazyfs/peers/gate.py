@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
-from lazyfs.errors import LazyfsError, PeerError, PeerRefusedError
+from lazyfs.errors import LazyfsError, PeerRefusedError, SourceError
 from lazyfs.peers.tokens import EVERYTHING, LIFETIME_S_MAX, SKEW_S, NodeKey, PublicKeys, check_token
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Authority(Protocol):
     """The trackers, as a gate sees them."""
 
     async def keys(self) -> PublicKeys:
-        """The keys that they sign with. Raises PeerError: none of them answers."""
+        """The keys that they sign with. Raises SourceError: none of them answers."""
         ...
 
     async def issue(self, keys: Sequence[str], holder: NodeKey) -> Mapping[str, tuple[str, float]]:
@@ -57,7 +57,7 @@ class Authority(Protocol):
         Tokens bound to `holder`: by key the text, and for how many seconds it is good; others may come along.
 
         A key that is not among them: the right is not proved. Raises PeerRefusedError: likewise, for all of them, with
-        the reason. PeerError: no tracker answers.
+        the reason. SourceError: no tracker, or no registry, answers.
         """
         ...
 
@@ -166,11 +166,11 @@ class TokenGate:
             with trio.fail_after(ASK_S):
                 found = await self.authority.issue([key], self._key)
         except trio.TooSlowError:
-            raise self._failed(key, PeerError(f"no token in {ASK_S:g} s: the tracker is late"), FAILED_S) from None
+            raise self._failed(key, SourceError(f"no token in {ASK_S:g} s: the tracker is late"), FAILED_S) from None
         except PeerRefusedError as error:
             raise self._failed(key, error, REFUSED_S) from None
-        except PeerError as error:
-            raise self._failed(key, error, FAILED_S) from None
+        except LazyfsError as error:     # of no peer: the one that it was for must not be blamed
+            raise self._failed(key, SourceError(f"no token: {error}", hint=error.hint), FAILED_S) from None
         self._keep(found)
         if key not in found:
             raise self._failed(key, PeerRefusedError(f"the tracker gives no token for {key}"), REFUSED_S)
@@ -249,7 +249,7 @@ class TokenGate:
             try:
                 with trio.fail_after(ASK_S):
                     public = await self.authority.keys()
-            except (PeerError, trio.TooSlowError) as error:
+            except (LazyfsError, trio.TooSlowError) as error:
                 _log.debug("peers: no keys of a tracker: %s", error)
             else:
                 failed_count, pause_s = 0, KEYS_EVERY_S
@@ -284,7 +284,7 @@ class TokenGate:
                 found = await self.authority.issue(keys, self._key)
         except PeerRefusedError:
             found = {}
-        except (PeerError, trio.TooSlowError):
+        except (LazyfsError, trio.TooSlowError):
             self.counts.failed += 1
             return
         self._keep(found)

@@ -179,7 +179,8 @@ class Gate(Protocol):
         A token of ours for a resource, to show to the member with id `to` and to nobody else: who gets it cannot show
         it further. Fetched when needed; at most TOKEN_CHARS_MAX. "" where the cluster has none.
 
-        Raises PeerRefusedError: this node may not have the resource. PeerError: there is none to be had now.
+        Raises PeerRefusedError: this node may not have the resource. SourceError (no PeerError: it is not the member's
+        fault): there is none to be had now.
         """
         ...
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from lazyfs import config
-from lazyfs.errors import PeerError, PeerRefusedError
+from lazyfs.errors import PeerError, PeerRefusedError, SourceError
 from lazyfs.node.order import MountOrder
 from lazyfs.node.peerproof import NodeProver
 from lazyfs.peers.authority import make_gate
@@ -220,7 +220,7 @@ async def test_without_the_tracker_those_who_had_a_token_go_on(world: World) -> 
             await other.get(kim, world.secret)
             found.kill()
             assert await other.get(kim, world.secret) > 10_000
-            with pytest.raises(PeerError):
+            with pytest.raises(SourceError, match="no token"):
                 await late.get(kim, world.secret)
 
 
