@@ -17,6 +17,7 @@ import msgspec
 
 from lazyfs.errors import ConfigError, FormatError, NotFoundError, PeerError, PeerRefusedError, UsageError
 from lazyfs.peers.gate import OpenGate, TokenGate
+from lazyfs.peers.model import Kind
 from lazyfs.peers.tokens import PublicKeys, parse_keys
 from lazyfs.peers.tokenwire import KEYS_PATH, PROOF_QUERY, TOKENS_PATH, Proof, TokenAsk, parse_answer
 from lazyfs.peers.tracked import tracker_client
@@ -83,9 +84,11 @@ class TrackerAuthority:
 
     async def issue(self, keys: Sequence[str], holder: NodeKey) -> Mapping[str, tuple[str, float]]:
         """See gate.Authority."""
-        asks: Sequence[tuple[Proof | None, Sequence[str]]] = [(None, keys)]
+        asks: list[tuple[Proof | None, Sequence[str]]] = [(None, keys)]
         if self._prover is not None:
-            asks = await self._prover.proofs(keys)
+            files = [key for key in keys if key.startswith(f"{Kind.FILE}/")]
+            others = [key for key in keys if key not in files]
+            asks = [(None, files), *(await self._prover.proofs(others) if others else ())]
         found: dict[str, tuple[str, float]] = {}
         refusal: PeerRefusedError | None = None
         for proof, listed in asks:

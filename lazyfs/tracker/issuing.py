@@ -22,6 +22,7 @@ import trio
 
 from lazyfs.errors import FormatError, LazyfsError, PeerRefusedError
 from lazyfs.peers.announce import CLUSTER
+from lazyfs.peers.model import Kind
 from lazyfs.peers.tokens import EVERYTHING, LIFETIME_S_MAX, PUBLIC_KEY_BYTES, Claims, dump_keys, is_signed_by
 from lazyfs.peers.tokenwire import (
     ASK_BYTES_MAX,
@@ -107,6 +108,8 @@ class Issuing:
                 raise PeerRefusedError("this tracker gives tokens for the whole cluster only",
                                        hint='[peers] tokens = "cluster" on the nodes, or "resource" on the tracker')
             return ask.keys
+        if all(key.startswith(f"{Kind.FILE}/") for key in ask.keys):
+            return ask.keys        # of no registry: whoever knows the digest of a file (docs/tokens.md)
         if ask.proof is None or EVERYTHING in ask.keys:
             raise PeerRefusedError("this tracker gives tokens for single resources, to who proves the right to them",
                                    hint='[peers] tokens = "resource" on the nodes')

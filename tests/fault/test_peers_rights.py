@@ -282,6 +282,16 @@ async def test_policies_do_not_mix(world: World) -> None:
         assert answer.status == 403
 
 
+async def test_a_file_is_for_who_knows_its_digest_and_opens_nothing_else(world: World) -> None:
+    asked = Asked(world.rights(), Counter())
+    key = "file/" + world.secret.digest.text
+    assert list(parse_answer((await asked.ask([key], None)).body).tokens) == [key]
+    for others in (world.secret.keys, [f"blob/{world.secret.digest}"], ["*"]):
+        assert (await asked.ask([key, *others], None)).status == 403
+    answer = await asked.ask([key, *world.open.keys], world.open.shown_by(KIM))
+    assert list(parse_answer(answer.body).tokens) == world.open.keys
+
+
 async def test_odd_questions_are_refused_in_one_line(world: World) -> None:
     asked = Asked(world.rights(), Counter())
     await trio.lowlevel.checkpoint()
