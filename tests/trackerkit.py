@@ -94,7 +94,7 @@ def redis_server() -> Iterator[Redis]:
 
 def settings(**tracker: str) -> config.Config:
     """The configuration of a tracker on a free port of loopback."""
-    own = dataclasses.replace(config.Tracker(), address="127.0.0.1:0", **tracker)
+    own = dataclasses.replace(config.Tracker(), **{"address": "127.0.0.1:0", **tracker})
     return dataclasses.replace(config.Config(), tracker=own)
 
 

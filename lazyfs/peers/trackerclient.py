@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import h11
@@ -67,6 +67,15 @@ class _Place:
     idle: list[trio.abc.Stream] = field(default_factory=list)
 
 
+class _Question(NamedTuple):
+    """`word`: to be shown; never in a message."""
+
+    method: str
+    path: str
+    body: bytes
+    word: str
+
+
 class _Refusal(msgspec.Struct):
     error: str = ""
     hint: str = ""
@@ -101,13 +110,15 @@ class TrackerClient:
 
         """
         problems = []
+        word = read_word(self._token_file, "peers.tracker_token_file") if self._token_file else ""
+        question = _Question(method, path, body, word)
         deadline = trio.current_time() + seconds
         places = self._order()
         for index, place in enumerate(places):
             share_s = (deadline - trio.current_time()) / (len(places) - index)   # one that hangs leaves time for others
             try:
                 with trio.fail_after(max(0.0, share_s)):
-                    reply = await self._ask(place, method, path, body)
+                    reply = await self._ask(place, question)
             except (PeerBusyError, PeerRefusedError):
                 raise
             except (PeerError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError,
@@ -131,14 +142,14 @@ class TrackerClient:
         now = trio.current_time()
         return sorted(self._places, key=lambda place: (place.away_until > now, place.url != self.last))
 
-    async def _ask(self, place: _Place, method: str, path: str, body: bytes) -> Reply:
+    async def _ask(self, place: _Place, question: _Question) -> Reply:
         """One tracker. A kept connection that it has closed meanwhile is no failure of its own."""
         while place.idle:
             try:
-                return await self._exchange(place, place.idle.pop(), method, path, body)
+                return await self._exchange(place, place.idle.pop(), question)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, _ClosedError):
                 continue
-        return await self._exchange(place, await self._connect(place), method, path, body)
+        return await self._exchange(place, await self._connect(place), question)
 
     async def _connect(self, place: _Place) -> trio.abc.Stream:
         with trio.fail_after(CONNECT_S):
@@ -156,14 +167,15 @@ class TrackerClient:
                 raise
             return secure
 
-    async def _exchange(self, place: _Place, stream: trio.abc.Stream, method: str, path: str, body: bytes) -> Reply:
+    async def _exchange(self, place: _Place, stream: trio.abc.Stream, question: _Question) -> Reply:
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX)
+        method, path, body, word = question
         headers = [("Host", f"{place.host}:{place.port}"), ("User-Agent", f"lazyfs/{__version__}"),
                    ("Content-Length", str(len(body)))]
         if body:
             headers.append(("Content-Type", "application/json"))
-        if self._token_file:
-            headers.append(("Authorization", f"Bearer {read_word(self._token_file, 'peers.tracker_token_file')}"))
+        if word:
+            headers.append(("Authorization", f"Bearer {word}"))
         done = False
         try:
             data = http.send(h11.Request(method=method, target=place.path + path, headers=headers)) or b""

@@ -101,6 +101,7 @@ class RedisStore:
         self._wanted = trio.Event()
         self._offset = 0.0               # Redis' clock minus ours
         self._problem = "nobody has asked Redis yet"
+        self._failing = False
         self._scripts: dict[str, str] = {}
         self._reap_at = 0.0
         self._loading: dict[str, _Operation] = {}
@@ -120,7 +121,7 @@ class RedisStore:
         if replica is None:
             await self._wait(self._loading.get(name) or self._begin_load(name))
             replica = self._replicas[name]
-        elif self._problem:
+        elif self._failing:
             raise SourceError(self._problem)
         replica.used_at = trio.current_time()
         return replica.cluster
@@ -182,7 +183,7 @@ class RedisStore:
         return await self._wait(operation)
 
     def _begin(self, operation: _Operation) -> None:
-        if self._problem and self._scripts:
+        if self._failing:
             raise SourceError(self._problem)     # it failed AGAIN_S ago: nobody waits for the next attempt
         if len(self._pending) >= _PENDING_COUNT_MAX:
             raise SourceError(f"{_PENDING_COUNT_MAX} operations wait for Redis")
@@ -218,9 +219,9 @@ class RedisStore:
             await trio.sleep(AGAIN_S)
             return
         self._offset = found.time - trio.current_time()
-        if self._problem:
+        if self._failing:
             _log.info("Redis at %s answers", self._where)
-            self._problem = ""
+        self._problem, self._failing = "", False
         if reap:
             self._reap_at = trio.current_time() + SWEEP_S
         for name, (seq, changes, heard) in found.looks.items():
@@ -232,9 +233,9 @@ class RedisStore:
 
     def _failed(self, batch: list[_Operation], error: Exception) -> None:
         text = f"Redis at {self._where} does not answer: {error}"
-        if not self._problem or not self._scripts:
+        if not self._failing:
             _log.warning("%s; nodes go on with what they know", text)
-        self._problem = text
+        self._problem, self._failing = text, True
         for operation in batch:
             self._loading.pop(operation.cluster, None)
             operation.error = SourceError(text)

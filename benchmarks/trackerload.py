@@ -1,0 +1,157 @@
+"""
+Ten thousand members of a cluster, as a tracker sees them: each with a connection of its own, beating as it is told.
+
+    python -m benchmarks.trackerload HOST:PORT MEMBERS SECONDS
+
+All join within the time that the tracker's own interval gives them; when each has the view of all, "steady" is printed
+and they beat for SECONDS; then a line of JSON: beats, refusals, seconds from a beat to its answer (p50, p99), bytes of
+views while they joined. One epoll, answers are skimmed: what is measured is the tracker (peer row 10).
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import random
+import re
+import resource
+import select
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+
+RESOURCES = 10                   # layers of one image
+_JOIN_RATE = 500                 # members a second
+_SKIM_BYTES = 4096               # seconds and versions stand first
+_VERSION = re.compile(rb'"(device/sha256:[0-9a-f]{64})":"([0-9a-f]{16})"')
+_SECONDS = re.compile(rb'"seconds":([0-9.]+)')
+_LENGTH = re.compile(rb"(?i)content-length: ([0-9]+)")
+_KEYS = [f"device/sha256:{number:064x}" for number in range(RESOURCES)]
+_GIVE_UP_S = 240.0
+
+
+@dataclass(slots=True)
+class _Member:
+    name: str
+    connection: socket.socket
+    versions: dict[str, str] = field(default_factory=dict)
+    asked_at: float = 0.0
+    left: int = -1               # bytes of the answer that are still to come; -1: its header is
+    head: bytes = b""
+
+    def beat(self, now: float) -> None:
+        number = int(self.name[1:])
+        said = {"member": {"id": self.name, "address": f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:9451",
+                           "zone": f"zone-{number % 3}"},
+                "swarms": {key: {"done": 1000} for key in _KEYS}, "seen": self.versions}
+        body = json.dumps(said, separators=(",", ":")).encode()
+        head = f"POST /v1/clusters/prod/beat HTTP/1.1\r\nHost: tracker\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.asked_at, self.left, self.head = now, -1, b""
+        self.connection.sendall(head.encode() + body)
+
+    def heard(self) -> int:
+        """Take what has come; bytes of an answer that is whole now, else 0."""
+        data = self.connection.recv(1 << 20)
+        if not data:
+            raise ConnectionError(f"{self.name}: the tracker closed the connection")
+        if self.left < 0:
+            self.head += data
+            end = self.head.find(b"\r\n\r\n")
+            length = _LENGTH.search(self.head) if end >= 0 else None
+            if length is None:
+                return 0
+            self.left = int(length[1]) - (len(self.head) - end - 4)
+        else:
+            self.left -= len(data)
+            if len(self.head) < _SKIM_BYTES:
+                self.head += data[:_SKIM_BYTES]
+        return len(self.head) if self.left == 0 else 0
+
+
+class Load:
+    """All members; `versions` are those of the first one's view, when all have the same."""
+
+    def __init__(self, address: str, count: int) -> None:
+        host, _, port = address.rpartition(":")
+        self._place = (host, int(port))
+        self._count = count
+        self._poll = select.epoll()
+        self._members: dict[int, _Member] = {}
+        self._due: list[tuple[float, int]] = []
+        self.beats = self.refused = 0
+        self.refusal = ""        # the last one
+        self.latencies: list[float] = []
+
+    def join(self) -> None:
+        """Everybody comes, at the rate that a tracker is made for."""
+        began = time.monotonic()
+        for number in range(self._count):
+            while time.monotonic() < began + number / _JOIN_RATE:
+                self.turn()
+            connection = socket.create_connection(self._place, timeout=30.0)
+            member = _Member(f"n{number}", connection)
+            self._members[connection.fileno()] = member
+            self._poll.register(connection.fileno(), select.EPOLLIN)
+            member.beat(time.monotonic())
+
+    def settle(self) -> None:
+        """Until all have the same view."""
+        limit = time.monotonic() + _GIVE_UP_S
+        while len({tuple(sorted(member.versions.items())) for member in self._members.values()}) > 1:
+            if time.monotonic() > limit:
+                raise SystemExit("the members' views did not become one")
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                self.turn()
+
+    def go_on(self, seconds: float) -> None:
+        self.beats = self.refused = 0
+        self.latencies.clear()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.turn()
+
+    def turn(self) -> None:
+        """One look at what came, and who is due."""
+        wait_s = min(0.05, max(0.0, self._due[0][0] - time.monotonic())) if self._due else 0.05
+        for number, _ in self._poll.poll(wait_s):
+            member = self._members[number]
+            if member.heard():
+                self._answered(number, member)
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
+            self._members[heapq.heappop(self._due)[1]].beat(now)
+
+    def _answered(self, number: int, member: _Member) -> None:
+        now = time.monotonic()
+        self.beats += 1
+        self.latencies.append(now - member.asked_at)
+        if not member.head.startswith(b"HTTP/1.1 200"):
+            self.refused += 1
+            self.refusal = member.head[:_SKIM_BYTES].decode("latin-1")
+        member.versions = {key.decode(): version.decode() for key, version in _VERSION.findall(member.head)}
+        seconds = _SECONDS.search(member.head)
+        pause_s = float(seconds[1]) if seconds else 5.0
+        heapq.heappush(self._due, (now + pause_s * random.uniform(0.85, 1.15), number))
+
+
+def main() -> None:
+    """See above."""
+    address, count, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    load = Load(address, count)
+    began = time.monotonic()
+    load.join()
+    load.settle()
+    joined_s = time.monotonic() - began
+    print("steady", flush=True)
+    load.go_on(seconds)
+    latencies = sorted(load.latencies)
+    print(json.dumps({"beats": load.beats, "refused": load.refused, "refusal": load.refusal, "joined_s": joined_s,
+                      "p50_s": latencies[len(latencies) // 2], "p99_s": latencies[len(latencies) * 99 // 100]}))
+
+
+if __name__ == "__main__":
+    main()
