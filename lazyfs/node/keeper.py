@@ -27,14 +27,14 @@ from lazyfs.fs.confine import hide_memory
 from lazyfs.node import notify
 from lazyfs.node.keeperchild import Child, reap_orphans
 from lazyfs.node.keeperclients import Clients, reply
+from lazyfs.node.keepermirror import MirrorChild
 from lazyfs.node.keeperstart import Kept, find_kept
 from lazyfs.node.keeperwatch import Connection, Watch
 
 _POLL_S = 0.5
 _HANDOVER_S = 10.0               # for a worker to step aside; then it is killed
 _LEAVE_S = 3.0
-_FAILED_COUNT_MAX = 5            # workers in a row that died before they served: then the connection is given up, and
-                                 # its readers get errors instead of waiting for ever
+_FAILED_COUNT_MAX = 5            # workers in a row that died before they served: then readers get errors
 _DELAY_S_MAX = 5.0               # between starts of workers that fail
 _DEATHS_PERIOD_S, _DEATHS_COUNT_MAX = 60.0, 30   # of workers that did serve: more often, and starts are delayed too
 _SPARE_S = 30.0                  # a spare worker goes when the one that serves has been well for so long
@@ -70,6 +70,7 @@ class Keeper:
         self._stopping = False
         self._told_to_stop = False
         self._clients = Clients(self._root)
+        self._mirror = MirrorChild()
         self._waiting: list[socket.socket] = []     # clients of an upgrade under way
         self._before: dict[str, Any] = {}           # the settings before it, until it has worked
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -130,6 +131,7 @@ class Keeper:
         now = time.monotonic()
         current, coming = self._current, self._next
         self._watch.look(current, now)
+        self._mirror.look({} if self._stopping else self._settings["worker"], now)
         if coming is not None and not coming.imported and now - coming.began > self._settings["start_s"]:
             _say(f"worker {coming.pid} has not loaded in {self._settings['start_s']:g} s: killed")
             coming.kill()
@@ -359,8 +361,8 @@ class Keeper:
         child = self._current
         assert child is not None
         assert child.channel is not None
-        kept = self._kept
-        channel = child.channel.fileno()
+        self._mirror.end()     # the new one starts its own
+        kept, channel = self._kept, child.channel.fileno()
         descriptors = {"fuse": kept.fuse, "listener": kept.listener, "lock": kept.lock, "channel": channel}
         for descriptor in descriptors.values():
             os.set_inheritable(descriptor, True)
@@ -376,6 +378,7 @@ class Keeper:
             return
         self._stopping = True
         notify.notify("STOPPING=1")
+        self._mirror.end()
         if self._next is not None:
             self._next.kill()
         if self._current is not None:

@@ -1,0 +1,82 @@
+"""The daemon's mirror: a child of the keeper, there again when it dies, gone with the daemon."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.daemonkit import end_daemon, start_daemon
+from tests.mirrorkit import ask
+from tests.registrykit import free_port
+
+if TYPE_CHECKING:
+    from tests.mountkit import Machine
+
+pytestmark = pytest.mark.mount
+WAIT_S = 60.0
+
+
+def answers(host: str) -> bool:
+    try:
+        return ask(host, "GET", "/readyz", timeout_s=10).status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def wait_until_answers(host: str, *, wanted: bool = True) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while answers(host) != wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def child_of(keeper: int) -> int:
+    """The mirror's pid."""
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    found = [int(pid) for pid in children if b"\0mirror\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_it_lives_and_ends_with_the_daemon(machine: Machine) -> None:
+    host = f"127.0.0.1:{free_port()}"
+    environment = {"LAZYFS_MIRROR_ADDRESS": host, "LAZYFS_MIRROR_DIR": str(machine.directory / "mirror"),
+                   "LAZYFS_MIRROR_CONTAINERD_ROOT": ""}
+    daemon = start_daemon(machine, environment=environment)
+    try:
+        daemon.wait_ready()
+        wait_until_answers(host)
+        first = child_of(daemon.process.pid)
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while Path(f"/proc/{first}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        wait_until_answers(host)
+        second = child_of(daemon.process.pid)
+        daemon.machine.lazyfs("daemon", "stop")
+        assert daemon.process.wait(WAIT_S) == 0
+        assert not Path(f"/proc/{second}").exists()
+        assert not answers(host)
+    finally:
+        end_daemon(daemon)
+
+
+def test_a_keeper_that_is_killed_takes_it_along(machine: Machine) -> None:
+    host = f"127.0.0.1:{free_port()}"
+    environment = {"LAZYFS_MIRROR_ADDRESS": host, "LAZYFS_MIRROR_DIR": str(machine.directory / "mirror")}
+    daemon = start_daemon(machine, environment=environment)
+    try:
+        daemon.wait_ready()
+        wait_until_answers(host)
+        daemon.process.kill()
+        daemon.process.wait(WAIT_S)
+        wait_until_answers(host, wanted=False)
+    finally:
+        end_daemon(daemon)
