@@ -49,6 +49,7 @@ COMMANDS = {
     "pull": ("lazyfs.cli.pull:pull_command", "Pull an image into containerd, lazily."),
     "doctor": ("lazyfs.cli.doctor:doctor_command", "Look at everything a node needs, and say what to do."),
     "inspect": ("lazyfs.cli.inspect:inspect_command", "Show what a lazy image is made of."),
+    "preheat": ("lazyfs.cli.preheat:preheat_command", "Have nodes of the cluster fetch an image ahead."),
     "get": ("lazyfs.cli.get:get_command", "Get a file behind a URL, through this cluster's nodes."),
     "profile": ("lazyfs.cli.profile:profile_command", "Show, merge, compare and check prefetch lists."),
     "sign": ("lazyfs.cli.sign:sign_command", "Sign an image, as cosign does."),

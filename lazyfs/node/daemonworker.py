@@ -243,10 +243,12 @@ def _start_peers(config: Config, cache: CacheDir, fetcher: Fetcher, worker: Work
     if config.peers.enabled:
         from lazyfs.node.peering import NodePeers  # noqa: PLC0415 - as above
         from lazyfs.node.peerproof import NodeProver  # noqa: PLC0415
+        from lazyfs.node.preheating import NodePreheating  # noqa: PLC0415
         from lazyfs.peers.authority import make_gate  # noqa: PLC0415
 
         prover = NodeProver(fetcher.peering.in_use)
         worker.peers = NodePeers(config.peers, cache, fetcher, lambda me: make_gate(config.peers, me.id, prover))
+        worker.peers.preheat = NodePreheating(worker.copying.fetching).do
         nursery.start_soon(worker.peers.run)
 
 

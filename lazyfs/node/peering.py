@@ -20,6 +20,8 @@ from lazyfs.errors import ConfigError
 from lazyfs.node.peerstore import PeerStore
 from lazyfs.peers.announce import COMPLETE, Standing
 from lazyfs.peers.endpoint import Endpoint, find_member
+from lazyfs.peers.jobs import WORD, Agent
+from lazyfs.peers.tracked import TrackedMembership
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from lazyfs.cache.store import CacheDir
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.engine import Fetcher
+    from lazyfs.peers.jobs import Doing
     from lazyfs.peers.model import Gate, Member, View
 
 LOOK_S: Final = 60.0             # at the cache: what is there besides what is in use
@@ -52,6 +55,7 @@ class NodePeers:
         self._released: set[str] = set()
         self._complete: set[str] = set()    # of those in use, as said
         self._why = "starting"
+        self.preheat: Doing | None = None   # does the tasks of preheat jobs; set before `run`
 
     async def run(self) -> None:
         """Until cancelled. Never raises an Exception: peers are not needed."""
@@ -69,6 +73,10 @@ class NodePeers:
         self._changed()
         try:
             async with trio.open_nursery() as nursery:
+                if self.preheat is not None and isinstance(endpoint.membership, TrackedMembership):
+                    agent = Agent(self.preheat, endpoint.membership.news)
+                    endpoint.membership.on_word(WORD, agent.say, agent.told)
+                    nursery.start_soon(agent.run)
                 nursery.start_soon(endpoint.run)
                 nursery.start_soon(self.store.run)
                 nursery.start_soon(self._look)

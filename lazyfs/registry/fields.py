@@ -55,7 +55,8 @@ def from_fields(plain: Mapping[str, Any]) -> RegistryOptions:
     """
     try:
         hosts = {name: HostSettings(**_with_paths(one, _HOST_PATHS)) for name, one in plain.get("hosts", {}).items()}
-        return RegistryOptions(**_with_paths({**plain, "hosts": hosts}, _PATHS))
+        shown = {"shown": Secret(plain["shown"])} if plain.get("shown") is not None else {}
+        return RegistryOptions(**_with_paths({**plain, "hosts": hosts, **shown}, _PATHS))
     except (TypeError, AttributeError):
         raise UsageError("these are no registry options",
                          hint="do the command and the daemon have the same version? lazyfs daemon upgrade") from None
