@@ -143,7 +143,7 @@ class Fetcher:
             plan: (device, chunk index); those present are skipped.
 
         """
-        handle = PrefetchHandle(plan, self._bounds, self._scheduler.brake)
+        handle = PrefetchHandle(plan, self._bounds, self._scheduler.courtesy.prefetch_brake)
         self._scheduler.add_prefetch(handle)
         return handle
 

@@ -277,7 +277,7 @@ class Peering:
         if window is not None:
             window.scopes.append(job.scope)
         self.jobs.add(job)
-        self.scheduler.begin_traffic(priority)
+        self.scheduler.courtesy.begin(priority)
         self._nursery.start_soon(self._run, job)
         return True
 
@@ -286,7 +286,7 @@ class Peering:
             await job.run()
         finally:
             self.jobs.discard(job)
-            self.scheduler.end_traffic(job.priority)
+            self.scheduler.courtesy.end(job.priority)
             self.scheduler.dispatch()
 
     # --- for a peer ---------------------------------------------------------------------------------------------------

@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 from lazyfs import limits, requestid
-from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
+from lazyfs.errors import CacheError, DeadlineError, LazyfsError, RateLimitedError, SourceError
 from lazyfs.fetch import retry
-from lazyfs.fetch.brake import Brake, Traffic
-from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, SPILL_BYTES_MAX, UNSTORED_S, FetchLimits
-from lazyfs.fetch.copying import Copies
+from lazyfs.fetch.constants import SPILL_BYTES_MAX, UNSTORED_S, FetchLimits
+from lazyfs.fetch.courtesy import Courtesy
 from lazyfs.fetch.flight import Flight
 from lazyfs.fetch.lanes import Lanes
 from lazyfs.fetch.peering import Peering
 from lazyfs.fetch.prefetch import PrefetchHandle
-from lazyfs.fetch.sources import says_nothing
 from lazyfs.fetch.spill import Spill
 from lazyfs.fetch.statistics import FetchStatistics
 from lazyfs.fetch.transfer import Priority, Transfer
@@ -61,14 +59,10 @@ class Scheduler:
         self.prefetches: list[PrefetchHandle] = []
         self._windows: dict[Transfer, PrefetchHandle] = {}
         self.running = dict.fromkeys(Priority, 0)
-        self.copies = Copies(lambda: self.statistics.hits + self.statistics.misses)
+        self.courtesy = Courtesy(bounds.prefetch_rate, lambda: self.statistics.hits + self.statistics.misses)
+        self.copies = self.courtesy.copies
         self._copies_wake_at = math.inf    # trio's clock
         self._unstored_at = -math.inf      # the same; when a chunk had no room in the cache
-        self._reads = Traffic()
-        self.brake = Brake(self._reads, bounds.prefetch_rate)    # of all prefetch windows together
-        self._ahead_brake = Brake(self._reads)                   # of read-ahead
-        self._first_reads = Traffic()                            # of images that have not had much yet
-        self._bulk_brake = Brake(self._first_reads)              # of the others' reads
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
         self.peering = Peering(self, nursery)
@@ -155,7 +149,7 @@ class Scheduler:
         single = self._unstored_at + UNSTORED_S > now    # what is not stored is held in memory
         flights = self._alive(lane.foreground.pop_run(1 if single else self.bounds.merge_bytes_max))
         if flights:
-            transfer = Transfer(flights, Priority.FOREGROUND, self._bulk_brake if lane.is_bulk(now) else None)
+            transfer = Transfer(flights, Priority.FOREGROUND, self.courtesy.bulk_brake if lane.is_bulk(now) else None)
             lane.share.add(transfer.size, now)
             if self._start(transfer):
                 lane.running_count += 1
@@ -197,9 +191,7 @@ class Scheduler:
 
     def _start_next_window(self, ready: list[H], handles: list[H], now: float) -> bool:
         """Of the first of `ready` that has one; `handles`: all of their kind, in turn."""
-        for handle in ready:
-            if not self._is_admitted(handle, now):
-                continue
+        for handle in (one for one in ready if self._is_admitted(one, now)):
             window, stopped = handle.next_window(len(handles), self._wanted)
             if stopped:
                 self._workers.wake(self.dispatch)    # scan on after the others had a turn
@@ -216,10 +208,10 @@ class Scheduler:
     def _is_admitted(self, handle: PrefetchHandle, now: float) -> bool:
         """Whether what its next window is fetched from may be asked: peers may always."""
         entry = handle.peek()
-        if entry is not None and self.peering.takes(entry[0]):
-            handle.begin_at_peers()
-            return True
-        return entry is None or self.lanes.admits(entry[0].blobs[0][0], now)
+        if entry is None or not self.peering.takes(entry[0]):
+            return entry is None or self.lanes.admits(entry[0].blobs[0][0], now)
+        handle.begin_at_peers()
+        return True
 
     def _start_handles_window(self, handle: PrefetchHandle, window: list[Entry]) -> None:
         flights = [self._new_flight(*entry, time.monotonic()) for entry in window]
@@ -257,7 +249,7 @@ class Scheduler:
         if lane is None:
             return False
         flights = lane.background.pop_run(self.bounds.merge_bytes_max)
-        transfer = Transfer(flights, Priority.BACKGROUND, self._ahead_brake)
+        transfer = Transfer(flights, Priority.BACKGROUND, self.courtesy.ahead_brake)
         lane.share.add(transfer.size, trio.current_time())
         self._start(transfer)
         return True
@@ -273,10 +265,8 @@ class Scheduler:
                     self.fail(failed, error)
                 return False
         self.running[transfer.priority] += 1
-        self.begin_traffic(transfer.priority)
+        self.courtesy.begin_transfer(transfer)
         transfer.seconds_max = self.lanes.sources.of(transfer.source).begin()
-        if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
-            self._first_reads.begin()
         self.statistics.requests += 1
         self._workers.start(transfer)
         return True
@@ -286,9 +276,7 @@ class Scheduler:
     def _finished(self, transfer: Transfer) -> None:
         """The thread is through with it."""
         self.running[transfer.priority] -= 1
-        self.end_traffic(transfer.priority)
-        if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
-            self._first_reads.end()
+        self.courtesy.end_transfer(transfer)
         self.statistics.count(transfer)
         probe_at = self.lanes.judge(transfer, trio.current_time())
         if probe_at is not None and not self.closed:
@@ -327,22 +315,9 @@ class Scheduler:
         """The flight, if it is to be tried again; else it has failed."""
         if transfer.cut_short and flight.bad is None:
             return [flight]
-        if flight.bad is not None:
-            error, flight.bad = flight.bad, None
-            flight.bad_count += 1
-            self.statistics.bad_chunks += 1
-            again = flight.bad_count < BAD_CHUNK_TRY_COUNT
-        else:
-            error = transfer.error or BugError(f"{flight.source.name}: chunk {flight.index} was left out")
-            down = self.lanes.sources.of(flight.source).down
-            if not (transfer.landed_count or down or says_nothing(error)):
-                flight.attempt_count += 1
-            again = retry.is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
-            pause = 0.0 if down else retry.pause_s(error, max(1, flight.attempt_count))
-            again = again and time.monotonic() + pause < flight.deadline
-        flight.last_error = error
-        abandoned = transfer.priority is Priority.FOREGROUND and not flight.waiters
-        if again and not self.closed and not abandoned:
+        self.statistics.bad_chunks += flight.bad is not None
+        again, error = retry.verdict(flight, transfer, down=self.lanes.sources.of(flight.source).down)
+        if again and not self.closed and (flight.waiters or transfer.priority is not Priority.FOREGROUND):
             return [flight]
         self.fail(flight, error)
         return []
@@ -420,20 +395,6 @@ class Scheduler:
             flight.device.remember_error(flight.index, error)
         flight.fail(error)
         self.peering.ended(flight)
-
-    # --- also for fetch.peering -------------------------------------------------------------------------------------
-
-    def begin_traffic(self, priority: Priority) -> None:
-        """Something of that priority is asked for: what comes after it makes way."""
-        self.copies.begin(priority)
-        if priority is Priority.FOREGROUND:
-            self._reads.begin()
-
-    def end_traffic(self, priority: Priority) -> None:
-        """And it is over."""
-        self.copies.end(priority, trio.current_time())
-        if priority is Priority.FOREGROUND:
-            self._reads.end()
 
     # --- small helpers --------------------------------------------------------------------------------------------
 

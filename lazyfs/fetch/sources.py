@@ -22,13 +22,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import (
-    BugError,
-    CacheError,
     FormatError,
     IntegrityError,
     LazyfsError,
     RateLimitedError,
-    ResourceError,
 )
 from lazyfs.fetch import retry
 
@@ -134,7 +131,7 @@ class SourceState:
 
         """
         was_probe, self._probing = self._probing, False
-        if says_nothing(error):
+        if retry.says_nothing(error):
             if was_probe:
                 self._probe_at = now + PROBE_FIRST_S
                 return self._probe_at
@@ -218,8 +215,3 @@ class Sources:
 def server_of(source: ImageSource) -> str:
     """Who answers for a source: the registry's host[:port], whatever the image; else the source's own name."""
     return str(getattr(source, "server", "") or source.name)
-
-
-def says_nothing(error: LazyfsError) -> bool:
-    """Whether it says nothing of the source as a whole: this machine's limits, disk, or bug; one mirror of several."""
-    return isinstance(error, ResourceError | CacheError | BugError) or getattr(error, "elsewhere", False)
