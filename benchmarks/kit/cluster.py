@@ -12,7 +12,6 @@ away whatever is left. `discovery`: "tracker" (two, on one Redis), "static", or 
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import signal
@@ -83,18 +82,14 @@ class Node:
         else:
             self.daemon.mount(image, self.mount_path, "--no-prefetch")
 
-    def pids(self) -> list[int]:
-        """Keeper and worker: who must be stopped or killed for the node to be gone."""
-        return [self.daemon.keeper, self.daemon.worker]
-
-    def signal(self, number: signal.Signals) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def freeze(self) -> None:
+        """SIGSTOP its keeper and its worker."""
+        for pid in (self.daemon.keeper, self.daemon.worker):
+            os.kill(pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """Its processes, at once; its mounts stay behind until `close`."""
-        self.signal(signal.SIGKILL)
+        """Its processes, at once; its mounts stay behind, dead, until the cluster goes."""
+        self.daemon.kill()
 
     def peers(self) -> dict[str, Any]:
         """What the worker says of its peers (node.peering): {} while it does not."""
@@ -108,9 +103,9 @@ class Node:
         return bool(found.get("listens") and not membership["lost_s"] and membership.get("tracker", "static"))
 
     def close(self) -> None:
+        """Take its processes away: quickly, for what it leaves goes with its directory."""
         if self._daemon is not None:
-            self.signal(signal.SIGCONT)
-            self._daemon.close()
+            self._daemon.kill()
 
 
 class Cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -158,6 +159,16 @@ class NodeDaemon:
             if time.monotonic() > limit:
                 raise ToolError("lazyfs daemon is not ready")
             time.sleep(_POLL_S)
+
+    def kill(self) -> None:
+        """SIGKILL all of its processes; its mounts stay behind, dead. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for pid in [self._daemon.pid, *descendants(self._daemon.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._daemon.close()
 
     def close(self) -> None:
         """Unmount everything and end it, its worker too; idempotent."""

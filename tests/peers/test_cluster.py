@@ -1,0 +1,114 @@
+"""Real nodes in network namespaces that start together, and what fails in mid-transfer: right bytes, no hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.peerskit import SIZE, reading, right, small_cluster, wait_for, wait_received
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.kit.cluster import Cluster, Node
+    from benchmarks.session import Session
+
+pytestmark = pytest.mark.mount
+
+MIDDLE = SIZE // 3
+
+
+def test_nodes_that_start_together_fetch_one_copy(session: Session) -> None:
+    with small_cluster(session, 5) as cluster:
+        before = cluster.origin_bytes()
+        with reading(cluster.nodes) as digests:
+            assert digests.of(cluster.nodes) == {right(session)}
+        assert cluster.origin_bytes() - before <= 1.3 * SIZE
+        given = [node.peers()["uploads"]["bytes"] for node in cluster.nodes]
+        assert sum(given) >= 0.9 * SIZE * (len(cluster.nodes) - 1)
+        assert all(given)
+
+
+def kill(cluster: Cluster, node: Node) -> None:
+    node.kill()
+
+
+def freeze(cluster: Cluster, node: Node) -> None:
+    node.freeze()
+
+
+def cut_off(cluster: Cluster, node: Node) -> None:
+    cluster.rack.cut(node.name)
+
+
+def slow_down(cluster: Cluster, node: Node) -> None:
+    cluster.rack.shape(node.name, 1_000_000)
+
+
+@pytest.mark.parametrize("harm", [kill, freeze, cut_off, slow_down])
+def test_a_peer_that_fails_in_mid_transfer_hurts_nobody_else(session: Session,
+                                                            harm: Callable[[Cluster, Node], None]) -> None:
+    with small_cluster(session, 4, discovery="static") as cluster, reading(cluster.nodes) as digests:
+        victim, *others = cluster.nodes
+        wait_received(cluster, victim, MIDDLE)
+        harm(cluster, victim)
+        assert digests.of(others) == {right(session)}
+
+
+def test_a_peer_whose_disk_lies_is_found_and_left_alone(session: Session) -> None:
+    with small_cluster(session, 3, discovery="static") as cluster:
+        liar, *others = cluster.nodes
+        with reading([liar]) as digests:
+            assert digests.of([liar]) == {right(session)}
+        for path in (liar.place.top / "cache").rglob("*"):
+            if path.is_file() and path.stat().st_size >= SIZE:
+                with path.open("r+b") as file:
+                    for at in range(0, path.stat().st_size, 64 << 10):
+                        file.seek(at)
+                        file.write(b"\xa5")
+        with reading(others) as digests:
+            assert digests.of(others) == {right(session)}
+        seen = [peer for node in others for peer in node.peers()["peers"] if peer["wrong_pieces"]]
+        assert {peer["away"] for peer in seen} == {"lied"}
+        assert {peer["address"].partition(":")[0] for peer in seen} == {liar.machine.address}
+
+
+def test_the_registry_goes_and_the_peers_have_it_all(session: Session) -> None:
+    with small_cluster(session, 3) as cluster:
+        first, *others = cluster.nodes
+        with reading([first]) as digests:
+            assert digests.of([first]) == {right(session)}
+        wait_for(lambda: all(_complete(node) for node in others), "the others hear that the first has it")
+        cluster.rack.cut("registry")
+        with reading(others) as digests:
+            assert digests.of(others) == {right(session)}
+
+
+def _complete(node: Node) -> int:
+    return max((swarm["complete"] for swarm in node.peers()["swarms"].values()), default=0)
+
+
+def test_swarms_go_on_without_trackers(session: Session) -> None:
+    with small_cluster(session, 3) as cluster:
+        before = cluster.origin_bytes()
+        with reading(cluster.nodes) as digests:
+            wait_received(cluster, cluster.nodes[0], MIDDLE)
+            for tracker, number in zip(cluster.trackers, (signal.SIGKILL, signal.SIGSTOP), strict=True):
+                os.kill(tracker.pid, number)
+            assert digests.of(cluster.nodes) == {right(session)}
+        assert cluster.origin_bytes() - before <= 1.5 * SIZE
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_swarms_go_on_without_redis(session: Session, number: signal.Signals) -> None:
+    with small_cluster(session, 3) as cluster:
+        assert cluster.redis is not None
+        before = cluster.origin_bytes()
+        with reading(cluster.nodes) as digests:
+            wait_received(cluster, cluster.nodes[0], MIDDLE)
+            os.kill(cluster.redis.pid, number)
+            assert digests.of(cluster.nodes) == {right(session)}
+        assert cluster.origin_bytes() - before <= 1.5 * SIZE
