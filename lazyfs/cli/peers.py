@@ -87,6 +87,10 @@ def _traffic(told: dict[str, Any]) -> Iterator[str]:
     yield (f"asked: {counters.get('requests', 0)} requests, {counters.get('hedges', 0)} hedged, "
            f"{format_bytes(counters.get('duplicate_bytes', 0))} came twice; "
            f"{len(told['swarms'])} swarms")
+    tokens = told.get("tokens")
+    if tokens:
+        yield (f"tokens: {tokens['held']} held, {tokens['failed']} times none to be had; "
+               f"of others {tokens['refused']} refused")
 
 
 def _table(peers: list[dict[str, Any]], most: int | None) -> Iterator[str]:

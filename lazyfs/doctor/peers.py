@@ -14,10 +14,11 @@ import trio
 
 from lazyfs.config import split_address
 from lazyfs.doctor.results import failed, ok, warning
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import LazyfsError, NotFoundError
 from lazyfs.node.protocol import STATUS, ControlClient, WorkerGoneError
 from lazyfs.node.rundir import WorkerDir
 from lazyfs.peers.tlsfiles import TlsFiles
+from lazyfs.peers.tokenwire import KEYS_PATH
 from lazyfs.peers.trackerclient import TrackerClient
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ async def _ask_trackers(peers: config.Peers) -> dict[str, str]:
         client = TrackerClient([url], tls, peers.tracker_token_file)
         try:
             await client.request("GET", "/readyz", seconds=_ANSWER_S)
+            if peers.tokens != "off":
+                await client.request("GET", KEYS_PATH, seconds=_ANSWER_S)
+        except NotFoundError:
+            found[url] = f"{url} gives no tokens: tracker.tokens is off there, peers.tokens is {peers.tokens} here"
         except LazyfsError as error:
             found[url] = str(error)
         finally:

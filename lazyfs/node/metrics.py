@@ -247,6 +247,10 @@ METRICS: tuple[Metric, ...] = (
            "Chunks asked for by peers: given out of the cache, fetched for them, not to be had.",
            _several(("cache", ("peers", "given", "from_cache")), ("fetched", ("peers", "given", "fetched")),
                     ("lacking", ("peers", "given", "lacking")))),
+    Metric("lazyfs_peer_tokens_total", COUNTER, ("what",),
+           "Tokens for peers, where there are some: given to this node, not to be had; of peers, refused.",
+           _several(("given", ("peers", "tokens", "issued")), ("missing", ("peers", "tokens", "failed")),
+                    ("refused", ("peers", "tokens", "refused")))),
     # --- full copies
     Metric("lazyfs_copies_total", COUNTER, ("result",), "Full copies of images: begun, and how they ended.",
            _several(("started", ("copies", "started")), ("completed", ("copies", "completed")),

@@ -151,6 +151,7 @@ class Endpoint:
             "id": self.me.id, "address": self.me.address, "zone": self.me.zone, "listens": bool(self.port),
             "membership": self.membership.describe(), **self.swarm.describe(),
             "connections": self.client.connections,
+            "tokens": self.gate.describe() if isinstance(self.gate, TokenGate) else {},
             "uploads": {"requests": sent.requests, "refused": sent.refused_busy, "pieces": sent.pieces,
                         "bytes": sent.plain_bytes, "wire_bytes": sent.wire_bytes},
         }

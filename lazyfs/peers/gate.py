@@ -17,7 +17,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
@@ -93,7 +93,7 @@ class OpenGate:
 
 @dataclass(slots=True)
 class GateCounts:
-    """For metrics and `lazyfs peers`."""
+    """Of tokens: got, not got; others' shown and admitted, refused; of those admitted, by grace only."""
 
     issued: int = 0
     failed: int = 0
@@ -132,6 +132,11 @@ class TokenGate:
     _admitted: OrderedDict[bytes, tuple[str, float]] = field(default_factory=OrderedDict, repr=False)
     _heard_at: float | None = None
     _asked: trio.Event = field(default_factory=trio.Event, repr=False)
+
+    def describe(self) -> dict[str, int | bool]:
+        """For `lazyfs peers` and metrics: tokens held, and counters since the start."""
+        return {"held": len(self._held), "keys": len(self._public.by_id), "lost": self.is_lost,
+                **asdict(self.counts)}
 
     # --- our own tokens -------------------------------------------------------------------------------------------
 

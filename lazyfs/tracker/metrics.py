@@ -28,6 +28,10 @@ _COUNTERS = {
     "leaves": ("lazyfs_tracker_leaves_total", "Members that said that they leave."),
     "reports": ("lazyfs_tracker_reports_total", "Reports of members about others."),
     "releases": ("lazyfs_tracker_releases_total", "Times that a member was told that a copy for others can go."),
+    "tokens_asked": ("lazyfs_tracker_tokens_asked_total", "Questions of nodes for tokens."),
+    "tokens_issued": ("lazyfs_tracker_tokens_issued_total", "Tokens that were signed."),
+    "tokens_refused": ("lazyfs_tracker_tokens_refused_total", "Questions whose right was not proved."),
+    "tokens_failed": ("lazyfs_tracker_tokens_failed_total", "Questions that no registry could be asked about."),
     "view_bytes": ("lazyfs_tracker_view_bytes_total", "Of views that were sent."),
 }
 _GAUGES = {

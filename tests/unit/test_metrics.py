@@ -42,6 +42,7 @@ SNAPSHOT: dict[str, Any] = {
         "counters": {"requests": 12, "hedges": 2, "duplicate_bytes": 9}, "swarms": {"device/x": {}},
         "uploads": {"requests": 5, "refused": 1, "pieces": 7, "bytes": 700, "wire_bytes": 300},
         "given": {"from_cache": 4, "fetched": 2, "lacking": 1},
+        "tokens": {"held": 2, "keys": 1, "lost": False, "issued": 6, "failed": 1, "admitted": 3, "refused": 2},
         "peers": [{"id": "n2", "address": "10.0.0.2:9451", "zone": "a", "running": 0, "requests": 3, "pieces": 3,
                    "bytes": 1000, "failures": 1, "busy": 2, "wrong_pieces": 1, "hedges": 0, "p50_s": 0.01,
                    "p95_s": 0.02, "away": "lied", "away_s": 590.0, "slow": False, "last_error": "another digest"},
