@@ -18,6 +18,7 @@ import trio
 from lazyfs import limits
 from lazyfs.errors import BugError, LazyfsError, PeerBusyError, PeerError
 from lazyfs.peers import wire
+from lazyfs.peers.channel import page_in
 from lazyfs.peers.model import BEAT_S, FileRange
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Answer:
         for index in self._todo:
             await self._room.acquire()
             try:
-                data: Data | wire.Trouble = await self._store.piece(request, index)
+                data: Data | wire.Trouble = await self._read(await self._store.piece(request, index))
             except LazyfsError as error:
                 data = wire.trouble_of(error, index)
             except Exception:  # noqa: BLE001 - of this piece only
@@ -124,6 +125,16 @@ class Answer:
                 data = wire.trouble_of(BugError("internal error, see this node's log"), index)
             heapq.heappush(self._ready, (index, self._checked(index, data)))
             self._arrived.set()
+
+    async def _read(self, data: Data) -> Data:
+        """The same, and what lies in a file is in memory: before its turn, so that beats are sent meanwhile."""
+        if isinstance(data, FileRange):
+            try:
+                await page_in(data, self._uploads.disk)
+            except BaseException:
+                data.release()
+                raise
+        return data
 
     def _checked(self, index: int, data: Data | wire.Trouble) -> Data | wire.Trouble:
         """The store's piece if it is of the right size and, being in memory, there is room for it."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Trio's default of 16 KiB makes a system call and a wake-up of every 16 KiB. More than a piece would be sent in vain
 # after the asker has left, and ahead of what is more urgent.
 _UNSENT_BYTES_MAX = 512 * limits.KIB
-_UNHEARD_MS = 10_000             # bytes that nobody acknowledged for so long: the other host is gone
+_UNHEARD_MS = 30_000             # not acknowledged, or no room on the other side: a disk may stall a reader for seconds
 _TLS_BYTES = 256 * limits.KIB    # read from a file and encrypted at once
 _PAGE_IN_BYTES = 128 * limits.KIB
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
@@ -95,7 +95,6 @@ class Channel:
         elif self._plain is None:
             await self._send_read(head, data)
         else:
-            await page_in(data)
             await self._send_file(self._plain.socket, head, data)
 
     async def _send_read(self, head: bytes, part: FileRange) -> None:
@@ -135,14 +134,14 @@ class Channel:
         await trio.aclose_forcefully(self._stream)
 
 
-async def page_in(part: FileRange) -> None:
+async def page_in(part: FileRange, threads: trio.CapacityLimiter) -> None:
     """
     Have the kernel read a file's range in a thread, unless it looks as if it had it in memory already.
 
     Else sendfile would stop the loop for the disk, and with it all readers of the node.
     """
     if not (_in_memory(part.file, part.offset) and _in_memory(part.file, part.offset + part.size - 1)):
-        await trio.to_thread.run_sync(_read_through, part.file, part.offset, part.size)
+        await trio.to_thread.run_sync(_read_through, part.file, part.offset, part.size, limiter=threads)
 
 
 def _in_memory(file: int, offset: int) -> bool:

@@ -25,6 +25,7 @@ from lazyfs.peers.rates import Rate
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+_DISK_THREADS = 4          # a slow disk is not asked for sixty places at once
 _HELD_BYTES_MAX = 64 * MIB  # pieces that could not be stored, and wait to be sent
 _RETRY_S = 0.25            # when a place may be free again, nobody knows better
 _RETRY_S_MAX = 10.0
@@ -84,6 +85,7 @@ class Uploads:
         self._promised = 0               # bytes that open requests will still want, were they all here
         self._sending = 0
         self._held = 0
+        self.disk = trio.CapacityLimiter(_DISK_THREADS)      # that have the disk read what is to be sent
         self._turns: list[_Turn] = []
         self._numbers = itertools.count()
         self._rate = Rate(limits.rate)

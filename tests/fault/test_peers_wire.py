@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from lazyfs.errors import PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
+from lazyfs.peers import channel
 from lazyfs.peers.hop import Hop
-from lazyfs.peers.model import Priority
+from lazyfs.peers.model import SILENCE_S, Priority
 from lazyfs.peers.uploads import UploadLimits
 from tests.peerwire import FileStore, Pair, asking, pair_of, resource_of, until
 
@@ -201,3 +205,22 @@ async def test_the_rate_is_kept(files: FileStore) -> None:
         began = trio.current_time()
         await pair.get(asking(RESOURCE, ALL))
         assert trio.current_time() - began >= 0.3, "3 MB at 6 MB/s, less a burst of a tenth of a second"
+
+
+async def test_a_slow_disk_is_read_in_threads_while_beats_are_sent(files: FileStore,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop goes on, and the asker does not take the node for dead."""
+    threads = []
+
+    def slow(file: int, offset: int, size: int) -> None:
+        threads.append(threading.current_thread())
+        assert len(os.pread(file, size, offset)) == size
+        time.sleep(SILENCE_S * 1.3)     # what a disk would do
+
+    monkeypatch.setattr(channel, "_in_memory", lambda _file, offset: offset < 64 << 10)
+    monkeypatch.setattr(channel, "_read_through", slow)
+    async with pair_of(files) as pair:
+        request = asking(RESOURCE, range(3))
+        assert await pair.get(request) == pair.content(request)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
