@@ -21,7 +21,7 @@ REFUSED_S = 10.0        # a token is fetched anew within seconds
 LACKS_S = 2.0           # it has just joined, or just left
 SLOW_TIMES = 3.0        # as long as what is usual
 SLOW_MIN_S = 0.1        # what is usual counts as this at least: another continent is not slow
-SLOW_SAMPLES = 8        # of the last pieces and what is overdue; half of them as slow as that, and it is
+SLOW_SAMPLES = 4        # of the last pieces and what is overdue; half of them as slow as that, and it is
 LATENCIES = 64          # kept, of one peer and of all
 HEALTH_MAX = 20_000
 REPORT_MAX = 256        # waiting for the tracker
@@ -97,7 +97,7 @@ class Health:
     gone_in_a_row: int = 0
     last_error: str = ""
     latencies: Latencies = field(default_factory=Latencies)
-    times_usual: deque[float] = field(default_factory=lambda: deque(maxlen=SLOW_SAMPLES * 4))
+    times_usual: deque[float] = field(default_factory=lambda: deque(maxlen=SLOW_SAMPLES * 8))
 
     def is_mostly_late(self) -> bool:
         """Of its last pieces and of those under way that are overdue."""

@@ -14,13 +14,13 @@ from lazyfs.peers.health import Latencies
 from lazyfs.peers.model import Priority
 
 TIMES = 1.5                  # of the 95th percentile,
-TIMES_MEDIAN = 4.0           # but no more than this of the median: one slow peer of eight is more than 5 %
+TIMES_MEDIAN = 3.0           # but no more than this of the median: one slow peer of eight is more than 5 %
 ANEW = 4                     # pieces: so often it is worked out anew
 SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
-CREDIT_EACH = 0.1            # hedges by requests: one in ten,
-CREDIT_MAX = 8.0             # and some at once
+CREDIT_EACH = 0.2            # hedges by requests: one in five,
+CREDIT_MAX = 16.0            # and some at once
 
 
 @dataclass(slots=True)

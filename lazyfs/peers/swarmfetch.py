@@ -33,6 +33,8 @@ HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
 HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
 ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
+PATIENCE_EACH = 0.4     # of the delay, for each level of the tree: the first below a slow member asks another, the
+PATIENCE_MAX = 3.0      # others have it from there; were all to ask at once, they would ask the slow one's children
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
 BUSY_ROUNDS = 3         # of a way whose peers were all busy; then the origin
 BETTER_MAX = 2          # members that a busy one may name
@@ -86,12 +88,12 @@ class SwarmFetch:
             group = index // size
             way = by_group.get(group)
             if way is None:
-                way = by_group[group] = Way(self._stops(group))
+                way = by_group[group] = self._way(group)
             way.missing.add(index)
             self._ways[index] = way
         return list(by_group.values())
 
-    def _stops(self, group: int) -> list[tuple[Member, bool]]:
+    def _way(self, group: int) -> Way:
         """
         Whom to ask for a group: parents, those that have been slow after the others; then who may have it.
 
@@ -102,9 +104,10 @@ class SwarmFetch:
         stops = [(member, False) for member in place.parents if member.id not in slow]
         stops += [(member, False) for member in place.parents if member.id in slow and stops]
         stops += [(member, True) for member in place.holders]
-        if place.heir is not None and not place.holders and self._known.probe_pays():
-            stops.append((place.heir, True))
-        return stops
+        if place.heirs and not place.holders and self._known.probe_pays():
+            stops += [(member, True) for member in place.heirs]
+        return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)),
+                   is_next=len(place.parents) == 1)
 
     def _is_slow(self, member: Member) -> bool:
         return self._swarm.health.is_slow(member.id, self._now())
@@ -342,7 +345,7 @@ class SwarmFetch:
         if health.slow_until > now:
             return attempt.moved_at
         since = max(attempt.moved_at, attempt.looked_at)
-        delay = self._swarm.pace.delay_s(self._priority) * attempt.jitter
+        delay = self._swarm.pace.delay_s(self._priority) * attempt.patience
         if attempt.here_only:
             return since + HERE_TIMES * delay
         if self._priority is Priority.FOREGROUND:
@@ -368,6 +371,8 @@ class SwarmFetch:
         """
         Ask the others as well; one that has been slow all the time is not waited for at all.
 
+        A root that is much later than others usually are is given up by the one that comes next, which asks the
+        origin: nobody else does, so two copies of a group are the most; a slow origin makes all roots late alike.
         That is rare, so it asks no leave of Pace; what is merely late does, or a full network would be asked twice.
         """
         attempt.looked_at = self._now()
@@ -377,8 +382,14 @@ class SwarmFetch:
             attempt.scope.cancel()    # the next are asked when it has ended
             return
         ways = [way for way in self._open_ways(attempt) if way.next < len(way.stops)]
-        if ways and not attempt.hedged and self._swarm.pace.may_hedge(self._priority):
-            attempt.hedged = True
-            self._swarm.counters["hedges"] += 1
-            self._swarm.health.of(attempt.member.id).hedges += 1
-            self._advance(ways, nursery)
+        roots = [way for way in self._open_ways(attempt) if way.is_next] if attempt.late else []
+        if (not ways and not roots) or attempt.hedged or not self._swarm.pace.may_hedge(self._priority):
+            return
+        attempt.hedged = True
+        self._swarm.counters["hedges"] += 1
+        self._swarm.health.of(attempt.member.id).hedges += 1
+        self._advance(ways, nursery)
+        self._to_origin([index for way in roots if way.running == 1 for index in way.missing])
+        attempt.left &= self._missing
+        if not attempt.left:
+            attempt.scope.cancel()

@@ -31,6 +31,7 @@ GROUP_BYTES_MIN = 256 * limits.KIB    # of a group: below it a request costs mor
 GROUP_COUNT_MAX = 4096           # of a resource: each is ordered, 20 us at 500 members, 300 us at 10,000
 ANCESTORS_MAX = 3                # parent, its parent, and one more; then the root itself
 HEADS = 6                        # first of an order: who stands in for a root that is gone
+HEIRS = 3                        # of a root that has just come: others that came with it have nothing either
 HOLDERS = 2                      # complete members that are asked before the origin
 RATE_TYPICAL = 1 << 27           # bytes/s of who does not say: 1 Gbit/s
 RATE_POWER = 2                   # an eighth of the rate: one of 64 comes before an ordinary node. Slow ones are leaves
@@ -59,13 +60,15 @@ class Place:
     Attributes:
         parents: whom it asks, in order: its parent, those above it, those who stand in for a root. All of lower score.
         holders: complete members, asked for what they have (HERE_ONLY) before the origin is.
-        heir: the next in the order, of who has no parents: it was the root before this one came, and may have it.
+        heirs: the next in the order, of who has no parents: they were the root before this one came, and may have it.
+        depth: how many members are between it and its zone's root, that included; of the root 0.
 
     """
 
     parents: tuple[Member, ...] = ()
     holders: tuple[Member, ...] = ()
-    heir: Member | None = None
+    heirs: tuple[Member, ...] = ()
+    depth: int = 0
 
     @property
     def is_root(self) -> bool:
@@ -109,19 +112,21 @@ class Topology:
         order, rank_of = self._order(zone, seed)
         rank = int(rank_of[me - zone.start])
         above = _above(rank)
+        depth = len(above)
         if len(above) > ANCESTORS_MAX + 1:
             above = [*above[:ANCESTORS_MAX], 0]
         above += [head for head in range(1, min(HEADS, rank)) if head not in above]
         chain = [zone.start + int(order[index]) for index in above]
-        heir = zone.start + int(order[1]) if rank == 0 and len(order) > 1 else None
+        heirs = [zone.start + int(index) for index in order[1:1 + HEIRS]] if rank == 0 else []
         if rank < HEADS and len(self._zones) > 1:
             beyond = self._beyond(me, zone, seed)
             chain += [index for index in beyond.chain if index not in chain]
-            heir = beyond.next if heir is None else heir
+            heirs = (heirs + [index for index in beyond.others if index not in heirs])[:HEIRS]
         return Place(
             tuple(self.members[index] for index in chain),
             tuple(self.members[index] for index in self._holders(me, zone, seed) if index not in chain[:1]),
-            self.members[heir] if heir is not None and not chain else None,
+            tuple(self.members[index] for index in heirs) if not chain else (),
+            depth,
         )
 
     def _scores(self, part: slice, seed: int) -> NDArray[np.float64]:
@@ -158,7 +163,7 @@ class Topology:
         first = np.argpartition(scores, min(HEADS, len(scores) - 1))[:HEADS]
         heads = sorted(map(int, first), key=lambda index: float(scores[index]))
         chain += [index for index in (*roots[:1], *heads) if index not in chain and scores[index] < scores[me]]
-        return _Beyond(chain, next((index for index in roots if index != me), None))
+        return _Beyond(chain, [index for index in roots if index != me][:HEIRS])
 
     def _holders(self, me: int, zone: slice, seed: int) -> list[int]:
         """Complete members, the group's first ones: those of the zone, else of all."""
@@ -174,7 +179,7 @@ class Topology:
 @dataclass(frozen=True, slots=True)
 class _Beyond:
     chain: list[int]
-    next: int | None
+    others: list[int]
 
 
 def _above(rank: int) -> list[int]:

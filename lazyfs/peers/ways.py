@@ -21,12 +21,16 @@ class Way:
 
     :missing: not delivered yet.
     :running: attempts that ask for some of them.
+    :is_next: nobody but the root is before this node: what the root does not give, the origin may.
+    :patience: times the usual delay before a hedge: who is nearer to the trouble, nearer to the root, is to act first.
     :again_at: when all were busy: begin anew at that time (inf: not so).
     """
 
-    __slots__ = ("again_at", "busy_rounds", "missing", "next", "retry_after", "running", "stops")
+    __slots__ = ("again_at", "busy_rounds", "is_next", "missing", "next", "patience", "retry_after", "running", "stops")
 
-    def __init__(self, stops: list[tuple[Member, bool]]) -> None:
+    def __init__(self, stops: list[tuple[Member, bool]], patience: float, *, is_next: bool) -> None:
+        self.is_next = is_next
+        self.patience = patience
         self.missing: set[int] = set()
         self.stops = stops            # (member, asked only for what it has)
         self.next = 0
@@ -47,8 +51,8 @@ class Attempt:
     :ours: the peer is not waited for: our own limit holds it back, or what came is being checked and kept.
     """
 
-    __slots__ = ("got", "hedged", "here_only", "jitter", "late", "left", "looked_at", "member",
-                 "moved_at", "ours", "scope", "ways")
+    __slots__ = ("got", "hedged", "here_only", "late", "left", "looked_at", "member",
+                 "moved_at", "ours", "patience", "scope", "ways")
 
     def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
         self.member = member
@@ -56,7 +60,7 @@ class Attempt:
         self.ways = ways
         self.left = set(ways)
         self.moved_at = self.looked_at = now
-        self.jitter = jitter
+        self.patience = jitter * min(way.patience for way in ways.values())
         self.hedged = self.late = self.ours = False
         self.got = 0
         self.scope = trio.CancelScope()

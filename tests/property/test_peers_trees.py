@@ -49,11 +49,11 @@ def test_everybody_reaches_the_one_root(cluster: tuple[Member, ...], group: int)
 
 
 def test_the_busiest_uploader_sends_little_more_than_the_mean() -> None:
-    """Of equal members; 1,000 groups, as an image of 1 GiB has."""
-    for count, zones in ((8, 1), (50, 1), (60, 3)):
+    """Of equal members; 400 groups, as an image of 400 MiB has."""
+    for count, zones in ((8, 1), (40, 1), (30, 3)):
         topology = Topology(View(members(count, zones)))
         given_to: Counter[str] = Counter()
-        for group in range(1000):
+        for group in range(400):
             for member in topology.members:
                 parents = topology.place(member.id, group_seed("r", group)).parents
                 if parents:
@@ -81,6 +81,4 @@ def test_a_member_that_comes_or_goes_moves_few_roots() -> None:
     assert all(new[index] == everyone[-1].id for index in moved)    # to who came, never between the others
     assert 0 < len(moved) <= 1.6 * groups / count
     for index in moved:    # and who came asks the one that was the root before
-        heir = after.place(everyone[-1].id, group_seed("r", index)).heir
-        assert heir is not None
-        assert heir.id == old[index]
+        assert after.place(everyone[-1].id, group_seed("r", index)).heirs[0].id == old[index]
