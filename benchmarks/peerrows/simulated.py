@@ -20,6 +20,7 @@ AT_ONCE = 2
 HALF_A_THOUSAND = Setting(nodes=500, image_mib=200, piece_kib=1024)
 # 10,000: pieces of 4 MiB, so that a run takes minutes.
 TEN_THOUSAND = replace(HALF_A_THOUSAND, nodes=10_000, piece_kib=4096, window=32)
+READ_AHEAD = 16                      # chunks of 1 MiB that a reader of a real node has under way (fetch.readahead)
 
 _known: dict[Setting, Result] = {}
 
@@ -32,6 +33,13 @@ def results(settings: Iterable[Setting]) -> list[Result]:
         with ProcessPoolExecutor(AT_ONCE, multiprocessing.get_context("spawn")) as pool:
             _known.update(zip(missing, pool.map(simulate, missing), strict=True))
     return [_known[setting] for setting in wanted]
+
+
+def model(nodes: int, image_mib: int, link_mbit: float) -> float:
+    """How long a real cluster's slowest node should need, by the model: seconds. For the model's error."""
+    setting = Setting(nodes=nodes, image_mib=image_mib, node_mbit=link_mbit, origin_mbit=link_mbit, window=READ_AHEAD,
+                      hot_mib=0)
+    return max(results([setting])[0].done_s)
 
 
 def seeds(setting: Setting, count: int) -> list[Setting]:
