@@ -166,10 +166,12 @@ def test_a_worker_that_is_replaced_serves_its_peers_again(registry: FaultProxy, 
 
 
 @contextlib.contextmanager
-def running_tracker() -> Iterator[str]:
-    """Its URL."""
+def running_tracker(**keys: str) -> Iterator[str]:
+    """Its URL; `keys` of [tracker]."""
+    environment = {**os.environ, **{f"LAZYFS_TRACKER_{name.upper()}": value for name, value in keys.items()}}
     words = [*LAZYFS, "tracker", "--json", "--address", f"127.0.0.1:{free_port()}"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                          env=environment) as process:
         try:
             assert process.stdout is not None
             yield f"http://{json.loads(process.stdout.readline())['addresses'][0]}"
@@ -207,6 +209,34 @@ def test_daemons_with_a_tracker_find_each_other_and_go_on_without_it(
     read(second, "f2", "f3")    # the tracker is gone, the members are known
     assert two.status(1)["fetch"]["peer_bytes"] > before
     assert peers_results(peers, two.machines[1].run_dir)["tracker"] is Status.FAILED
+
+
+def test_with_tokens_those_who_may_pull_an_image_share_it(registry: FaultProxy, nodes: Callable[..., Nodes]) -> None:
+    with running_tracker(tokens="resource", registries=registry.host) as url:
+        two = nodes(2, tracker=url, tokens="resource")
+        first, second = two.mount(0, registry), two.mount(1, registry)
+        read(first, "f0", "f1")
+        until(lambda: two.peers(1)["membership"]["members"] == 2)
+        read(second, "f0", "f1")
+        assert two.status(1)["fetch"]["peer_bytes"] > 0
+        assert two.peers(1)["tokens"]["issued"] > 0
+        assert two.peers(0)["tokens"]["admitted"] > 0
+        peers = config.Peers(cluster="test", tracker=(url,), address=two.places[1], tokens="resource")
+        assert peers_results(peers, two.machines[1].run_dir)["tracker"] is Status.OK
+
+
+def test_without_a_token_all_comes_from_the_registry_and_nobody_is_blamed(
+    registry: FaultProxy, nodes: Callable[..., Nodes]
+) -> None:
+    with running_tracker(tokens="resource", registries="registry.example") as url:     # it does not ask ours
+        two = nodes(2, tracker=url, tokens="resource")
+        first, second = two.mount(0, registry), two.mount(1, registry)
+        read(first, "f0", "f1")
+        until(lambda: two.peers(1)["membership"]["members"] == 2)
+        read(second)
+        assert two.status(1)["fetch"]["peer_bytes"] == two.peers(0)["uploads"]["bytes"] == 0
+        assert two.peers(1)["tokens"]["failed"] > 0
+        assert not any(one["away"] for one in two.peers(1)["peers"])
 
 
 def test_peers_that_are_all_gone_cost_a_mount_nothing(
