@@ -80,13 +80,14 @@ class _Job:
         first = self.all[0]
         resource = first.device.resource
         left_s = max(flight.deadline for flight in self.all) - time.monotonic()
-        share = PASSED_ON_SHARE if self.hops else SHARE
+        swarm_s = max(0.0, left_s * (PASSED_ON_SHARE if self.hops else SHARE))
+        deadline = trio.current_time() + swarm_s
         try:
             with self.scope:
-                await self._peering.viewed(resource.key)
+                await self._peering.viewed(resource.key, min(swarm_s, FIRST_VIEW_S))
                 self.hand_on(await self._peering.swarm.fetch(
                     resource, sorted(self.flights), priority=model.Priority(self.priority),
-                    deadline=trio.current_time() + max(0.0, left_s * share), hops=self.hops, deliver=self.deliver,
+                    deadline=deadline, hops=self.hops, deliver=self.deliver,
                     request=next((flight.request for flight in self.all if flight.request), ""),
                     origin=self.hand_on))
         except LazyfsError as error:
@@ -214,13 +215,13 @@ class Peering:
         if event is not None:
             event.set()
 
-    async def viewed(self, key: str) -> None:
-        """Until that, or for FIRST_VIEW_S. Checkpoint: perhaps."""
+    async def viewed(self, key: str, seconds: float) -> None:
+        """Until that, or for so long. Checkpoint: perhaps."""
         event = self.awaited.get(key)
         if event is not None:
-            with trio.move_on_after(FIRST_VIEW_S) as late:
+            with trio.move_on_after(seconds) as late:
                 await event.wait()
-            if late.cancelled_caught:
+            if late.cancelled_caught and seconds >= FIRST_VIEW_S:
                 self.awaited.pop(key, None)    # the others need not wait as well
 
     def takes(self, device: FetchDevice) -> bool:
@@ -369,7 +370,11 @@ class Peering:
         """A flight of a window landed or failed, wherever it came from."""
         window = flight.window
         handle = self._windows.get(window) if isinstance(window, PeerWindow) else None
-        if handle is None or not isinstance(window, PeerWindow) or not window.account(flight):
+        if handle is None or not isinstance(window, PeerWindow):
+            return
+        if flight.data is not None:
+            handle.cancel()    # there is no room for what is fetched ahead
+        if not window.account(flight):
             return
         del self._windows[window]
         self.scheduler.running[handle.priority] -= 1

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
+from lazyfs.cache.space import Limits
 from lazyfs.errors import SourceError
 from lazyfs.fetch.copying import CopyTerms
 from lazyfs.peers.model import PieceRequest, Priority
@@ -135,6 +137,47 @@ async def test_what_has_rotted_on_the_disk_is_not_given_away(tmp_path: Path) -> 
                 assert bytes(piece.data) == SAMPLE.chunk(3)
         assert one.cache.health.statistics.chunks_damaged == 1
         assert one.store.counts.fetched == 1
+
+
+async def test_a_peer_that_is_there_and_gives_nothing_leaves_a_read_its_time(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = cluster.nodes
+        one.source.gate.clear()    # it says that it is alive, and waits for its registry
+        async with trio.open_nursery() as nursery:
+            for index in range(SAMPLE.table.chunk_count):
+                nursery.start_soon(other.read, index * SAMPLE.table.chunk_size, 1, 10.0)    # or DeadlineError
+        assert one.source.requests
+        assert sum(size for _, size in other.source.requests) == len(SAMPLE.stored)
+
+
+async def test_a_first_view_that_does_not_come_is_not_waited_for_long(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        other = cluster.nodes[1]
+        assert other.device is not None
+        key = other.device.resource.key
+        other.swarm.forget(key)
+        other.fetcher.peering.await_view(key)
+        await other.read(0, 1, 2.0)    # half of its time
+        other.fetcher.peering.await_view(key)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other.read, SAMPLE.table.chunk_size, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            other.fetcher.peering.view_came(key, others=True)
+        assert not other.fetcher.peering.awaited
+
+
+async def test_a_full_disk_ends_what_is_fetched_ahead_and_no_read(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+        assert one.device is not None
+        assert other.device is not None
+        other.cache.space.limits = Limits(quota_bytes=1)
+        handle = other.fetcher.prefetch([(other.device, index) for index in range(SAMPLE.table.chunk_count)])
+        with trio.fail_after(20):
+            await handle.wait()
+        assert not other.device.cached.complete
+        await other.settled()
+        await other.read_all()
 
 
 async def test_nobody_to_ask_is_as_if_there_were_no_peers(tmp_path: Path) -> None:
