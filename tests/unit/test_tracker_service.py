@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,16 +16,18 @@ from lazyfs.peers.announce import SWARM_COUNT_MAX
 from lazyfs.tracker import release as releasing
 from lazyfs.tracker import store as storing
 from lazyfs.tracker import views as viewing
+from lazyfs.tracker.metrics import page
 from lazyfs.tracker.service import YOUNG_S, Service
 from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, interval_s, ttl_s
 from lazyfs.tracker.store import ISOLATE_S, REPORT_WINDOW_S, MemoryStore
-from lazyfs.tracker.web import Request, Routes
+from lazyfs.tracker.web import Request, Routes, Traffic
 from tests.trackerkit import KEY, OTHER
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
 
 pytestmark = pytest.mark.trio
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/tracker.md").read_text()
 
 
 class Rig:
@@ -344,3 +348,12 @@ async def test_small_things_are_kept_for_their_time(autojump_clock: MockClock) -
     assert await store.get("jobs", "b") is None
     await store.drop("jobs", "a")
     assert await store.all("jobs") == {}
+
+
+async def test_the_document_names_all_metrics(autojump_clock: MockClock) -> None:
+    rig = Rig()
+    await rig.beat("a", {KEY: {"origin": 500}})
+    text = page(rig.service, Traffic(1, 0, {200: 3})).decode()
+    names = set(re.findall(r"^(lazyfs_tracker_\w+)", text, re.MULTILINE))
+    assert 'lazyfs_tracker_origin_copies{cluster="prod"} 0.5' in text
+    assert {name for name in names if f"`{name}" not in DOCUMENT} == set()
