@@ -28,6 +28,8 @@ _HEADER_BYTES_MAX: Final = 32 * KIB      # a token of a cloud's registry is 4 Ki
 _BODY_BYTES_MAX: Final = 64 * KIB        # nobody sends one to a mirror; a job of preheating is small
 _READ_BYTES: Final = 64 * KIB
 _SENDFILE_BYTES: Final = 4 * MIB
+_LINGER_S: Final = 1.0
+_LINGER_BYTES: Final = 256 * KIB
 HEADER_S: Final = 15.0                   # from a connection's first byte to the end of a request
 IDLE_S: Final = 90.0                     # clients keep connections for 90 s (Go) or less
 STALL_S: Final = 300.0                   # a client that takes nothing: containerd itself gives a pull up after 5 min
@@ -275,5 +277,9 @@ async def _refuse(stream: trio.SocketStream, http: h11.Connection, status: int) 
         headers = [("Content-Length", "0"), ("Connection", "close")]
         answer = (http.send(h11.Response(status_code=status, headers=headers)) or b"") + (
             http.send(h11.EndOfMessage()) or b"")
-        with contextlib.suppress(*_GONE):
+        with contextlib.suppress(*_GONE), trio.move_on_after(_LINGER_S):
             await stream.send_all(answer)
+            await stream.send_eof()
+            left = _LINGER_BYTES       # what is still coming: closing before would take the answer back (RFC 9112 §9.6)
+            while left > 0 and (data := await stream.receive_some(_READ_BYTES)):
+                left -= len(data)
