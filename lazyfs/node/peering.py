@@ -51,7 +51,7 @@ class NodePeers:
         self._make_gate = make_gate
         self.store = PeerStore(cache, fetcher.peering)
         self.endpoint: Endpoint | None = None
-        self._cached: set[str] = set()      # keys of complete devices
+        self.cached: set[str] = set()       # keys of complete devices, as of the last look
         self._released: set[str] = set()
         self._complete: set[str] = set()    # of those in use, as said
         self._why = "starting"
@@ -93,7 +93,7 @@ class NodePeers:
 
     def standings(self) -> dict[str, Standing]:
         found = {key: _standing(devices[0]) for key, devices in self._peering.in_use.items()}
-        for key in self._cached - self._released - found.keys():
+        for key in self.cached - self._released - found.keys():
             found[key] = Standing(COMPLETE, need=False)
         return found
 
@@ -138,8 +138,8 @@ class NodePeers:
     async def _look(self) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self._cached = await trio.to_thread.run_sync(_complete_devices, self._cache, abandon_on_cancel=True)
-            self._released &= self._cached
+                self.cached = await trio.to_thread.run_sync(_complete_devices, self._cache, abandon_on_cancel=True)
+            self._released &= self.cached
             assert self.endpoint is not None
             self.endpoint.membership.news()
             await trio.sleep(LOOK_S)
