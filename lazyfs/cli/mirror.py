@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  lazyfs mirror                            serve at mirror.address, else 127.0.0.1:9450
+  lazyfs mirror                            serve at mirror.address, else 127.0.0.1:9453
   lazyfs mirror install                    have containerd pull through it (hosts.toml for every registry)
   lazyfs mirror install --podman --registry registry.example:5000
   lazyfs mirror uninstall                  everything as it was

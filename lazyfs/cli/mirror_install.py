@@ -23,7 +23,7 @@ Examples:
 @click.option("--podman", "--cri-o", "podman", is_flag=True, help="registries.conf of Podman and CRI-O.")
 @click.option("--registry", "registries", metavar="HOST", multiple=True,
               help="Only images of this one; may be repeated.  [default: all; Podman: docker.io]")
-@click.option("--address", metavar="HOST:PORT", help="The mirror's.  [default: configured, or 127.0.0.1:9450]")
+@click.option("--address", metavar="HOST:PORT", help="The mirror's.  [default: configured, or 127.0.0.1:9453]")
 @click.option("--config-path", metavar="DIR", help="Where hosts.toml files are.  [default: /etc/containerd/certs.d]")
 @click.option("--docker-config", metavar="FILE", default="/etc/docker/daemon.json", hidden=True)
 @click.option("--docker-certs", metavar="DIR", default="/etc/docker/certs.d", hidden=True)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lazyfs.config import Config
     from lazyfs.mirror.web import Reply, Request
 
-DEFAULT_ADDRESS: Final = "127.0.0.1:9450"
+DEFAULT_ADDRESS: Final = "127.0.0.1:9453"
 _log = logging.getLogger("lazyfs.mirror")
 
 

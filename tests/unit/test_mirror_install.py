@@ -17,7 +17,7 @@ from tests.registrykit import free_port
 if TYPE_CHECKING:
     from pathlib import Path
 
-ADDRESS = "127.0.0.1:9450"
+ADDRESS = "127.0.0.1:9453"
 OLD = """# ours, by hand
 server = "https://registry.example"
 
@@ -36,8 +36,8 @@ def test_hosts_toml_has_the_mirror_first_and_keeps_the_rest() -> None:
     text = runtimes.in_hosts_toml(OLD, ADDRESS, "x")
     assert text is not None
     found = tomllib.loads(text)
-    assert list(found["host"]) == ["http://127.0.0.1:9450", "https://corporate.example"]
-    assert found["host"]["http://127.0.0.1:9450"]["dial_timeout"] == "200ms"
+    assert list(found["host"]) == ["http://127.0.0.1:9453", "https://corporate.example"]
+    assert found["host"]["http://127.0.0.1:9453"]["dial_timeout"] == "200ms"
     assert found["server"] == "https://registry.example"
     assert all(line in text for line in OLD.splitlines())
     assert runtimes.in_hosts_toml(text, ADDRESS, "x") is None
@@ -46,7 +46,7 @@ def test_hosts_toml_has_the_mirror_first_and_keeps_the_rest() -> None:
 def test_hosts_toml_of_nothing() -> None:
     text = runtimes.in_hosts_toml("", ADDRESS, "x")
     assert text is not None
-    assert list(tomllib.loads(text)["host"]) == ["http://127.0.0.1:9450"]
+    assert list(tomllib.loads(text)["host"]) == ["http://127.0.0.1:9453"]
     assert tomllib.loads(runtimes.in_hosts_toml('server = "https://a"', ADDRESS, "x") or "")["server"] == "https://a"
 
 
