@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import trio
 
 from lazyfs import config
 from lazyfs.errors import PeerError, PeerRefusedError, SourceError
+from lazyfs.image.blob import parse_tail_table
 from lazyfs.node.order import MountOrder
 from lazyfs.node.peerproof import NodeProver
 from lazyfs.peers.authority import make_gate
@@ -26,6 +28,7 @@ from lazyfs.peers.uploads import UploadLimits, Uploads
 from lazyfs.registry import RegistryOptions, open_source
 from lazyfs.registry.fields import to_fields
 from lazyfs.registry.lazy import load_lazy_image
+from lazyfs.registry.streams import read_exactly
 from tests.convertkit import Layout, run_convert
 from tests.registrykit import Registry, running_registry
 from tests.tarbuilder import TarBuilder
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from lazyfs.image.digest import Digest
     from tests.trackerkit import Running
 
-pytestmark = pytest.mark.trio
 KIM = RegistryOptions(username="kim", password="hunter2-of-kim", retry_count=0)
 JOE = RegistryOptions(username="joe", password="hunter2-of-joe", retry_count=0)
 DATA = b"nobody but kim may read this " * 2000
@@ -91,6 +93,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with tokens, running_registry(path, **tokens.registry_arguments()) as registry:
         yield World(tokens, registry, convert(path, registry.host, "team/secret", DATA),
                     convert(path, registry.host, "team/open", DATA[::-1]))
+
+
+def test_a_conversion_makes_a_seed_record_of_each_layer(world: World) -> None:
+    """All that a first node must know to ask peers and to check what they give is in the bootstrap, before a read."""
+    source = open_source(world.secret.text, KIM)
+    try:
+        image = load_lazy_image(source, source.root())
+        assert len(image.lazy.layers) == len(image.bootstrap.devices) == 1
+        for layer, device in zip(image.lazy.layers, image.bootstrap.devices, strict=True):
+            with source.read_range(layer.digest, layer.size - layer.tail_size, layer.tail_size,
+                                   time.monotonic() + 20) as stream:
+                table = parse_tail_table(read_exactly(stream, layer.tail_size), layer.size)
+            assert table.device_digest() == device.digest == world.secret.resource.digest
+            assert table.rows["digest"].tobytes() == device.table.rows["digest"].tobytes()
+            assert (table.device_size, table.chunk_size) == (device.table.device_size, device.table.chunk_size)
+    finally:
+        source.close()
 
 
 class Disk:
@@ -161,6 +180,7 @@ async def cluster(world: World, **keys: str) -> AsyncIterator[tuple[Running, con
         yield found, config.Peers(cluster="prod", tracker=(found.url,), tokens="resource")
 
 
+@pytest.mark.trio
 async def test_a_private_image_is_given_to_who_may_pull_it_and_to_nobody_else(world: World) -> None:
     async with cluster(world) as (_, settings):
         kim, other = (Node(name, settings, KIM, world.secret, world.open) for name in ("kim-1", "kim-2"))
@@ -175,6 +195,7 @@ async def test_a_private_image_is_given_to_who_may_pull_it_and_to_nobody_else(wo
             assert kim.disk.asked == given
 
 
+@pytest.mark.trio
 async def test_a_member_cannot_use_what_another_one_has_shown_it(world: World) -> None:
     """It is a member, announces that it has the image, is asked, and takes the token that it is shown to the owner."""
     async with cluster(world) as (_, settings):
@@ -193,6 +214,7 @@ async def test_a_member_cannot_use_what_another_one_has_shown_it(world: World) -
             assert kim.disk.asked == 0
 
 
+@pytest.mark.trio
 async def test_a_token_of_another_image_or_cluster_opens_nothing(world: World) -> None:
     async with cluster(world) as (_, settings):
         kim = Node("kim", settings, KIM, world.secret)
@@ -212,6 +234,7 @@ async def test_a_token_of_another_image_or_cluster_opens_nothing(world: World) -
             assert kim.disk.asked == 0
 
 
+@pytest.mark.trio
 async def test_without_the_tracker_those_who_had_a_token_go_on(world: World) -> None:
     async with cluster(world) as (found, settings):
         kim, other = (Node(name, settings, KIM, world.secret, world.open) for name in ("kim-1", "kim-2"))
@@ -224,6 +247,7 @@ async def test_without_the_tracker_those_who_had_a_token_go_on(world: World) -> 
                 await late.get(kim, world.secret)
 
 
+@pytest.mark.trio
 async def test_passwords_are_not_shown_to_a_tracker_without_tls(world: World, tmp_path: Path) -> None:
     del world
     settings = config.Peers(cluster="prod", tracker=("http://tracker.example:9450",), tokens="resource")
