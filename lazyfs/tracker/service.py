@@ -166,7 +166,7 @@ class Service:
             swarm = cluster.swarm(member.network, key)
             if swarm is None:
                 continue
-            version = self._views.version(cluster, swarm, member.id, now)
+            version = self._views.version(swarm, member.id, now)
             answer.swarms[key] = version
             if seen.get(key) != version and version not in sent:
                 sent.add(version)

@@ -8,12 +8,13 @@ follows the log there), views and release read it. Invariants: a swarm has exact
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import msgspec
 
 from lazyfs.errors import BugError, FormatError
-from lazyfs.peers.announce import COMPLETE, SWARM_COUNT_MAX, Announced, Key, Standing
+from lazyfs.peers.announce import COMPLETE, SWARM_COUNT_MAX, Announced, Key, Seen, Standing
 
 TTL_S = 15.0                     # of a member that is silent, in a small cluster: three beats, and a network's hiccup
 BEATS_PER_S = 500.0              # that one tracker is to see of all: measured, benchmarks peers row 10
@@ -31,6 +32,7 @@ class MemberState(msgspec.Struct, omit_defaults=True):
 
 _decoder = msgspec.json.Decoder(MemberState)
 _encoder = msgspec.json.Encoder()
+_HASH_MAX = 2**64 - 1
 
 
 def parse_state(data: bytes) -> MemberState:
@@ -46,6 +48,11 @@ def parse_state(data: bytes) -> MemberState:
 
 def dump_state(state: MemberState) -> bytes:
     return _encoder.encode(state)
+
+
+def _hash(row: Seen) -> int:
+    """64 bits; the sum over a view does not depend on an order, and a change costs no look at the others."""
+    return int.from_bytes(hashlib.blake2b(_encoder.encode(row), digest_size=8).digest())
 
 
 def interval_s(members: int, *, young: bool = False) -> float:
@@ -87,6 +94,7 @@ class Swarm:
         joined_at: when somebody came in last.
         born_at: when the first did.
         changes: see above.
+        rows: of the view of all, those of isolated members left out; `fingerprint`: the sum of their hashes.
         snapshot: what views keep of it; `verdict`: what release does.
 
     """
@@ -95,8 +103,23 @@ class Swarm:
     joined_at: float
     members: dict[str, Standing] = field(default_factory=dict)
     changes: int = 0
+    rows: dict[str, Seen] = field(default_factory=dict)
+    fingerprint: int = 0
     snapshot: Snapshot | None = None
     verdict: Verdict | None = None
+
+    def show(self, row: Seen) -> None:
+        """A member's row is this one from now on."""
+        self.hide(row.id)
+        self.rows[row.id] = row
+        self.fingerprint = (self.fingerprint + _hash(row)) & _HASH_MAX
+
+    def hide(self, name: str) -> None:
+        """A member is in no view any more."""
+        row = self.rows.pop(name, None)
+        if row is not None:
+            self.fingerprint = (self.fingerprint - _hash(row)) & _HASH_MAX
+        self.changes += 1
 
     @property
     def complete(self) -> int:
@@ -178,7 +201,13 @@ class Cluster:
         if before is None:
             swarm.joined_at = max(now, swarm.joined_at)
         if before is None or moved or (before.done == COMPLETE) != (standing.done == COMPLETE):
-            swarm.changes += 1
+            self._show(swarm, member, standing)
+
+    def _show(self, swarm: Swarm, member: Announced, standing: Standing) -> None:
+        if member.id in self.isolated:
+            swarm.hide(member.id)
+        else:
+            swarm.show(Seen(member.id, member.address, member.zone, member.up_rate, standing.done == COMPLETE))
 
     def _leave(self, state: MemberState, keys: set[str]) -> None:
         for key in keys:
@@ -186,12 +215,14 @@ class Cluster:
             swarm = self.swarms.get(place)
             if swarm is None or swarm.members.pop(state.member.id, None) is None:
                 raise BugError(f"{state.member.id} was not in the swarm of {key}")
-            swarm.changes += 1
+            swarm.hide(state.member.id)
             if not swarm.members:
                 del self.swarms[place]
 
     def _touch(self, name: str) -> None:
+        """A member was isolated, or no longer is."""
         entry = self.members.get(name)
-        for key in entry.state.swarms if entry is not None else ():
-            assert entry is not None
-            self.swarms[entry.state.member.network, key].changes += 1
+        if entry is not None:
+            member = entry.state.member
+            for key, standing in entry.state.swarms.items():
+                self._show(self.swarms[member.network, key], member, standing)

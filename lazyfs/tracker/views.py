@@ -19,19 +19,19 @@ import msgspec
 import xxhash
 
 from lazyfs import limits
-from lazyfs.peers.announce import COMPLETE, Seen, ViewPart
-from lazyfs.tracker.state import Snapshot
+from lazyfs.peers.announce import ViewPart
+from lazyfs.tracker.state import Snapshot, Swarm
 
 if TYPE_CHECKING:
-    from lazyfs.tracker.state import Cluster, Swarm
+    from lazyfs.peers.announce import Seen
 
 CELL_COUNT_MAX = 12_288          # a whole view of 10,000 members has 600 KiB, once a node and image
 SETTLE_S = 0.2                   # a view is not made anew more often: who joins within it gets the same one
-SETTLE_PER_MEMBER_S = 1e-4       # and a large one less often: 10,000 members cost 30 ms each time
-_ROW_COUNT_MAX = 2_000_000       # of versions that are kept to tell differences: about 300 MiB at the worst
+SETTLE_PER_MEMBER_S = 1e-4       # and a large one less often: 10,000 members cost 10 ms each time
+_ROW_COUNT_MAX = 1_000_000       # of versions that are kept to tell differences: about 100 MiB, rows are shared
 _PART_BYTES_MAX = 64 * limits.MIB
 
-Rows = dict[str, Seen]
+Rows = dict[str, "Seen"]
 
 
 class Views:
@@ -53,7 +53,7 @@ class Views:
             return snapshot.made_at
         return snapshot.made_at + max(SETTLE_S, snapshot.size * SETTLE_PER_MEMBER_S)
 
-    def version(self, cluster: Cluster, swarm: Swarm, asker: str, now: float) -> str:
+    def version(self, swarm: Swarm, asker: str, now: float) -> str:
         """The version of the view that a member is to have."""
         snapshot = swarm.snapshot
         if snapshot is None or (snapshot.changes != swarm.changes and self.due_at(swarm) <= now):
@@ -61,7 +61,7 @@ class Views:
         cell, of = cell_of(asker, snapshot.size)
         version = snapshot.versions.get(cell)
         if version is None or version not in self._rows:
-            version = snapshot.versions[cell] = self._make(cluster, swarm, cell, of)
+            version = snapshot.versions[cell] = self._make(swarm, cell, of)
         return version
 
     def part(self, version: str, seen: str) -> msgspec.Raw:
@@ -80,17 +80,18 @@ class Views:
                 self._part_bytes -= len(self._parts.popitem(last=False)[1])
         return found
 
-    def _make(self, cluster: Cluster, swarm: Swarm, cell: int, of: int) -> str:
-        rows: Rows = {}
-        for name in sorted(swarm.members):
-            if name in cluster.isolated or (of > 1 and cell_index(name, of) != cell):
-                continue
-            member = cluster.members[name].state.member
-            complete = swarm.members[name].done == COMPLETE
-            rows[name] = Seen(name, member.address, member.zone, member.up_rate, complete)
-        version = xxhash.xxh3_64_hexdigest(self._encode(list(rows.values())))
+    def _make(self, swarm: Swarm, cell: int, of: int) -> str:
+        """What it costs is a copy of a table, and nothing for the other layers of an image: they have the same rows."""
+        rows, fingerprint = swarm.rows, swarm.fingerprint
+        if of > 1:
+            part = Swarm(0.0, 0.0)
+            for name, row in swarm.rows.items():
+                if cell_index(name, of) == cell:
+                    part.show(row)
+            rows, fingerprint = part.rows, part.fingerprint
+        version = f"{fingerprint:016x}"
         if version not in self._rows:
-            self._rows[version] = rows
+            self._rows[version] = dict(rows)
             self._row_count += len(rows)
         self._rows.move_to_end(version)
         while self._row_count > _ROW_COUNT_MAX and len(self._rows) > 1:
@@ -105,7 +106,7 @@ class Views:
             gone = [name for name in old if name not in rows]
             if len(add) + len(gone) < len(rows):
                 return msgspec.Raw(self._encode(ViewPart(version, since, add, gone)))
-        return msgspec.Raw(self._encode(ViewPart(version, "", list(rows.values()))))
+        return msgspec.Raw(self._encode(ViewPart(version, "", [rows[name] for name in sorted(rows)])))
 
 
 def cell_of(name: str, size: int) -> tuple[int, int]:
