@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import ssl
+import subprocess
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -17,8 +20,7 @@ from lazyfs.peers.model import Member
 from lazyfs.peers.tlsfiles import TlsFiles, check_server
 from tests.certkit import issue
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def talk(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any]:
@@ -107,6 +109,17 @@ def test_new_files_count_for_the_next_connection_and_broken_ones_do_not(
         assert node.server() is before
     assert len(caplog.records) == 1
     talk(node.server(), client.client())
+
+
+def test_the_commands_of_the_document_make_certificates_that_count(tmp_path: Path) -> None:
+    text = (ROOT / "docs/tokens.md").read_text()
+    commands = re.findall(r"^\$ ((?:openssl|printf) .*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    node = TlsFiles("peers", *(str(tmp_path / name) for name in ("node-1.pem", "node-1.key", "ca.pem")))
+    node.load()
+    check_server(talk(node.server(), node.client()), Member("node-1", "10.9.9.9:9451"))
 
 
 def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
