@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from pathlib import Path
@@ -65,22 +66,27 @@ def _serve(settings: Config) -> None:
 
     import trio  # noqa: PLC0415
 
-    from lazyfs.fs.confine import hide_memory  # noqa: PLC0415
+    from lazyfs.config import split_address  # noqa: PLC0415
+    from lazyfs.fs.confine import confine, hide_memory  # noqa: PLC0415
     from lazyfs.mirror.serving import DEFAULT_ADDRESS, run  # noqa: PLC0415
     from lazyfs.node import notify  # noqa: PLC0415
 
+    address = settings.mirror.address or DEFAULT_ADDRESS
     hide_memory()    # it holds what this node pulls with
+    ports = split_address(address)[1], split_address(settings.mirror.peers_address)[1]
+    for problem in confine(ports) if settings.daemon.confine and os.geteuid() == 0 else ():
+        logging.getLogger("lazyfs.mirror").warning("not all rights could be given up: %s", problem)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def ready(address: str) -> None:
-        print(f"mirror: http://{address}", file=sys.stderr, flush=True)
-        notify.notify(f"READY=1\nSTATUS=mirror at {address}")
+    def ready(where: str) -> None:
+        print(f"mirror: http://{where}", file=sys.stderr, flush=True)
+        notify.notify(f"READY=1\nSTATUS=mirror at {where}")
 
     errors: list[LazyfsError] = []
 
     async def main() -> None:
         try:
-            await run(settings, settings.mirror.address or DEFAULT_ADDRESS, ready)
+            await run(settings, address, ready)
         except* LazyfsError as group:
             errors.append(_first(group))
 

@@ -92,6 +92,8 @@ def _become_mirror(keeper: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         stacks.ignore()
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - light
+            file.write("0")              # no container waits for it: it need not be killed last, as the keeper is
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             os.environ.pop(name, None)
         if os.getppid() == keeper:       # else it died before we asked to be told

@@ -53,6 +53,9 @@ def test_it_lives_and_ends_with_the_daemon(machine: Machine) -> None:
         daemon.wait_ready()
         wait_until_answers(host)
         first = child_of(daemon.process.pid)
+        status = Path(f"/proc/{first}/status").read_text()
+        for line in ("CapEff:\t0000000000000004", "CapBnd:\t0000000000000004", "NoNewPrivs:\t1"):   # fs.confine
+            assert line in status
         os.kill(first, signal.SIGKILL)
         deadline = time.monotonic() + WAIT_S
         while Path(f"/proc/{first}").exists():
