@@ -44,7 +44,7 @@ OUTAGE_S = 12 * 3600.0           # a registry that is down: who had the right ke
 PROOF_COUNT_MAX = 16_384
 _ASK_S = 10.0                    # a registry, for a HEAD
 _BLOB_COUNT_MAX = 64             # blobs in one question, each of them a HEAD
-_CONCURRENT_MAX = 16
+_CONCURRENT_MAX = 64             # threads that wait for registries: a cluster that starts one image together
 _HELD: Final = "rights"
 
 
