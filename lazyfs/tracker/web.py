@@ -43,6 +43,8 @@ _ANSWER_S = 30.0                 # to make one, and to send one
 _IDLE_S = 180.0                  # between two requests: longer than any beat's interval
 _ENDING_S = 5.0                  # for answers under way when the tracker ends
 _PIECE_BYTES = 64 * 1024
+_DRAIN_S = 2.0                   # for a client that is refused to stop sending
+_DRAIN_PIECES = 256
 _LINE_CHARS_MAX = 500
 _log = logging.getLogger("lazyfs.tracker.web")
 
@@ -365,6 +367,16 @@ class _Conversation:
         self._server.count(status)
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             await self._send(refusal(status, text, headers=(("Connection", "close"),)), head)
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Read what is still being sent, for a moment: closed before, the client would see a reset, and no answer."""
+        if isinstance(self._stream, trio.SocketStream):
+            with trio.move_on_after(_DRAIN_S):
+                await self._stream.send_eof()
+                for _ in range(_DRAIN_PIECES):
+                    if not await self._stream.receive_some(_PIECE_BYTES):
+                        break
 
     async def _send(self, answer: Answer, head: h11.Request | None) -> None:
         headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))),

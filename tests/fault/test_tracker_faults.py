@@ -206,12 +206,11 @@ async def talk(address: str, *pieces: bytes) -> bytes:
     stream = await trio.open_tcp_stream(host, int(port))
     found = b""
     async with stream:
-        with trio.move_on_after(10.0):
-            with contextlib.suppress(trio.BrokenResourceError):
-                for piece in pieces:
-                    await stream.send_all(piece)
-                while data := await stream.receive_some(65536):
-                    found += bytes(data)
+        with trio.move_on_after(30.0), contextlib.suppress(trio.BrokenResourceError):
+            for piece in pieces:
+                await stream.send_all(piece)
+            while data := await stream.receive_some(65536):
+                found += bytes(data)
     return found
 
 
