@@ -7,7 +7,6 @@ caller is cancelled: they end at the stream's own timeouts, and touch nothing el
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 import trio
 
 from lazyfs.errors import DeadlineError, SourceError
-from lazyfs.limits import RETRY_COUNT_MAX, RETRY_FIRST_S, RETRY_PAUSE_MAX_S
+from lazyfs.limits import RETRY_COUNT_MAX
+from lazyfs.registry.retry import pause_s
 from lazyfs.registry.streams import read_exactly
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ async def fetch_run(origin: Origin, resource: Resource, run: Run, deadline: floa
                 index, failures = index + 1, 0
         except SourceError as error:
             failures += 1
-            pause_s = min(RETRY_FIRST_S * 2**failures, RETRY_PAUSE_MAX_S) * random.uniform(0.5, 1.5)  # noqa: S311
-            late = trio.current_time() + pause_s >= deadline
+            wait_s = pause_s(failures, error)
+            late = trio.current_time() + wait_s >= deadline
             if not (error.transient or error.elsewhere) or failures > RETRY_COUNT_MAX or late:
                 raise
-            await trio.sleep(pause_s)
+            await trio.sleep(wait_s)
         finally:
             reading.give_up()
 
