@@ -20,7 +20,8 @@ SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
 CREDIT_EACH = 0.2            # hedges by requests: one in five,
-CREDIT_MAX = 16.0            # and some at once
+CREDIT_MAX = 16.0            # and some at once;
+CREDIT_EACH_S = 2.0          # a second: the last requests of a window have no more after them
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class _Class:
     delay_s: float
     median_s: float = 0.0
     news: int = 0
+    at: float = 0.0
 
 
 class Pace:
@@ -65,9 +67,11 @@ class Pace:
         kind = self._of(priority)
         kind.credit = min(CREDIT_MAX, kind.credit + CREDIT_EACH)
 
-    def may_hedge(self, priority: Priority) -> bool:
-        """Takes one, if there is one."""
+    def may_hedge(self, priority: Priority, now: float) -> bool:
+        """Takes one, if there is one. `now`: trio's clock."""
         kind = self._of(priority)
+        kind.credit = min(CREDIT_MAX, kind.credit + CREDIT_EACH_S * (now - kind.at))
+        kind.at = now
         if kind.credit < 1.0:
             return False
         kind.credit -= 1.0

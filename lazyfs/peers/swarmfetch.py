@@ -35,6 +35,8 @@ HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
 ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
 PATIENCE_EACH = 0.4     # of the delay, for each level of the tree: the first below a slow member asks another, the
 PATIENCE_MAX = 3.0      # others have it from there; were all to ask at once, they would ask the slow one's children
+ROOT_LATE_S = 2.0       # a root that has been late for so long, the next in the order no longer waits for
+LOOK_S = 0.5            # so often what is late is worked out anew: the first requests began before anything was usual
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
 BUSY_ROUNDS = 3         # of a way whose peers were all busy; then the origin
 BETTER_MAX = 2          # members that a busy one may name
@@ -273,8 +275,14 @@ class SwarmFetch:
         self._judge(attempt, seconds)
 
     def _judge(self, attempt: Attempt, seconds: float, *, came: bool = True) -> None:
-        """Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet."""
+        """
+        Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet.
+
+        Who brings half of everything is what is usual: with one other node, a queue that grows is not its fault.
+        """
         swarm = self._swarm
+        if 2 * swarm.health.of(attempt.member.id).pieces > swarm.counters["pieces"]:
+            return
         health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(self._priority)
         times = seconds / max(usual, SLOW_MIN_S)
         if came:
@@ -355,7 +363,7 @@ class SwarmFetch:
     def _wake_at(self) -> float:
         now = self._now()
         return min(*(self._due_at(attempt, now) for attempt in self._attempts),
-                   *(way.again_at for way in self._all_ways), math.inf)
+                   *(way.again_at for way in self._all_ways), now + LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
@@ -381,15 +389,19 @@ class SwarmFetch:
         if attempt.here_only or self._is_slow(attempt.member):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
-        ways = [way for way in self._open_ways(attempt) if way.next < len(way.stops)]
-        roots = [way for way in self._open_ways(attempt) if way.is_next] if attempt.late else []
-        if (not ways and not roots) or attempt.hedged or not self._swarm.pace.may_hedge(self._priority):
+        alone = [way for way in self._open_ways(attempt) if way.running == 1]    # else another one is asked already
+        ways = [way for way in alone if way.next < len(way.stops)]
+        given_up = attempt.late and self._now() - attempt.moved_at > ROOT_LATE_S
+        roots = [way for way in alone if given_up and way.is_next and way not in ways]
+        if not (ways or roots) or not self._swarm.pace.may_hedge(self._priority, self._now()):
             return
-        attempt.hedged = True
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1
+        for way in ways:    # not to one that others wait for in vain
+            way.stops[way.next:] = sorted(way.stops[way.next:], key=lambda stop: (
+                stop[1], self._swarm.health.of(stop[0].id).late > 0))
         self._advance(ways, nursery)
-        self._to_origin([index for way in roots if way.running == 1 for index in way.missing])
+        self._to_origin([index for way in roots for index in way.missing])
         attempt.left &= self._missing
         if not attempt.left:
             attempt.scope.cancel()

@@ -47,11 +47,10 @@ class Attempt:
     :moved_at: when it began, or its last piece came.
     :looked_at: when it was late, and was or was not hedged.
     :late: it counts in Health.late.
-    :hedged: the others of its ways have been asked as well.
     :ours: the peer is not waited for: our own limit holds it back, or what came is being checked and kept.
     """
 
-    __slots__ = ("got", "hedged", "here_only", "late", "left", "looked_at", "member",
+    __slots__ = ("got", "here_only", "late", "left", "looked_at", "member",
                  "moved_at", "ours", "patience", "scope", "ways")
 
     def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
@@ -61,6 +60,6 @@ class Attempt:
         self.left = set(ways)
         self.moved_at = self.looked_at = now
         self.patience = jitter * min(way.patience for way in ways.values())
-        self.hedged = self.late = self.ours = False
+        self.late = self.ours = False
         self.got = 0
         self.scope = trio.CancelScope()
