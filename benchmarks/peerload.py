@@ -10,7 +10,6 @@ With `folded` the stacks are sampled (which costs time: such a run gives no figu
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import resource
@@ -43,7 +42,13 @@ _SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """`port`: of the server, for who gets. `pieces`, `requests`: of one request, and requests at once."""
+    """
+    What a process does.
+
+    :port: of the server, for who gets.
+    :pieces, requests: of one request, and requests at once.
+    :fresh: the pages of the cache's file are not in memory (see have_pages).
+    """
 
     cache: str
     cpu: int
@@ -51,6 +56,7 @@ class Spec:
     port: int = 0
     pieces: int = 32
     requests: int = 4
+    fresh: bool = False
     folded: str = ""
 
     def resource(self) -> Resource:
@@ -111,14 +117,16 @@ def fill(device: CachedDevice) -> None:
         device.write(index, rng.randbytes(min(device.chunk_size, device.device_size - index * device.chunk_size)))
 
 
-def touch(size: int) -> None:
+def have_pages(device: CachedDevice) -> None:
     """
-    Have so much free memory ready. A virtual machine may have given it back: then a first touch of each page is a
-    fault of the host, ten times the price of the page itself, and says nothing about us.
+    Have the pages of the cache's file in memory: zeros that are written over.
+
+    A virtual machine may have given its free memory back: then a write to a new page waits for the host, which costs
+    ten times what the page itself does, and says nothing about us.
     """
-    with mmap.mmap(-1, size) as room:
-        for place in range(0, size, mmap.PAGESIZE):
-            room[place] = 1
+    zeros = bytes(device.chunk_size)
+    for offset in range(0, device.device_size, device.chunk_size):
+        os.pwrite(device.fd, zeros[:device.device_size - offset], offset)
 
 
 async def give(device: CachedDevice) -> None:
@@ -160,7 +168,8 @@ async def get(device: CachedDevice, spec: Spec) -> dict[str, float]:
                         await room.acquire()
                         storing.start_soon(keep, piece)
 
-    touch(spec.size + spec.size // 4)
+    if not spec.fresh:
+        have_pages(device)
     began, before = time.perf_counter(), cpu_s()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.run)
