@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 RESOURCES = 10                   # layers of one image
 _JOIN_RATE = 200                 # members a second: each gets a view of all that are there
+_UNANSWERED_MAX = 64             # who joins waits for others, if the machine is busy
 _SKIM_BYTES = 4096               # seconds and versions stand first
 _VERSION = re.compile(rb'"(device/sha256:[0-9a-f]{64})":"([0-9a-f]{16})"')
 _SECONDS = re.compile(rb'"seconds":([0-9.]+)')
@@ -85,14 +86,17 @@ class Load:
 
     def join(self) -> None:
         """Everybody comes, at the rate that a tracker is made for."""
-        began = time.monotonic()
+        due = time.monotonic()
         for number in range(self._count):
-            while time.monotonic() < began + number / _JOIN_RATE:
+            self.turn(0.0)
+            while time.monotonic() < due or self._unanswered > _UNANSWERED_MAX:
                 self.turn()
+            due = max(due, time.monotonic() - 1.0) + 1 / _JOIN_RATE
             connection = socket.create_connection(self._place, timeout=30.0)
             member = _Member(f"n{number}", connection)
             self._members[connection.fileno()] = member
             self._poll.register(connection.fileno(), select.EPOLLIN)
+            self._unanswered += 1
             member.beat(time.monotonic())
 
     def settle(self) -> None:
@@ -112,20 +116,22 @@ class Load:
         while time.monotonic() < until:
             self.turn()
 
-    def turn(self) -> None:
+    def turn(self, wait_s: float = 0.05) -> None:
         """One look at what came, and who is due."""
-        wait_s = min(0.05, max(0.0, self._due[0][0] - time.monotonic())) if self._due else 0.05
+        wait_s = min(wait_s, max(0.0, self._due[0][0] - time.monotonic())) if self._due else wait_s
         for number, _ in self._poll.poll(wait_s):
             member = self._members[number]
             if member.heard():
                 self._answered(number, member)
         now = time.monotonic()
         while self._due and self._due[0][0] <= now:
+            self._unanswered += 1
             self._members[heapq.heappop(self._due)[1]].beat(now)
 
     def _answered(self, number: int, member: _Member) -> None:
         now = time.monotonic()
         self.beats += 1
+        self._unanswered -= 1
         self.latencies.append(now - member.asked_at)
         if not member.head.startswith(b"HTTP/1.1 200"):
             self.refused += 1
