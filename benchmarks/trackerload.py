@@ -80,7 +80,7 @@ class Load:
         self._poll = select.epoll()
         self._members: dict[int, _Member] = {}
         self._due: list[tuple[float, int]] = []
-        self.beats = self.refused = 0
+        self.beats = self.refused = self._unanswered = 0
         self.refusal = ""        # the last one
         self.latencies: list[float] = []
 
