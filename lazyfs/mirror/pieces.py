@@ -13,6 +13,7 @@ early and comes back (containerd fetches ranges so) finds it as it was.
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lazyfs.peers.model import PieceRequest, Resource
 
 LINGER_S: Final = 10.0
+_log = logging.getLogger("lazyfs.mirror")
 
 
 @dataclass(eq=False, slots=True)
@@ -197,6 +199,8 @@ class Blobs:
             self.on_close(download.resource)
 
     def _blame(self, member: str, resource: Resource) -> None:
+        """No report to the tracker: it may have passed on what it got, as this node did until now."""
+        _log.warning("%s: the peer %s gave a wrong piece", resource.key, member)
         if self.blame is not None:
             self.blame(member, resource)
 
