@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode
 
 from lazyfs.image.digest import Digest
-from tests.registrykit import free_port
+from tests.registrykit import _die_with_parent, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -76,7 +76,8 @@ class RunningMirror:
         environment |= {"LAZYFS_CONFIG": str(self.config), "HOME": str(self.directory)}
         with (self.directory / "mirror.log").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "lazyfs", "mirror"], stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log, env=environment)
+                                            stdout=log, stderr=log, env=environment,
+                                            preexec_fn=_die_with_parent)  # noqa: PLW1509 - nothing but one prctl
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
