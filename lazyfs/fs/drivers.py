@@ -22,11 +22,11 @@ from lazyfs.fs import mountapi
 EROFS_KERNEL_MIN = (6, 12)       # file-backed mounts
 BDI_DIR = Path("/sys/class/bdi")
 # While an image is fetched on demand, large read-ahead fetches more than a start needs; 128 KiB was the optimum for a
-# cold start of tensorflow. Once all is on the node, large requests read big files twice as fast; where no worker is
-# between, they end best where they are no multiple of what EROFS's own requests hold (docs/readpath.md).
+# cold start of tensorflow. Once all is on the node, large requests read big files twice as fast, and larger ones
+# still where no worker is between (docs/readpath.md).
 READ_AHEAD_STARTING_KIB = 128
 READ_AHEAD_LOCAL_KIB = 4096
-READ_AHEAD_NATIVE_KIB = 3072
+READ_AHEAD_NATIVE_KIB = 6144
 READ_AHEAD_RECORDING_KIB = 4     # one page: nothing is taken for asked for that was read ahead (docs/profile-run.md)
 READ_AHEAD_HOT_KIB = 4           # while an image with a hot part starts (node.hotstart)
 READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
