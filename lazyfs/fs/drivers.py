@@ -22,11 +22,11 @@ from lazyfs.fs import mountapi
 EROFS_KERNEL_MIN = (6, 12)       # file-backed mounts
 BDI_DIR = Path("/sys/class/bdi")
 # While an image is fetched on demand, large read-ahead fetches more than a start needs; 128 KiB was the optimum for a
-# cold start of tensorflow. Once all is on the node, large requests read big files twice as fast (by O_DIRECT; through
-# the page cache 1 MiB is best).
+# cold start of tensorflow. Once all is on the node, large requests read big files twice as fast, and larger ones
+# still where no worker is between (docs/readpath.md).
 READ_AHEAD_STARTING_KIB = 128
 READ_AHEAD_LOCAL_KIB = 4096
-READ_AHEAD_BUFFERED_KIB = 1024
+READ_AHEAD_NATIVE_KIB = 6144
 READ_AHEAD_RECORDING_KIB = 4     # one page: nothing is taken for asked for that was read ahead (docs/profile-run.md)
 READ_AHEAD_HOT_KIB = 4           # while an image with a hot part starts (node.hotstart)
 READ_AHEAD_FUSE_KIB = 256        # driver fuse; larger fetches more than a start needs
@@ -64,24 +64,21 @@ def erofs_obstacle() -> str:
     return ""
 
 
-def mount_erofs(source: str, target: str, devices: list[str], directio: bool) -> list[str]:
+def mount_erofs(source: str, target: str, devices: list[str]) -> list[str]:
     """
-    Mount a bootstrap's EROFS image file on `target`.
+    Mount a bootstrap's EROFS image file on `target`; data is read past the page cache of the device files.
 
     Args:
         source: the image file.
         target: an existing directory.
         devices: the layer devices' files, in order.
-        directio: read data past the page cache of the device files.
 
     Returns:
         Names under /sys/class/bdi that are new: this mount's (of two mounted at the same time maybe both).
 
     """
     before = set(_bdi_names())
-    options: list[tuple[str, str | None]] = [("device", device) for device in devices]
-    if directio:
-        options.append(("directio", None))
+    options: list[tuple[str, str | None]] = [*(("device", device) for device in devices), ("directio", None)]
     mountapi.mount_by_context("erofs", source, target, options)
     return sorted(set(_bdi_names()) - before)
 
