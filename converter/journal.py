@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError
 from lazyfs.image.digest import Digest
 from lazyfs.image.manifest import LayerBlob
@@ -59,7 +60,7 @@ class Journal:
         path = self._path(source_digest, options)
         try:
             with path.open("rb") as file:
-                record = msgspec.json.decode(file.read(RECORD_BYTES_MAX), type=_Record)
+                record = shapes.from_json(file.read(RECORD_BYTES_MAX), _Record)
             blob = _checked_blob(record, source_digest, options)
         except FileNotFoundError:
             return None

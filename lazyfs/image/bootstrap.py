@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import zstandard
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.digest import Digest
 from lazyfs.image.hot import HotPart, pack_hot, parse_hot
@@ -175,13 +175,13 @@ def _parse_json(data: bytes | memoryview) -> _JsonImage:
     if len(data) > _JSON_BYTES_MAX:
         raise FormatError(f"{_JSON} holds {len(data)} bytes, at most {_JSON_BYTES_MAX} are allowed")
     try:
-        version = msgspec.json.decode(data, type=_JsonVersion).version
+        version = shapes.from_json(data, _JsonVersion).version
         if version != BOOTSTRAP_VERSION:
             raise UnsupportedError(
                 f"bootstrap version {version}: this lazyfs reads version {BOOTSTRAP_VERSION}",
                 hint="convert the image again, or use a newer lazyfs",
             )
-        return msgspec.json.decode(data, type=_JsonImage)
+        return shapes.from_json(data, _JsonImage)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"{_JSON} is malformed: {error}") from error
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import msgspec
 import zstandard
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import BugError, FormatError
 from lazyfs.image.model import EMPTY_MAP, Attributes, DataMap, EntryKind, FileType, LayerEntry
 
@@ -121,7 +121,7 @@ _AnyWire: TypeAlias = (
     | _Whiteout
     | _Opaque
 )
-_DECODER = msgspec.msgpack.Decoder(list[_AnyWire])
+_DECODER = shapes.msgpack_decoder(list[_AnyWire])
 _ENCODER = msgspec.msgpack.Encoder()
 _PLAIN_NODES = {FileType.DIRECTORY: _Directory, FileType.FIFO: _Fifo, FileType.SOCKET: _Socket}
 _DEVICE_NODES = {FileType.CHARACTER: _CharacterDevice, FileType.BLOCK: _BlockDevice}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.descriptor import Descriptor
 from lazyfs.image.digest import Digest
@@ -178,7 +178,7 @@ def decode_json(data: bytes, type_: type[_T], what: str, size_max: int = limits.
         raise FormatError(f"{what} of {len(data)} bytes, at most {size_max} are allowed")
     try:
         data.decode("utf-8")     # parts that are kept raw would otherwise pass unchecked
-        return msgspec.json.decode(data, type=type_)
+        return shapes.from_json(data, type_)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"{what} is malformed: {str(error)[:300]}") from error
 

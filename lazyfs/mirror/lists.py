@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, NotFoundError
 from lazyfs.limits import MANIFEST_BYTES_MAX, MIB
 from lazyfs.registry.documents import OCI_INDEX
@@ -55,7 +56,7 @@ def tags(upstream: Upstream, route: Route) -> Page:
     """
     data, _, headers = _get(upstream, route, "tags/list", route.query, _TAGS_BYTES_MAX)
     try:
-        found = msgspec.json.decode(data, type=_Tags).tags or []
+        found = shapes.from_json(data, _Tags).tags or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{route.reference.identity}: not a list of tags") from error
     if "Link" not in headers:
@@ -82,7 +83,7 @@ def referrers(upstream: Upstream, route: Route) -> Page:
     data, kind, headers = _get(upstream, route, f"referrers/{route.digest}", route.query, MANIFEST_BYTES_MAX)
     try:
         index = json.loads(data)
-        listed = msgspec.convert(index["manifests"], list[_Referrer])
+        listed = shapes.from_plain(index["manifests"], list[_Referrer])
     except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError):
         raise NotFoundError(f"{route.reference.identity}: no referrers API") from None
     if kind != OCI_INDEX:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.errors import AuthError, DeadlineError, FormatError, NotFoundError, SourceError
 from lazyfs.image.digest import Digest
 from lazyfs.limits import LAYER_BYTES_MAX
@@ -164,7 +165,7 @@ class _Lists(msgspec.Struct):
 def listed_in(data: bytes) -> Iterator[tuple[Digest, int]]:
     """Digest and size of each blob that a manifest lists; what is malformed is passed over."""
     try:
-        lists = msgspec.json.decode(data, type=_Lists)
+        lists = shapes.from_json(data, _Lists)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return
     for one in [*([lists.config] if lists.config else []), *(lists.layers or []), *(lists.blobs or [])]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.cache.files import pwrite_all, sync_directory
 from lazyfs.errors import CacheError, FormatError
 from lazyfs.image.digest import CHUNK_DIGEST_BYTES, Digest, chunk_digest
@@ -178,7 +179,7 @@ def open_part(data: Path, record: Path, resource: Resource) -> PieceFile:
 def _load(found: PieceFile, record: Path) -> None:
     resource = found.resource
     try:
-        saved = msgspec.msgpack.decode(record.read_bytes(), type=_Record)
+        saved = shapes.from_msgpack(record.read_bytes(), _Record)
     except (OSError, msgspec.MsgspecError):
         return
     count = resource.piece_count

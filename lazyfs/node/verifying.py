@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import FormatError, LazyfsError, NotFoundError, SignatureError, UsageError
 from lazyfs.image.digest import Digest
 
@@ -263,7 +263,7 @@ def _path(cache_dir: Path, layer: Digest) -> Path:
 def _read(cache_dir: Path, layer: Digest) -> Evidence | None:
     damaged = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
     with contextlib.suppress(*damaged), _path(cache_dir, layer).open("rb") as file:
-        return msgspec.json.decode(file.read(_EVIDENCE_BYTES_MAX), type=Evidence)
+        return shapes.from_json(file.read(_EVIDENCE_BYTES_MAX), Evidence)
     return None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, LazyfsError
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Agent:
     def told(self, raw: msgspec.Raw) -> None:
         """Raises FormatError: it is not what a tracker says."""
         try:
-            told = msgspec.json.decode(raw, type=Told)
+            told = shapes.from_json(raw, Told)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"these are no tasks: {error!s:.200}") from None
         for heard in told.heard:

@@ -27,6 +27,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from lazyfs import shapes
 from lazyfs.errors import PeerRefusedError
 from lazyfs.peers.model import TOKEN_CHARS_MAX
 
@@ -151,7 +152,7 @@ def parse_keys(data: bytes) -> PublicKeys:
     if len(data) > KEYS_BYTES_MAX:
         raise PeerRefusedError(f"the tracker's keys have {len(data)} bytes, at most {KEYS_BYTES_MAX} are allowed")
     try:
-        listed = msgspec.json.decode(data, type=_JwkSet).keys
+        listed = shapes.from_json(data, _JwkSet).keys
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise PeerRefusedError("the tracker's keys are no JWK Set") from None
     if len(listed) > KEY_COUNT_MAX:

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError
 from lazyfs.peers.announce import Name  # noqa: TC001 - msgspec looks at it
 
@@ -72,8 +73,8 @@ class TokenAnswer(msgspec.Struct):
     seconds: Annotated[float, msgspec.Meta(gt=0, le=600)]
 
 
-_ask = msgspec.json.Decoder(TokenAsk)
-_answer = msgspec.json.Decoder(TokenAnswer)
+_ask = shapes.json_decoder(TokenAsk)
+_answer = shapes.json_decoder(TokenAnswer)
 
 
 def parse_ask(data: bytes) -> TokenAsk:

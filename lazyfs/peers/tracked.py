@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.errors import LazyfsError, PeerError
 from lazyfs.peers.announce import (
     COMPLETE,
@@ -47,8 +48,8 @@ _STEP: Final = COMPLETE // 10    # of done: each step is news for all trackers
 _ROW_COUNT_MAX: Final = 500_000  # of all views in use
 _log: Final = logging.getLogger("lazyfs.peers")
 _encode = msgspec.json.Encoder().encode
-_answer = msgspec.json.Decoder(BeatAnswer).decode
-_part = msgspec.json.Decoder(ViewPart).decode
+_answer = shapes.json_decoder(BeatAnswer).decode
+_part = shapes.json_decoder(ViewPart).decode
 
 
 class TrackedMembership:

@@ -16,7 +16,7 @@ import h11
 import msgspec
 import trio
 
-from lazyfs import __version__, limits
+from lazyfs import __version__, limits, shapes
 from lazyfs.config.secretfile import read_word
 from lazyfs.errors import (
     ConfigError,
@@ -222,7 +222,7 @@ async def _receive(http: h11.Connection, stream: trio.abc.Stream) -> tuple[int, 
 def _error(url: str, status: int, body: bytes) -> LazyfsError:
     """What a tracker has said instead; its words are shortened and made printable."""
     try:
-        said = msgspec.json.decode(body, type=_Refusal)
+        said = shapes.from_json(body, _Refusal)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         said = _Refusal()
     text = "".join(char if char.isprintable() else "?" for char in said.error[:_LINE_CHARS_MAX]) or f"status {status}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import (
     FormatError,
     LazyfsError,
@@ -123,8 +123,8 @@ class _Told(msgspec.Struct, omit_defaults=True):
     index: int | None = None
 
 
-_ASKED = msgspec.msgpack.Decoder(_Asked)
-_TOLD = msgspec.msgpack.Decoder(_Told)
+_ASKED = shapes.msgpack_decoder(_Asked)
+_TOLD = shapes.msgpack_decoder(_Told)
 _LENGTH_MAX = {
     Frame.REQUEST: CONTROL_BYTES_MAX, Frame.CANCEL: 0, Frame.PIECE: PIECE.size + PIECE_BYTES_MAX,
     Frame.TROUBLE: CONTROL_BYTES_MAX, Frame.END: 0, Frame.ALIVE: 0,

@@ -18,7 +18,7 @@ from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
-from lazyfs import limits
+from lazyfs import limits, shapes
 from lazyfs.errors import FormatError, UnsupportedError
 from lazyfs.image.digest import Digest
 
@@ -109,10 +109,10 @@ def from_json(data: bytes) -> Recording:
     if data.count(b"[") > TOUCH_COUNT_MAX + limits.DEVICE_COUNT_MAX + 3:      # before objects are made of them
         raise FormatError(f"recording of more than {TOUCH_COUNT_MAX} touches")
     try:
-        version = msgspec.json.decode(data, type=_Version).version
+        version = shapes.from_json(data, _Version).version
         if version != RECORDING_VERSION:
             raise UnsupportedError(f"recording of version {version}: this lazyfs reads version {RECORDING_VERSION}")
-        document = msgspec.json.decode(data, type=_Document)
+        document = shapes.from_json(data, _Document)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"recording: {str(error)[:200]}") from error
     _check_names(document)

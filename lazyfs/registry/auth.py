@@ -21,6 +21,7 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import AuthError, DeadlineError, LazyfsError, SourceError
 from lazyfs.limits import TOKEN_BYTES_MAX
 from lazyfs.registry.addresses import is_loopback_host, origin_of, printable
@@ -290,7 +291,7 @@ class Authenticator:
                 raise_for_status(answer, "token")
             data = answer.read_all(TOKEN_BYTES_MAX)
         try:
-            token = msgspec.json.decode(data, type=_TokenAnswer)
+            token = shapes.from_json(data, _TokenAnswer)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise AuthError(f"{call.where}: the token server's answer is not the JSON expected") from None
         text = token.token or token.access_token

@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import (
     AuthError,
     DeadlineError,
@@ -341,7 +342,7 @@ def _check_whole(answer: HttpResponse, what: str, offset: int, size: int, *, wan
 
 def _decode_tags(data: bytes, where: str) -> list[str]:
     try:
-        return msgspec.json.decode(data, type=_TagList).tags or []
+        return shapes.from_json(data, _TagList).tags or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a list of tags") from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import AuthError, UsageError
 from lazyfs.limits import MIB
 from lazyfs.registry.options import RegistryOptions, Secret
@@ -114,7 +115,7 @@ def _read_config(path: Path, *, is_demanded: bool) -> _ConfigFile | None:
     if len(data) > _FILE_BYTES_MAX:
         raise UsageError(f"{path}: larger than {_FILE_BYTES_MAX} bytes, this is no credentials file")
     try:
-        return msgspec.json.decode(data, type=_ConfigFile)
+        return shapes.from_json(data, _ConfigFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # Without the decoder's words: they may quote a key of the file.
         raise UsageError(f"{path}: not the JSON that docker login writes",
@@ -178,7 +179,7 @@ def ask_helper(name: str, server: str) -> Credentials | None:
             return None
         raise AuthError(f"{program}: failed for {server} (exit code {code})", hint=f"try: {program} get <<< {server}")
     try:
-        answer = msgspec.json.decode(output, type=_HelperAnswer)
+        answer = shapes.from_json(output, _HelperAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise AuthError(f"{program}: its answer is not the JSON expected") from None
     if answer.Username == _TOKEN_USER:

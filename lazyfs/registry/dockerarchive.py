@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, LazyfsError, NotFoundError, UsageError
 from lazyfs.image.digest import Digest
 from lazyfs.limits import CONFIG_BYTES_MAX, DEVICE_COUNT_MAX, MANIFEST_BYTES_MAX, MIB, SYMLINK_HOPS_MAX
@@ -90,7 +91,7 @@ class DockerArchiveSource(FileBlobs):
         image = self._choose(self._read_images())
         config = read_small(self._files, self._resolve(image.Config), CONFIG_BYTES_MAX)
         try:
-            diff_ids = msgspec.json.decode(config, type=_Config).rootfs.diff_ids
+            diff_ids = shapes.from_json(config, _Config).rootfs.diff_ids
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{self.name}: {image.Config[:100]!r} is not an image's configuration") from error
         if len(diff_ids) != len(image.Layers) or len(diff_ids) > DEVICE_COUNT_MAX:
@@ -114,7 +115,7 @@ class DockerArchiveSource(FileBlobs):
             raise FormatError(f"{self.name}: no {_MANIFEST_FILE}: not what docker save writes",
                               hint="try oci-archive:" if is_oci else "") from None
         try:
-            return msgspec.json.decode(data, type=list[_Image])
+            return shapes.from_json(data, list[_Image])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{self.name}: {_MANIFEST_FILE} is not the JSON expected") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, IntegrityError, UnsupportedError
 from lazyfs.image.digest import Digest
 from lazyfs.limits import MANIFEST_BYTES_MAX
@@ -50,7 +51,7 @@ def make_document(data: bytes, content_type: str, expected: Digest | None, where
         raise IntegrityError(f"{where}: digest {digest.short}, expected {expected.short}",
                              hint="the registry or something on the way to it changed the bytes")
     try:
-        head = msgspec.json.decode(data, type=_Head)
+        head = shapes.from_json(data, _Head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a JSON manifest") from error
     return Document(data, _kind(head, content_type.partition(";")[0].strip().lower(), where), digest)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import AuthError, UsageError
 from lazyfs.limits import MIB
 from lazyfs.registry.credentials import Credentials
@@ -155,7 +156,7 @@ def read_providers(path: Path) -> list[_Provider]:
         with path.open("rb") as file:
             data = file.read(_FILE_BYTES_MAX + 1)
         content = _decode(data)
-        config = msgspec.convert(content, type=_Config)
+        config = shapes.from_plain(content, _Config)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}",
                          hint="check credential_provider_config in [registry]") from error
@@ -247,7 +248,7 @@ def _run(provider: _Provider, bin_dir: Path | None, image: str) -> _Answer:
     if code != 0:
         raise AuthError(f"{provider.name}: failed for {image} (exit code {code})")
     try:
-        answer = msgspec.json.decode(output, type=_Answer)
+        answer = shapes.from_json(output, _Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise AuthError(f"{provider.name}: its answer is not a CredentialProviderResponse") from None
     if answer.kind != "CredentialProviderResponse" or answer.apiVersion != provider.apiVersion:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import DeadlineError, FormatError, NotFoundError, UnsupportedError, UsageError
 from lazyfs.image.artifact import is_referrers_tag
 from lazyfs.image.digest import Digest
@@ -67,7 +68,7 @@ def check_layout(files: Files) -> None:
         raise NotFoundError(f"{files.name}: no OCI image layout there (no {LAYOUT_FILE})",
                             hint="try docker-archive:" if is_saved else "check the path") from None
     try:
-        version = msgspec.json.decode(data, type=_Layout).imageLayoutVersion
+        version = shapes.from_json(data, _Layout).imageLayoutVersion
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{files.name}: {LAYOUT_FILE} is not the JSON expected") from error
     if not version.startswith("1."):
@@ -78,7 +79,7 @@ def read_index(files: Files) -> list[IndexEntry]:
     """The entries of index.json. Raises NotFoundError, FormatError."""
     data = read_small(files, INDEX_FILE, INDEX_BYTES_MAX)
     try:
-        return msgspec.json.decode(data, type=_Index).manifests or []
+        return shapes.from_json(data, _Index).manifests or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{files.name}: {INDEX_FILE} is not the JSON expected") from error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import AuthError, LazyfsError, NotFoundError, RateLimitedError, SourceError
 from lazyfs.limits import KIB
 
@@ -72,7 +73,7 @@ def _detail(answer: HttpResponse) -> str:
     """` (CODE: message)` out of an error's body, or nothing."""
     try:
         data = answer.read_all(_ERROR_BYTES_MAX)
-        errors = msgspec.json.decode(data, type=_Errors).errors
+        errors = shapes.from_json(data, _Errors).errors
     except (LazyfsError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     if not errors or not (errors[0].code or errors[0].message):

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.config.secretfile import read_word
 from lazyfs.errors import AuthError, ConfigError, FormatError, UsageError
 from lazyfs.peers.jobs import DONE, FAILED
@@ -245,7 +246,7 @@ def _expected(own: config.Tracker) -> tuple[bytes, bytes] | None:
 
 def _decode(request: Request, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(request.body, type=kind)
+        return shapes.from_json(request.body, kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the request is malformed: {error!s:.200}") from None
 

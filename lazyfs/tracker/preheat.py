@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, NotFoundError, PeerBusyError, SourceError, UsageError
 from lazyfs.peers.announce import CLUSTER
 from lazyfs.peers.jobs import (
@@ -202,7 +203,7 @@ class Preheat:
         if raw is None:
             return None
         try:
-            said = msgspec.json.decode(raw, type=Said)
+            said = shapes.from_json(raw, Said)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"these are no states of tasks: {error!s:.200}") from None
         node = member.removesuffix(MIRROR)
@@ -283,7 +284,7 @@ class Preheat:
 
     async def _post(self, request: Request) -> Answer:
         try:
-            order = msgspec.json.decode(request.body, type=Order)
+            order = shapes.from_json(request.body, Order)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"this is not an order: {error!s:.200}") from None
         job = await self.create([_cluster_name(request)], order)
@@ -315,7 +316,7 @@ def _choose(cluster: Cluster, order: Order, number: int) -> list[str]:
 
 def _node(cluster: str, node: str, said: Any, here: list[str], *, late: bool) -> Shown:
     """What the members of a node say together: done if one is, failed if none that is left can be."""
-    states = {name: msgspec.json.decode(said[f"{cluster}/{name}"], type=TaskState)
+    states = {name: shapes.from_json(said[f"{cluster}/{name}"], TaskState)
               for name in (node, node + MIRROR) if f"{cluster}/{name}" in said}
     by_state = {one.state: one for one in states.values()}
     best = by_state.get(DONE) or by_state.get(FAILED) or by_state.get(RUNNING)
@@ -336,7 +337,7 @@ def _plain(job: Job) -> dict[str, Any]:
 
 
 def _job(raw: bytes) -> Job:
-    return msgspec.json.decode(raw, type=Job)
+    return shapes.from_json(raw, Job)
 
 
 def _states_of(number: int) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from lazyfs import shapes
 from lazyfs.errors import FormatError, NotFoundError
 from lazyfs.peers.announce import CLUSTER, REPORT_COUNT_MAX, Announced, Beat, BeatAnswer, Report
 from lazyfs.tracker.release import release
@@ -47,10 +48,10 @@ class _Skimmed(msgspec.Struct):
     extra: dict[str, msgspec.Raw] = {}
 
 
-_skim = msgspec.json.Decoder(_Skimmed).decode
-_whole = msgspec.json.Decoder(Beat).decode
-_who = msgspec.json.Decoder(Announced).decode
-_report = msgspec.json.Decoder(Report).decode
+_skim = shapes.json_decoder(_Skimmed).decode
+_whole = shapes.json_decoder(Beat).decode
+_who = shapes.json_decoder(Announced).decode
+_report = shapes.json_decoder(Report).decode
 
 
 class Service:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lazyfs import shapes
 from lazyfs.errors import BugError, FormatError
 from lazyfs.peers.announce import COMPLETE, SWARM_COUNT_MAX, Announced, Key, Seen, Standing
 
@@ -30,7 +31,7 @@ class MemberState(msgspec.Struct, omit_defaults=True):
     swarms: dict[Key, Standing] = {}
 
 
-_decoder = msgspec.json.Decoder(MemberState)
+_decoder = shapes.json_decoder(MemberState)
 _encoder = msgspec.json.Encoder()
 _HASH_MAX = 2**64 - 1
 
