@@ -11,7 +11,7 @@ State: _json and _msgpack, a decoder a type; types are made at import, so there 
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -52,4 +52,4 @@ def from_msgpack(data: bytes | bytearray | memoryview, shape: type[_T]) -> _T:
 def from_plain(content: object, shape: type[_T]) -> _T:
     """Out of dicts and lists, as a YAML reader makes them. Raises msgspec.ValidationError."""
     json_decoder(shape)    # what msgspec.convert would make
-    return cast("_T", msgspec.convert(content, type=shape))
+    return msgspec.convert(content, type=shape)
