@@ -194,15 +194,21 @@ def test_an_archive_hands_on_no_damage(tmp_path: Path) -> None:
     destination.close()
 
 
+def _what(path: Path) -> tuple[int, ...]:
+    """Without times: all the machine writes to /dev/null."""
+    found = path.lstat()
+    return found.st_ino, found.st_mode, found.st_rdev, found.st_nlink, found.st_size
+
+
 def test_an_archive_replaces_nothing_but_an_archive(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     os.mkfifo(tmp_path / "fifo")
     for name in ("notes", "fifo", "null"):
         path = Path("/dev/null") if name == "null" else tmp_path / name
-        before = path.lstat()
+        before = _what(path)
         with pytest.raises(TargetError, match="exists, and is no OCI archive"):
             open_destination(f"oci-archive:{path}:x", OPTIONS)
-        assert path.lstat() == before
+        assert _what(path) == before
     (tmp_path / "empty.tar").touch()
     check(f"oci-archive:{tmp_path}/empty.tar:x", write(f"oci-archive:{tmp_path}/empty.tar:x", LAYERS))
     assert not leftovers(tmp_path)
