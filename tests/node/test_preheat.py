@@ -148,7 +148,8 @@ async def test_a_file_that_a_peer_has_costs_its_server_nothing(tmp_path: Path) -
                     break
             else:
                 pytest.fail("the server gave it to each of them")
-            code, found = await preheat(running, f"http://{server.host}{path}", "--nodes", "1")
+            server.files["/not-here.bin"] = DATA       # who has it already would have nothing to ask for
+            code, found = await preheat(running, f"http://{server.host}/not-here.bin", "--nodes", "1")
             assert (code, found["done"]) == (20, 0)    # a task leads nobody to the node itself
 
 

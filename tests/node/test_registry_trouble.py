@@ -130,7 +130,8 @@ TROUBLES = [
             end=lambda world: world.proxy.up()),
     Trouble("black hole", {errno.ETIMEDOUT}, AWAY, Fault(Kind.BLACK_HOLE, path=BLOBS)),
     Trouble("drips", {errno.ETIMEDOUT}, AWAY, Fault(Kind.DRIP, path=BLOBS, size=1, seconds=0.2)),
-    Trouble("server error", {errno.ETIMEDOUT}, AWAY, Fault(Kind.STATUS, path=BLOBS, status=500)),
+    # EIO where its tries were used up before the breaker opened: five failures, four of them one chunk's
+    Trouble("server error", {errno.EIO, errno.ETIMEDOUT}, AWAY, Fault(Kind.STATUS, path=BLOBS, status=500)),
     Trouble("too many requests", {errno.EIO, errno.ETIMEDOUT}, {"paused", "failing"},
             Fault(Kind.STATUS, path=BLOBS, status=429, headers={"Retry-After": "2"})),
     Trouble("wrong bytes", {errno.EIO}, {"lying"}, Fault(Kind.FLIP, path=BLOBS, at=100)),
