@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lazyfs import limits
-from lazyfs.errors import BugError, CacheError, LazyfsError, RateLimitedError, ResourceError, SourceError
+from lazyfs.errors import BugError, CacheError, DeadlineError, LazyfsError, RateLimitedError, ResourceError, SourceError
 from lazyfs.fetch.constants import BAD_CHUNK_TRY_COUNT, RETRY_AFTER_MAX_S
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def verdict(flight: Flight, transfer: Transfer, *, down: bool) -> tuple[bool, La
             flight.attempt_count += 1
         again = is_transient(error) and flight.attempt_count < limits.RETRY_COUNT_MAX
         pause = 0.0 if down else pause_s(error, max(1, flight.attempt_count))
-        again = again and time.monotonic() + pause < flight.deadline
+        if again and time.monotonic() + pause >= flight.deadline:
+            again = False
+            if not isinstance(error, RateLimitedError):    # which is the source's own word
+                error = DeadlineError(f"{flight.source.name}: no time for another try: {error}")
     flight.last_error = error
     return again, error

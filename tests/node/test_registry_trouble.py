@@ -113,9 +113,6 @@ class Trouble:
 
 
 AWAY = {"failing", "down", "probing"}
-# The breaker opens after five failures: then a read waits to its end. Before that, its last try's error is its own,
-# where no further one fits into its time: pauses are drawn.
-NO_TRY_LEFT = {errno.EIO, errno.ETIMEDOUT}
 
 
 def hide_blob(world: World) -> None:
@@ -129,15 +126,15 @@ def show_blob(world: World) -> None:
 
 
 TROUBLES = [
-    Trouble("down", NO_TRY_LEFT, AWAY, begin=lambda world: world.proxy.down(),
+    Trouble("down", {errno.ETIMEDOUT}, AWAY, begin=lambda world: world.proxy.down(),
             end=lambda world: world.proxy.up()),
     Trouble("black hole", {errno.ETIMEDOUT}, AWAY, Fault(Kind.BLACK_HOLE, path=BLOBS)),
     Trouble("drips", {errno.ETIMEDOUT}, AWAY, Fault(Kind.DRIP, path=BLOBS, size=1, seconds=0.2)),
-    Trouble("server error", NO_TRY_LEFT, AWAY, Fault(Kind.STATUS, path=BLOBS, status=500)),
+    Trouble("server error", {errno.ETIMEDOUT}, AWAY, Fault(Kind.STATUS, path=BLOBS, status=500)),
     Trouble("too many requests", {errno.EIO, errno.ETIMEDOUT}, {"paused", "failing"},
             Fault(Kind.STATUS, path=BLOBS, status=429, headers={"Retry-After": "2"})),
     Trouble("wrong bytes", {errno.EIO}, {"lying"}, Fault(Kind.FLIP, path=BLOBS, at=100)),
-    Trouble("all instead of a part", NO_TRY_LEFT, AWAY, Fault(Kind.IGNORE_RANGE, path=BLOBS)),
+    Trouble("all instead of a part", {errno.ETIMEDOUT}, AWAY, Fault(Kind.IGNORE_RANGE, path=BLOBS)),
     Trouble("not logged in", {errno.EACCES}, {"refusing"}, Fault(Kind.STATUS, path=BLOBS, status=401)),
     Trouble("blob deleted", {errno.EIO}, {"refusing"}, begin=hide_blob, end=show_blob),
 ]

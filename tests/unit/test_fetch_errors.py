@@ -88,6 +88,14 @@ async def test_retries_never_outlast_the_deadline(tmp_path):
         assert 1 <= len(b.source.requests) <= 6
 
 
+async def test_no_time_for_another_try_is_a_deadline_that_says_why(tmp_path):
+    async with bench(tmp_path) as b:
+        b.source.faults.append(failing(1000, SourceError("reset")))
+        with pytest.raises(DeadlineError, match="reset"):
+            await b.read(0, 10, seconds=0.45 * limits.RETRY_FIRST_S)    # the shortest pause is half of it
+        assert len(b.source.requests) == 1
+
+
 async def test_retry_after_is_honoured_for_the_whole_source(tmp_path):
     async with bench(tmp_path) as b:
         times = []
