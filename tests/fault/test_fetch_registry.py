@@ -204,7 +204,8 @@ async def test_a_registry_that_comes_back_is_used_again(tmp_path, proxy):
 
 
 async def test_a_herd_of_readers_asks_the_registry_once_a_chunk(tmp_path, proxy):
-    async with mounted(tmp_path, proxy) as (fetcher, device):
+    # With the pauses of a registry: an answer that this machine is late for is asked for again.
+    async with mounted(tmp_path, proxy, io_timeout_s=DEADLINE_S) as (fetcher, device):
         async with trio.open_nursery() as nursery:
             results: list[LazyfsError | None] = []
 

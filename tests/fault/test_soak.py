@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RSS_GROWTH_MB = 64               # of the worker: the arenas of malloc, and the chunks of the last reads
+BUSY = 4                         # threads and connections of what a worker does at any moment; a leak grows with faults
 pytestmark = [pytest.mark.mount, needs_mounts]
 
 
@@ -39,7 +40,7 @@ def test_soak(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     assert report.hung == []
     assert report.dead == []
     assert report.compared_bytes > 0
-    assert report.after["descriptors"] <= report.before["descriptors"]
-    assert report.after["threads"] <= report.before["threads"]
+    assert report.after["descriptors"] <= report.before["descriptors"] + BUSY
+    assert report.after["threads"] <= report.before["threads"] + BUSY
     assert report.after["keeper_descriptors"] <= report.before["keeper_descriptors"]
     assert report.after["rss_mb"] <= report.before["rss_mb"] + RSS_GROWTH_MB
