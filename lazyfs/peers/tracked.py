@@ -90,8 +90,8 @@ class TrackedMembership:
 
     def describe(self) -> dict[str, Any]:
         members = {member.id for view in self._views.values() for member in view.members}
-        return {"kind": "tracker", "cluster": self._cluster, "tracker": self._client.last, "members": len(members),
-                "isolated": list(self._isolated), "lost_s": self.lost_s(), "why": self._why}
+        return {"kind": "tracker", "cluster": self._cluster, "network": self._me.network, "tracker": self._client.last,
+                "members": len(members), "isolated": list(self._isolated), "lost_s": self.lost_s(), "why": self._why}
 
     def lost_s(self) -> float:
         """For how long no tracker has answered; 0.0: one does."""
@@ -246,7 +246,7 @@ def open_membership(settings: config.Peers, me: Member, participant: Participant
     Raises ConfigError: a file that it names cannot be used.
     """
     if settings.tracker:
-        return TrackedMembership(me, participant, tracker_client(settings), settings.cluster)
+        return TrackedMembership(me, participant, tracker_client(settings), settings.cluster, settings.network)
     if settings.static:
         return ListedMembership(me, participant, settings.static)
     return DnsMembership(me, participant, settings.dns)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from lazyfs import config
 from lazyfs.errors import ConfigError, NotFoundError, PeerError, PeerRefusedError
 from lazyfs.peers import tracked, trackerclient
 from lazyfs.peers.announce import Report, Standing
 from lazyfs.peers.membership import DnsMembership, ListedMembership
 from lazyfs.peers.model import Member
-from lazyfs.peers.tracked import TrackedMembership
+from lazyfs.peers.tracked import TrackedMembership, open_membership
 from lazyfs.peers.trackerclient import TrackerClient
 from lazyfs.tracker import redisstore, web
 from tests.trackerkit import KEY, OTHER, START_S, Node, environment, free_port, redis_server, tracker, until
@@ -70,6 +71,24 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
         a[0].has = {KEY: Standing(done=1000)}
         a[1].news()
         await until(lambda: c[0].views[KEY].complete == {"a"})
+
+
+@pytest.mark.trio
+async def test_nodes_of_networks_that_do_not_reach_each_other_never_hear_of_each_other(redis: Redis) -> None:
+    async with tracker(redis.url) as one, tracker(redis.url) as two, trio.open_nursery() as nursery:
+        nodes = {}
+        for name, network, where in (("a", "east", one), ("b", "east", two), ("c", "west", one), ("d", "", two)):
+            settings = config.Peers(cluster="prod", tracker=(where.url,), network=network)
+            membership = open_membership(settings, Member(name, f"{name}.example:9451"), nodes.setdefault(name, Node()))
+            assert membership.describe()["network"] == network
+            nursery.start_soon(membership.run)
+        await until(lambda: nodes["a"].sees() == nodes["b"].sees() == ["a", "b"])
+        await until(lambda: (nodes["c"].sees(), nodes["d"].sees()) == (["c"], ["d"]))
+        client = TrackerClient([one.url])
+        told = json.loads((await client.request("GET", "/v1/clusters/prod")).body)
+        assert [(swarm["network"], swarm["members"]) for swarm in told["swarms"]] == [("", 1), ("east", 2), ("west", 1)]
+        await client.aclose()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
