@@ -50,6 +50,8 @@ class _Fetched(Collector):
         self._fetched = fetched
 
     def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily("lazyfs_mirror_wrong_pieces", "Pieces that were not the origin's, and were replaced.",
+                                  self._fetched.wrong)
         family = CounterMetricFamily("lazyfs_mirror_fetched_bytes", "Bytes of blobs and files fetched, by source.",
                                      labels=("source",))
         family.add_metric(("peer",), self._fetched.peers)

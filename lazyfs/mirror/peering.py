@@ -22,6 +22,7 @@ import trio
 from lazyfs.config import split_address
 from lazyfs.errors import AuthError, ConfigError, NotFoundError, PeerRefusedError
 from lazyfs.limits import KIB
+from lazyfs.mirror.blaming import Blaming
 from lazyfs.mirror.blobs import RegistryBlob
 from lazyfs.mirror.pieces import PieceStore
 from lazyfs.peers.announce import COMPLETE, Standing
@@ -90,6 +91,7 @@ class MirrorPeers:
         self.endpoint, self._why = endpoint, ""
         self._blobs.swarm = self
         self._blobs.on_open = self._opened
+        self._blobs.blame = Blaming(endpoint.swarm).blame
         self._blobs.on_close = lambda _: endpoint.membership.news()
         async with trio.open_nursery() as nursery:
             if isinstance(endpoint.membership, TrackedMembership):
