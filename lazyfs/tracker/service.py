@@ -25,7 +25,7 @@ from lazyfs.tracker.web import Answer, refusal
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from lazyfs.tracker.state import Cluster, Swarm
+    from lazyfs.tracker.state import Cluster, Entry, Swarm
     from lazyfs.tracker.store import Store
     from lazyfs.tracker.web import Request, Routes
 
@@ -139,6 +139,7 @@ class Service:
         cluster = await self.store.cluster(name)
         if new:
             self.counters["joins"] += len(new)
+        if new and not _is_alone(cluster, known):
             due = max((self._views.due_at(swarm) for key in new
                        if (swarm := cluster.swarm(said.member.network, key)) is not None), default=0.0)
             await trio.sleep(min(JOIN_WAIT_S, max(0.0, due - self.store.now())))
@@ -159,7 +160,7 @@ class Service:
     def _answer(self, cluster: Cluster, member: Announced, seen: dict[str, str]) -> BeatAnswer:
         """Of a member that is known: its views, as far as it does not have them."""
         now = self.store.now()
-        answer = BeatAnswer(1.0, {}, [], {}, sorted(cluster.isolated), {})
+        answer = BeatAnswer(1.0, {}, [], {}, sorted(cluster.isolated), {}, len(cluster.members))
         entry = cluster.members.get(member.id)
         young = False
         sent: set[str] = set()
@@ -224,6 +225,11 @@ class Service:
         await trio.lowlevel.checkpoint()
         problem = self.store.problem()
         return refusal(503, problem) if problem else Answer(200, b'{"ready":true}\n')
+
+
+def _is_alone(cluster: Cluster, known: Entry | None) -> bool:
+    """Whether nobody can join with it: it is the only member, and has been since before: others begin when it does."""
+    return known is not None and len(cluster.members) == 1
 
 
 def _progress(swarm: Swarm) -> dict[str, Any]:

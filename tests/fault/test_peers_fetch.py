@@ -12,6 +12,7 @@ import trio.testing
 from lazyfs.cache.space import Limits
 from lazyfs.errors import SourceError
 from lazyfs.fetch.copying import CopyTerms
+from lazyfs.fetch.peering import FIRST_VIEW_S
 from lazyfs.peers.model import PieceRequest, Priority
 from tests.peernodekit import SAMPLE, peer_nodes
 
@@ -164,6 +165,19 @@ async def test_a_first_view_that_does_not_come_is_not_waited_for_long(tmp_path: 
             await trio.testing.wait_all_tasks_blocked()
             other.fetcher.peering.view_came(key, others=True)
         assert not other.fetcher.peering.awaited
+
+
+async def test_a_view_is_waited_for_from_the_mount_on_and_not_by_each_read_anew(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        other = cluster.nodes[1]
+        assert other.device is not None
+        key = other.device.resource.key
+        other.swarm.forget(key)
+        other.fetcher.peering.await_view(key, 0.1)
+        await other.read(0, 1, 20.0)
+        other.fetcher.peering.await_view(key)    # of another image with that layer: nothing new is waited for
+        with trio.fail_after(FIRST_VIEW_S / 2):
+            await other.read(SAMPLE.table.chunk_size, 1, 20.0)
 
 
 async def test_a_full_disk_ends_what_is_fetched_ahead_and_no_read(tmp_path: Path) -> None:

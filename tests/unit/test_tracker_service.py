@@ -83,6 +83,19 @@ async def test_who_joins_together_gets_the_same_view(autojump_clock: MockClock) 
     assert trio.current_time() < 1.0
 
 
+async def test_who_is_alone_in_its_cluster_need_not_wait_for_others(autojump_clock: MockClock) -> None:
+    rig = Rig()
+    await rig.beat("a", {})
+    began = trio.current_time()
+    told = await rig.beat("a")
+    assert trio.current_time() == began
+    assert told["members"] == 1
+    assert [row[0] for row in whole(told)["add"]] == ["a"]
+    await rig.beat("b", {})
+    assert (await rig.beat("b", {OTHER: {}}))["members"] == 2
+    assert trio.current_time() > began
+
+
 async def test_what_has_changed_is_sent_once(autojump_clock: MockClock) -> None:
     rig = Rig()
     for name in ("a", "b", "c", "d"):
