@@ -23,7 +23,8 @@ from lazyfs.errors import (
 from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.status import parse_retry_after
 from tests.faultproxy import Fault, FaultProxy, Kind
-from tests.registrykit import Registry, free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import Registry, running_registry
 from tests.smallimage import SmallImage, write_image
 
 if TYPE_CHECKING:

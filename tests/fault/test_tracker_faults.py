@@ -23,7 +23,8 @@ from lazyfs.peers.model import Member
 from lazyfs.peers.tracked import TrackedMembership, open_membership
 from lazyfs.peers.trackerclient import TrackerClient
 from lazyfs.tracker import redisstore, web
-from tests.trackerkit import KEY, OTHER, START_S, Node, environment, free_port, redis_server, tracker, until
+from tests.ports import free_port
+from tests.trackerkit import KEY, OTHER, START_S, Node, environment, redis_server, tracker, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
