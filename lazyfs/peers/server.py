@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lazyfs.peers.model import Gate, PieceRequest, Store
+    from lazyfs.peers.questions import Desk
     from lazyfs.peers.tlsfiles import TlsFiles
     from lazyfs.peers.uploads import Uploads
 
@@ -38,7 +39,7 @@ _log = logging.getLogger("lazyfs.peers.server")
 
 async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Gate, uploads: Uploads, *,
                 tls: TlsFiles | None = None, hop: Hop | None = None,
-                better: Callable[[PieceRequest], tuple[str, ...]] | None = None) -> None:
+                better: Callable[[PieceRequest], tuple[str, ...]] | None = None, desk: Desk | None = None) -> None:
     """
     Answer peers until cancelled. The listeners are closed at the end.
 
@@ -50,9 +51,10 @@ async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Ga
         tls: our certificate, and whose are believed; None: plain.
         hop: decides what is compressed; None: one with the usual bounds.
         better: for a request that finds no room here: host:port of members that are known to have it.
+        desk: answers small questions; None: there are none.
 
     """
-    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better)
+    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better, desk=desk)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(server.accept, listener, nursery)
@@ -66,12 +68,13 @@ class _Queued(NamedTuple):
 
 class _Server:
     def __init__(self, store: Store, gate: Gate, uploads: Uploads, *, tls: TlsFiles | None, hop: Hop,
-                 better: Callable[[PieceRequest], tuple[str, ...]] | None) -> None:
+                 better: Callable[[PieceRequest], tuple[str, ...]] | None, desk: Desk | None) -> None:
         self.store = store
         self.uploads = uploads
         self.tls = tls
         self.hop = hop
         self.better = better
+        self.desk = desk
         self.idle: dict[_Connection, None] = {}      # longest first
         self._gate = gate
         self._admitted: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
@@ -146,7 +149,7 @@ class _Connection:
             tls = self._server.tls
             channel = Channel(stream if tls is None else trio.SSLStream(
                 stream, tls.server(), server_side=True, https_compatible=True))
-            upgraded = await handshake.answer(channel)
+            upgraded = await handshake.answer(channel, self._server.desk)
         if shaking.cancelled_caught or not upgraded:
             await _say_goodbye(stream)
             return

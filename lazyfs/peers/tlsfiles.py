@@ -21,6 +21,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 from lazyfs.errors import ConfigError, PeerError
 
 if TYPE_CHECKING:
@@ -143,6 +145,19 @@ class TlsFiles:
 
     def _stamp(self) -> _Stamp:
         return tuple(_stamp(path) for path in (self.cert_file, self.key_file, self.ca_file) if path)
+
+
+async def secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host: str,
+                 ) -> trio.SSLStream[trio.SocketStream]:
+    """TLS over a connection to a member, with the very one that was meant. Raises PeerError, ConfigError."""
+    secured = trio.SSLStream(stream, tls.client(), server_hostname=host, https_compatible=True)
+    try:
+        await secured.do_handshake()
+    except (trio.BrokenResourceError, OSError) as error:
+        raise PeerError(f"{member.id} at {member.address}: no TLS: {error.__cause__ or error}",
+                        hint="the nodes' certificates are of one authority, [peers] ca_file") from error
+    check_server(secured.getpeercert(), member)
+    return secured
 
 
 def check_server(certificate: Mapping[str, Any] | None, member: Member) -> None:
