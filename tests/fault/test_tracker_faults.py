@@ -22,7 +22,7 @@ from lazyfs.peers.membership import DnsMembership, ListedMembership
 from lazyfs.peers.model import Member
 from lazyfs.peers.tracked import TrackedMembership, open_membership
 from lazyfs.peers.trackerclient import TrackerClient
-from lazyfs.tracker import redisstore, web
+from lazyfs.tracker import conversation, redisstore, server
 from tests.ports import free_port
 from tests.trackerkit import KEY, OTHER, START_S, Node, environment, redis_server, tracker, until
 
@@ -257,8 +257,8 @@ async def test_bytes_that_are_no_request_get_one_line(data: bytes, status: bytes
 
 @pytest.mark.trio
 async def test_silent_and_slow_clients_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "CONNECTION_COUNT_MAX", 8)
-    monkeypatch.setattr(web, "_REQUEST_S", 0.5)
+    monkeypatch.setattr(server, "CONNECTION_COUNT_MAX", 8)
+    monkeypatch.setattr(conversation, "REQUEST_S", 0.5)
     async with tracker() as one, contextlib.AsyncExitStack() as stack:
         host, _, port = one.tracker.addresses[0].rpartition(":")
         for _ in range(30):

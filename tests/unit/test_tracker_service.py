@@ -17,10 +17,11 @@ from lazyfs.tracker import release as releasing
 from lazyfs.tracker import store as storing
 from lazyfs.tracker import views as viewing
 from lazyfs.tracker.metrics import page
+from lazyfs.tracker.server import Traffic
 from lazyfs.tracker.service import YOUNG_S, Service
 from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, interval_s, ttl_s
 from lazyfs.tracker.store import ISOLATE_S, REPORT_WINDOW_S, MemoryStore
-from lazyfs.tracker.web import Request, Routes, Traffic
+from lazyfs.tracker.web import Request, Routes
 from tests.trackerkit import KEY, OTHER
 
 if TYPE_CHECKING:
