@@ -21,6 +21,7 @@ from benchmarks.scale.result import Result
 from benchmarks.scale.setting import MBIT
 from lazyfs.image.digest import Digest
 from lazyfs.peers.model import Kind, Member, Resource, View
+from lazyfs.peers.ownrate import OwnRate
 from lazyfs.peers.swarm import Swarm
 from lazyfs.peers.topology import Topology
 
@@ -83,6 +84,7 @@ class _Cluster:
         for number, member in enumerate(self._members):
             node = self._make(number, member)
             node.swarm = Swarm(member, node.port, make_topology=self._ready, rng=random.Random(number))
+            node.own_rate = OwnRate(member, node.giving, node.swarm.health.rates)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._fabric.timeline.run)
             for node in self._nodes:
@@ -111,7 +113,10 @@ class _Cluster:
             now = trio.current_time()
             there = [node for node in self._nodes
                      if node.has_begun and (node.alive or node.died_s + self.setting.noticed_s > now)]
-            found = View(tuple(node.member for node in there),
+            for node in there:
+                if node.own_rate.look(now):
+                    node.swarm.me = node.own_rate.own
+            found = View(tuple(node.own_rate.said for node in there),
                          frozenset(node.member.id for node in there if node.complete))
             if found != self._view:
                 self._view = found

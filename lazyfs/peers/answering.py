@@ -128,11 +128,12 @@ class Answer:
 
     async def _read(self, data: Data) -> Data:
         """The same, and what lies in a file is in memory: before its turn, so that beats are sent meanwhile."""
+        self._uploads.giving.begin(self._link.channel.peer)
         if isinstance(data, FileRange):
             try:
                 await page_in(data, self._uploads.disk)
             except BaseException:
-                data.release()
+                self._let_go(data)
                 raise
         return data
 
@@ -144,16 +145,21 @@ class Answer:
         if size != self._request.resource.piece_bytes(index):
             if isinstance(data, FileRange):
                 data.release()
+            self._uploads.giving.end(self._link.channel.peer)
             _log.error("%s: piece %d of %d bytes", self._request.resource.key, index, size)
             return wire.trouble_of(BugError("internal error, see this node's log"), index)
         if not isinstance(data, FileRange) and not self._uploads.hold(size):
+            self._uploads.giving.end(self._link.channel.peer)
             return wire.trouble_of(PeerBusyError("busy: too much is waiting in memory", retry_after_s=1.0), index)
         return data
 
     def _let_go(self, data: Data | wire.Trouble) -> None:
+        if isinstance(data, wire.Trouble):
+            return
+        self._uploads.giving.end(self._link.channel.peer)
         if isinstance(data, FileRange):
             data.release()
-        elif not isinstance(data, wire.Trouble):
+        else:
             self._uploads.drop(len(data))
 
     async def _send_next(self) -> bool:
@@ -194,9 +200,11 @@ class Answer:
         try:
             encoding, body, stored = await self._hop.encode(request.resource.key, data, size,
                                                              uploads.rate_of(self._link.rate))
-            began = trio.current_time()
-            await self._link.frame(wire.piece_head(self.number, index, size, encoding, stored), body)
+            began, waiting = trio.current_time(), self._link.channel.unsent()
+            head = wire.piece_head(self.number, index, size, encoding, stored, rate=uploads.giving.step)
+            await self._link.frame(head, body)
             sent = stored
+            uploads.giving.gave(stored + waiting - self._link.channel.unsent())
         finally:
             uploads.end(size, sent)
         took_s = trio.current_time() - began
@@ -207,4 +215,4 @@ class Answer:
         return True
 
     async def _beat(self) -> None:
-        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0))
+        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0, self._uploads.giving.step))

@@ -9,8 +9,11 @@ connection that is good for nothing but to be closed.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
+import sys
+import termios
 from typing import TYPE_CHECKING
 
 import trio
@@ -41,6 +44,7 @@ class Channel:
         try:
             transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_MAX)
             transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
+            self._socket = transport.socket
             self.peer = str(transport.socket.getpeername()[0])
         except OSError as error:
             raise PeerError(f"peer: gone before it said anything: {error}") from error
@@ -128,6 +132,13 @@ class Channel:
             if error.errno in {errno.EIO, errno.EINVAL}:
                 raise CacheError(f"cache file: {os.strerror(error.errno)}, in a piece being sent") from error
             raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+
+    def unsent(self) -> int:
+        """Bytes that were sent, and that the other side has not said to have; 0 where the kernel does not tell."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, ValueError):    # it is closed
+            return 0
 
     async def close(self) -> None:
         """At once, without waiting for the other side."""

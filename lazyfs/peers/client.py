@@ -21,10 +21,11 @@ from lazyfs.errors import FormatError, PeerBusyError, PeerError, PeerLacksError
 from lazyfs.peers import handshake, wire
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.model import SILENCE_S, Piece
+from lazyfs.peers.rates import STEP_MAX
 from lazyfs.peers.tlsfiles import check_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from lazyfs.peers.model import Gate, Member, PieceRequest, Resource
     from lazyfs.peers.tlsfiles import TlsFiles
@@ -44,12 +45,14 @@ class PeerClient:
     An Exchange. `run` must run beside it: it closes what is idle, and everything at its end.
 
     :connections: that were made; requests: that were sent. For who describes the node.
+    :told_rate: is called with a member's id and a byte, when it says another rate than before (Swarm.told_rate).
     """
 
     def __init__(self, gate: Gate, *, tls: TlsFiles | None = None, connect_s: float = _CONNECT_S) -> None:
         """`tls`: our certificate, and whose are believed; None: plain."""
         self.connections = 0
         self.requests = 0
+        self.told_rate: Callable[[str, int], None] = lambda _member, _step: None
         self._gate = gate
         self._tls = tls
         self._connect_s = connect_s
@@ -148,7 +151,7 @@ async def _secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host
 class _Connection:
     """:left: bytes of the frame being read that have not come yet; None: its header has not."""
 
-    __slots__ = ("_have", "_head", "address", "channel", "idle_since", "left", "number", "silent", "used")
+    __slots__ = ("_have", "_head", "address", "channel", "idle_since", "left", "number", "rate", "silent", "used")
 
     def __init__(self, address: str, channel: Channel) -> None:
         self.address = address
@@ -156,6 +159,7 @@ class _Connection:
         self.idle_since = 0.0
         self.number = 0              # of the last request
         self.used = False            # an answer has come over it
+        self.rate = 0                # as its frames say
         self.silent = False          # for too long
         self.left: int | None = None
         self._head = bytearray(wire.HEAD.size)
@@ -272,6 +276,9 @@ class _Asking:
             await connection.pass_over()
             return None
         self._heard = connection.used = True
+        if head.rate != connection.rate:
+            connection.rate = head.rate
+            self._client.told_rate(self._member.id, min(head.rate, STEP_MAX))
         if head.type is wire.Frame.PIECE:
             return await self._piece(connection, head)
         if head.type is wire.Frame.END:

@@ -31,18 +31,22 @@ class Known:
         self.topology = self._trees = topology    # of all; of those that are not left out
         self.probe_misses = 0
         self._places: dict[int, Place] = {}
+        self._up_rate: int | None = None
         self._lacking: dict[str, tuple[int, float]] = {}    # member: how often it said so, until when it is left out
         self._left_out: frozenset[str] = frozenset()
         self._look_at = math.inf
         self._by_address: dict[str, Member] | None = None
 
-    def place(self, me: str, key: str, group: int, now: float) -> Place:
-        """Where a member of the view, this node, stands in a group's tree."""
+    def place(self, me: Member, key: str, group: int, now: float) -> Place:
+        """Where a member of the view, this node, stands in a group's tree. `me`: as it counts itself."""
         if now >= self._look_at:
             self._leave_out(now)
+        if me.up_rate != self._up_rate:
+            self._up_rate = me.up_rate
+            self._places.clear()
         place = self._places.get(group)
         if place is None:
-            place = self._places[group] = self._trees.place(me, group_seed(key, group))
+            place = self._places[group] = self._trees.place(me.id, group_seed(key, group), me.up_rate)
         return place
 
     def at(self, address: str) -> Member | None:

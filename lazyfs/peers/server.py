@@ -172,7 +172,7 @@ class _Connection:
         while await self._first(channel, head):
             with trio.fail_after(_REST_S):
                 await channel.fill(head[1:])
-                kind, number, length = wire.parse_head(head)
+                kind, number, length, _ = wire.parse_head(head)
                 if kind not in {wire.Frame.REQUEST, wire.Frame.CANCEL}:
                     raise FormatError(f"{channel.peer}: a frame {kind.name} from who asks")
                 await channel.fill(room[:length])

@@ -67,6 +67,7 @@ class Swarm:
         self.counters: Counter[str] = Counter()
         self._make_topology = make_topology
         self._known: dict[str, Known] = {}
+        self._running: set[SwarmFetch] = set()
 
     def set_view(self, key: str, view: View) -> None:
         """Who is in the swarm of a resource (Resource.key), from now on; fetches under way keep what they had."""
@@ -92,7 +93,7 @@ class Swarm:
         known = self._known.get(resource.key)
         if known is None:
             return None
-        return known.place(self.me.id, resource.key, index // group_pieces(resource), trio.current_time())
+        return known.place(self.me, resource.key, index // group_pieces(resource), trio.current_time())
 
     async def fetch(self, resource: Resource, indexes: Sequence[int], *, priority: Priority, deadline: float,
                     hops: int, deliver: Deliver, origin: Origin | None = None, request: str = "") -> list[int]:
@@ -119,8 +120,23 @@ class Swarm:
                 return sorted(indexes)
             origin(sorted(indexes))
             return []
-        return await SwarmFetch(self, known, resource, indexes, priority=priority, deadline=deadline, hops=hops,
-                                deliver=deliver, origin=origin, request=request).run()
+        one = SwarmFetch(self, known, resource, indexes, priority=priority, deadline=deadline, hops=hops,
+                         deliver=deliver, origin=origin, request=request)
+        self._running.add(one)
+        try:
+            return await one.run()
+        finally:
+            self._running.discard(one)
+
+    def told_rate(self, member_id: str, step: int) -> None:
+        """A member has said what it can give (rates): who is slow beside the others is not waited for from now on."""
+        rates = self.health.rates
+        now, usual = trio.current_time(), rates.usual
+        was_slow = rates.is_slow(member_id, now)
+        self.health.of(member_id)    # its bound is the rates' as well
+        if rates.say(member_id, step, now) and (rates.usual != usual or rates.is_slow(member_id, now) != was_slow):
+            for one in self._running:
+                one.stir()
 
     def take_reports(self) -> list[Report]:
         """Of bad peers, since the last call: for the tracker."""

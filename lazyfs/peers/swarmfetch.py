@@ -70,6 +70,10 @@ class SwarmFetch:
         self._to_origin(list(self._missing))
         return [] if self._give_origin is not None else sorted(self._origin)
 
+    def stir(self) -> None:
+        """A peer was found to be slow: look at what is under way."""
+        self._sleep.deadline = -math.inf
+
     async def _work(self) -> None:
         with trio.move_on_at(self._deadline):
             async with trio.open_nursery() as nursery:
@@ -101,7 +105,7 @@ class SwarmFetch:
 
         If all parents are slow, this node is as good as the root: only the first of an order has so few.
         """
-        place = self._known.place(self._swarm.me.id, self._resource.key, group, self._now())
+        place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         slow = {member.id for member in place.parents if self._is_slow(member)}
         stops = [(member, False) for member in place.parents if member.id not in slow]
         stops += [(member, False) for member in place.parents if member.id in slow and stops]
@@ -189,7 +193,7 @@ class SwarmFetch:
         self._attempts.add(attempt)
         for way in set(pieces.values()):
             way.running += 1
-        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt, attempt.moved_at))
+        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt))
         if nursery is not None:
             nursery.start_soon(self._ask, attempt, nursery)
 
@@ -345,12 +349,12 @@ class SwarmFetch:
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _due_at(self, attempt: Attempt, now: float) -> float:
+    def _due_at(self, attempt: Attempt) -> float:
         """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
         if attempt.ours:
             return math.inf
         health = self._swarm.health.of(attempt.member.id)
-        if health.slow_until > now:
+        if self._is_slow(attempt.member):
             return attempt.moved_at
         since = max(attempt.moved_at, attempt.looked_at)
         delay = self._swarm.pace.delay_s(self._priority) * attempt.patience
@@ -362,13 +366,13 @@ class SwarmFetch:
 
     def _wake_at(self) -> float:
         now = self._now()
-        return min(*(self._due_at(attempt, now) for attempt in self._attempts),
+        return min(*(self._due_at(attempt) for attempt in self._attempts),
                    *(way.again_at for way in self._all_ways), now + LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
-        for attempt in [one for one in self._attempts if self._due_at(one, now) <= now]:
+        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
             self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:

@@ -89,6 +89,11 @@ class TrackedMembership:
     def news(self) -> None:
         self._news.set()
 
+    def says(self, me: Member) -> None:
+        self._me = msgspec.structs.replace(self._me, up_rate=me.up_rate)
+        self._myself = me
+        self.news()
+
     def describe(self) -> dict[str, Any]:
         members = {member.id for view in self._views.values() for member in view.members}
         return {"kind": "tracker", "cluster": self._cluster, "network": self._me.network, "tracker": self._client.last,

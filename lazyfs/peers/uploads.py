@@ -20,7 +20,7 @@ import trio
 from lazyfs.errors import PeerBusyError
 from lazyfs.limits import MIB
 from lazyfs.peers.model import BEAT_S, Priority
-from lazyfs.peers.rates import Rate
+from lazyfs.peers.rates import Giving, Rate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -76,11 +76,12 @@ class _Turn:
 
 
 class Uploads:
-    """The state of it. `counters` is read by who describes the node."""
+    """The state of it. `counters` is read by who describes the node. `giving`: what it has been found able to give."""
 
     def __init__(self, limits: UploadLimits) -> None:
         self.limits = limits
         self.counters = UploadCounters()
+        self.giving = Giving()
         self._open: Counter[str] = Counter()
         self._promised = 0               # bytes that open requests will still want, were they all here
         self._sending = 0
