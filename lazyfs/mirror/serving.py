@@ -24,6 +24,7 @@ from lazyfs.mirror.blobs import PullBlobs
 from lazyfs.mirror.contentstore import ContentStore
 from lazyfs.mirror.figures import Figures
 from lazyfs.mirror.files import Files, Rules
+from lazyfs.mirror.hearsay import Hearsay, Trust
 from lazyfs.mirror.manifests import Manifests, Terms
 from lazyfs.mirror.peering import MirrorPeers, settings_of
 from lazyfs.mirror.piecedir import PieceDirectory
@@ -92,8 +93,9 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         terms = Terms(own.tag_fresh_s, own.proof_s, own.offline_s)
-        manifests = Manifests(upstream, records, terms, nursery)
-        access = Access(upstream, records, terms, manifests, nursery)
+        hearsay = Hearsay(records, _trust(settings))
+        manifests = Manifests(upstream, records, terms, nursery, hearsay)
+        access = Access(upstream, records, manifests, hearsay, nursery)
         figures = Figures(blobs.counted)
         pull = PullBlobs(content, blobs, access, upstream, peers_prove=settings.peers.tokens == "resource")
         urls = Urls(replace(options, user_agent=USER_AGENT))
@@ -102,9 +104,18 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         if settings.peers.enabled:
             preheating = Preheating(blobs, upstream, options, content, files)
             peers = MirrorPeers(settings_of(settings.peers, own.peers_address), blobs, options,
-                                preheating.do)
+                                preheating.do, hearsay)
             nursery.start_soon(peers.run)
         yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts))
+
+
+def _trust(settings: Config) -> Trust:
+    """With tokens for single resources no member can show a right to a name: nothing is asked by it, or told."""
+    own = settings.mirror
+    if own.tags_from_peers_s and settings.peers.tokens == "resource":
+        _log.warning('mirror.tags_from_peers_s counts for nothing with peers.tokens = "resource"')
+        return Trust()
+    return Trust(own.tags_from_peers_s, own.tags_from_peers_agree, own.offline_s)
 
 
 async def run(settings: Config, address: str, ready: Callable[[str], None]) -> None:
