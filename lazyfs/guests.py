@@ -1,7 +1,7 @@
 """
 Who is connected to one of our servers: accepted for as long as it runs, bounded in number, seen off in good order.
 
-Layer: beside limits; trio only. Who calls: the servers of node.web, tracker.web, mirror.web and peers.server; what is
+Layer: beside limits; trio only. Who calls: the servers node.web, tracker.server, mirror.web and peers.server; what is
 spoken on a connection is theirs. State: the connections. Bound: `most` at once. Where there is no room, who has been
 idle for longest (between two requests, or before the first) makes it: silent clients keep nobody out. Where nobody is
 idle, the next one waits in the kernel's queue, or is turned away at once if it has somewhere else to go.

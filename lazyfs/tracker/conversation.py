@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import h11
 import trio
 
+from lazyfs.guests import see_off
 from lazyfs.tracker.plainhttp import HEAD_BYTES_MAX, format_head, parse_head
 from lazyfs.tracker.web import ANSWER_S, Answer, Request, refusal
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 REQUEST_S = 15.0                 # from its first byte to its last
 _IDLE_S = 180.0                  # between two requests: longer than any beat's interval
 _PIECE_BYTES = 64 * 1024
-_DRAIN_S = 2.0                   # for a client that is refused to stop sending
-_DRAIN_PIECES = 256
 
 
 class Host(Protocol):
@@ -168,16 +167,8 @@ class _General:
         self._host.count(status)
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             await self._send(refusal(status, text, headers=(("Connection", "close"),)), head)
-            await self._drain()
-
-    async def _drain(self) -> None:
-        """Read what is still being sent, for a moment: closed before, the client would see a reset, and no answer."""
-        if isinstance(self._stream, trio.SocketStream):
-            with trio.move_on_after(_DRAIN_S):
-                await self._stream.send_eof()
-                for _ in range(_DRAIN_PIECES):
-                    if not await self._stream.receive_some(_PIECE_BYTES):
-                        break
+            if isinstance(self._stream, trio.SocketStream):
+                await see_off(self._stream)
 
     async def _send(self, answer: Answer, head: h11.Request | None) -> None:
         headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
+from lazyfs.guests import GONE, Guests
 from lazyfs.tracker.conversation import REQUEST_S, Caller, Conversation
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class Traffic:
     """What went on, for metrics; `statuses`: answers by their code."""
 
     connections: int = 0
-    refused: int = 0
     statuses: dict[int, int] = field(default_factory=dict)
 
 
@@ -45,7 +45,7 @@ class Server:
         self.traffic = Traffic()
         self._routes = routes
         self._tls = tls
-        self._idle: dict[trio.CancelScope, None] = {}     # connections without a request, the longest idle first
+        self._guests = Guests(CONNECTION_COUNT_MAX, _log, "a connection")     # who is sent away connects again
         self._accepting = trio.CancelScope()
         self.ending = False
 
@@ -55,49 +55,26 @@ class Server:
             with self._accepting:
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
-                        accepting.start_soon(self._accept, listener, nursery)
+                        accepting.start_soon(self._guests.accept, listener, self._serve_one, nursery)
             nursery.cancel_scope.deadline = trio.current_time() + _ENDING_S
 
     def end(self) -> None:
         """Accept nobody any more; requests under way are answered, other connections end (nodes ask another one)."""
         self.ending = True
         self._accepting.cancel()
-        for scope in self._idle:
-            scope.cancel()
-
-    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        async with listener:
-            while True:
-                try:
-                    connection = await listener.accept()
-                except OSError as error:   # no descriptor is left, the client is gone
-                    _log.warning("a connection was not accepted: %s", error)
-                    await trio.sleep(0.1)
-                    continue
-                if self.traffic.connections >= CONNECTION_COUNT_MAX:
-                    self._make_room()
-                self.traffic.connections += 1
-                nursery.start_soon(self._serve_one, connection)
-
-    def _make_room(self) -> None:
-        """Who has been idle for longest goes; it connects again when it has something to say."""
-        self.traffic.refused += 1
-        if self._idle:
-            scope = next(iter(self._idle))
-            del self._idle[scope]
-            scope.cancel()
+        self._guests.send_home()
 
     async def _serve_one(self, connection: trio.SocketStream) -> None:
+        self.traffic.connections += 1
         try:
             with trio.CancelScope() as scope:
-                async with connection:
-                    peer = str(connection.socket.getpeername()[0])
-                    if self._tls is None:
-                        await Conversation(self, connection, Caller(peer), scope).run()
-                    else:
-                        stream = trio.SSLStream(connection, self._tls(), server_side=True, https_compatible=True)
-                        await self._secure(stream, peer, scope)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, h11.ProtocolError, OSError):
+                peer = str(connection.socket.getpeername()[0])
+                if self._tls is None:
+                    await Conversation(self, connection, Caller(peer), scope).run()
+                else:
+                    stream = trio.SSLStream(connection, self._tls(), server_side=True, https_compatible=True)
+                    await self._secure(stream, peer, scope)
+        except (*GONE, trio.TooSlowError, h11.ProtocolError):
             pass   # the client's affair
         except Exception:  # noqa: BLE001 - must not end the tracker
             _log.exception("a connection failed")
@@ -126,6 +103,6 @@ class Server:
         if idle and self.ending:
             scope.cancel()
         elif idle:
-            self._idle[scope] = None
+            self._guests.idle(scope)
         else:
-            self._idle.pop(scope, None)
+            self._guests.busy(scope)

@@ -367,7 +367,7 @@ async def test_small_things_are_kept_for_their_time(autojump_clock: MockClock) -
 async def test_the_document_names_all_metrics(autojump_clock: MockClock) -> None:
     rig = Rig()
     await rig.beat("a", {KEY: {"origin": 500}})
-    text = page(rig.service, Traffic(1, 0, {200: 3})).decode()
+    text = page(rig.service, Traffic(1, {200: 3})).decode()
     names = set(re.findall(r"^(lazyfs_tracker_\w+)", text, re.MULTILINE))
     assert 'lazyfs_tracker_origin_copies{cluster="prod"} 0.5' in text
     assert {name for name in names if f"`{name}" not in DOCUMENT} == set()
