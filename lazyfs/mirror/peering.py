@@ -201,10 +201,15 @@ class MirrorPeers:
             await trio.sleep(LOOK_S)
 
     def describe(self) -> dict[str, Any]:
-        """JSON, as node.peering has it."""
+        """JSON for everybody on this machine: so no digests, which are the names by which peers give things."""
         if self.endpoint is None:
             return {"cluster": self._settings.cluster, "why": self._why}
-        return {"cluster": self._settings.cluster, "why": "", **self.endpoint.describe()}
+        told = self.endpoint.describe()
+        shown = ("id", "address", "zone", "listens", "connections", "uploads")
+        return {"cluster": self._settings.cluster, "why": "", **{name: told[name] for name in shown},
+                "membership": told["membership"], "swarms": len(told["swarms"]),
+                "away": sorted(one["id"] for one in told["peers"] if one["away"]),
+                "lied": sorted(one["id"] for one in told["peers"] if one["away"] == "lied")}
 
 
 class MirrorProver:

@@ -2,12 +2,14 @@
 The mirror's process: puts the parts together, and serves until it is told to end.
 
 Layer: mirror. Who calls: cli.mirror. State: what is in mirror.dir; one process at a time uses it. On the same address:
-the distribution API (mirror.pulling), `/healthz`, `/readyz` and `/metrics`.
+the distribution API (mirror.pulling), `/healthz`, `/readyz`, `/metrics` and `/status` (JSON, for `lazyfs status`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+import lazyfs
 from lazyfs.cache.ownership import prepare_directory
 from lazyfs.errors import TargetError
 from lazyfs.mirror import web
@@ -37,6 +40,7 @@ from lazyfs.mirror.route import Refusal
 from lazyfs.mirror.upstream import USER_AGENT, Upstream, anonymous
 from lazyfs.mirror.urls import Urls
 from lazyfs.registry.fields import from_config
+from lazyfs.registry.hosts import OWN_MIRROR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -51,10 +55,12 @@ _log = logging.getLogger("lazyfs.mirror")
 class Mirror:
     """One mirror; `opened()` makes it. `handle` answers a request of any kind."""
 
-    def __init__(self, pulling: Pulling, figures: Figures, proxy: Proxy) -> None:
+    def __init__(self, pulling: Pulling, figures: Figures, proxy: Proxy, peers: MirrorPeers | None) -> None:
         self._pulling = pulling
         self._proxy = proxy
         self._figures = figures
+        self._peers = peers
+        self._began = trio.current_time()
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """For mirror.web."""
@@ -65,8 +71,15 @@ class Mirror:
             await reply.whole(200, {"Content-Type": "text/plain"}, b"ok\n")
         elif request.method in {"GET", "HEAD"} and path == "/metrics":
             await reply.whole(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self._figures.text())
+        elif request.method in {"GET", "HEAD"} and path == "/status":
+            await reply.whole(200, {"Content-Type": "application/json", OWN_MIRROR: USER_AGENT}, self._status())
         else:
             await refuse(reply, Refusal(404, "NAME_UNKNOWN", "this is lazyfs' mirror: it serves /v2/"))
+
+    def _status(self) -> bytes:
+        told = {"version": lazyfs.__version__, "pid": os.getpid(), "seconds": trio.current_time() - self._began,
+                "peers": None if self._peers is None else self._peers.describe(), **self._figures.told()}
+        return json.dumps(told).encode() + b"\n"
 
 
 @asynccontextmanager
@@ -101,12 +114,13 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         urls = Urls(replace(options, user_agent=USER_AGENT))
         stack.callback(urls.close)
         files = Files(blobs, urls, Rules.of(own.proxy, own.proxy_immutable), share_unverified=own.share_unverified)
+        peers = None
         if settings.peers.enabled:
             preheating = Preheating(blobs, upstream, options, content, files)
             peers = MirrorPeers(settings_of(settings.peers, own.peers_address), blobs, options,
                                 preheating.do, hearsay)
             nursery.start_soon(peers.run)
-        yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts))
+        yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts), peers)
 
 
 def _trust(settings: Config) -> Trust:
