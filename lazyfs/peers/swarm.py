@@ -78,7 +78,8 @@ class Swarm:
         if not any(member.id == self.me.id for member in members):
             members = (*members, self.me)
         self._known[key] = Known(view, self._make_topology(
-            view if members is view.members else View(members, view.complete)))
+            view if members is view.members else View(members, view.complete)),
+            probe_misses=old.probe_misses if old is not None else 0)
 
     def forget(self, key: str) -> None:
         """The resource is no longer shared."""

@@ -110,8 +110,9 @@ class SwarmFetch:
         stops = [(member, False) for member in place.parents if member.id not in slow]
         stops += [(member, False) for member in place.parents if member.id in slow and stops]
         stops += [(member, True) for member in place.holders]
-        if place.heirs and not place.holders and self._known.probe_pays():
-            stops += [(member, True) for member in place.heirs]
+        read = self._priority is Priority.FOREGROUND
+        if place.heirs and not place.holders and self._known.probe_pays(read=read):
+            stops += [(member, True) for member in place.heirs[:1 if read else None]]
         return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)),
                    is_next=len(place.parents) == 1)
 

@@ -9,7 +9,7 @@ import trio
 
 from lazyfs.errors import DiskFullError, PeerLacksError
 from lazyfs.peers.health import Fault
-from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES
+from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES, PROBE_MISSES_READ, PROBE_READ_EVERY
 from lazyfs.peers.model import HOPS_MAX, Member, Piece, Priority, View
 from lazyfs.peers.swarm import SwarmLimits
 from tests.swarmkit import Cluster, Node, members, resource
@@ -115,6 +115,22 @@ async def test_heirs_are_not_asked_for_ever_by_the_first_of_all(autojump_clock: 
     await fetch_all(net, ["n0000"], window=4)
     assert own > 50
     assert net.asked["n0000", "n0001"] <= (200 - own) + PROBE_MISSES + own // PROBE_MISSES + 1
+
+
+@pytest.mark.trio
+async def test_reads_of_the_first_of_all_hardly_wait_for_heirs(autojump_clock: MockClock) -> None:
+    """Whoever waits for this root waits as well; and that others have become complete, or came, is no reason anew."""
+    net = cluster(4, pieces=200)
+    net.set_view(View(members(3)))
+    first = net.nodes["n0000"]
+    own = [index for index in range(200) if not chain(net, "n0000", index)]
+    assert len(own) > 50
+    for index in own[:25]:
+        await read(net, first, index)
+    net.set_view(View(members(4)))
+    for index in [index for index in own[25:] if not chain(net, "n0000", index)]:
+        await read(net, first, index)
+    assert sum(net.asked.values()) <= PROBE_MISSES_READ + len(own) // PROBE_READ_EVERY + 1
 
 
 @pytest.mark.trio
