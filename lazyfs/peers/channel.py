@@ -8,6 +8,7 @@ connection that is good for nothing but to be closed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 # Trio's default of 16 KiB makes a system call and a wake-up of every 16 KiB. More than a piece would be sent in vain
 # after the asker has left, and ahead of what is more urgent.
 _UNSENT_BYTES_MAX = 512 * limits.KIB
+_UNSENT_URGENT_BYTES_MAX = 128 * limits.KIB    # of what a read waits for: the next read's piece begins when it has gone
 _UNHEARD_MS = 30_000             # not acknowledged, or no room on the other side: a disk may stall a reader for seconds
 _TLS_BYTES = 256 * limits.KIB    # read from a file and encrypted at once
 _PAGE_IN_BYTES = 128 * limits.KIB
+# On a link of 200 Mbit/s bytes come in portions of 10 to 60 KiB, each of which would wake the loop. Not more, for the
+# window that a connection begins with is hardly larger: it would be full before anybody takes from it.
+_ENOUGH_BYTES = 128 * limits.KIB
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -40,6 +45,9 @@ class Channel:
         self._stream = stream
         self._plain = stream if isinstance(stream, trio.SocketStream) else None
         self._left = b""     # read, and not asked for yet (TLS)
+        self._low = 1            # SO_RCVLOWAT
+        self._emptied = False    # the last read took all there was
+        self._unsent_max = _UNSENT_BYTES_MAX
         transport = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
         try:
             transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_MAX)
@@ -49,15 +57,16 @@ class Channel:
         except OSError as error:
             raise PeerError(f"peer: gone before it said anything: {error}") from error
 
-    async def receive(self, view: memoryview) -> int:
+    async def receive(self, view: memoryview, *, all_comes: bool = False) -> int:
         """
-        Some bytes into `view`; 0: the other side has ended.
+        Some bytes into `view`; 0: the other side has ended. Checkpoint: yes.
 
+        `all_comes`: as many as it holds are on their way, so it is not worth while to wake up for a few of them.
         Raises PeerError: the connection broke.
         """
         try:
             if self._plain is not None:
-                return await self._plain.socket.recv_into(view)
+                return await self._receive_plain(self._plain.socket, view, _ENOUGH_BYTES if all_comes else 1)
             if not self._left:
                 self._left = bytes(await self._stream.receive_some(max(len(view), _TLS_BYTES)))
             taken = min(len(view), len(self._left))
@@ -66,6 +75,38 @@ class Channel:
         except (*_GONE, OSError) as error:
             raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
         return taken
+
+    async def _receive_plain(self, connection: trio.socket.SocketType, view: memoryview, enough: int) -> int:
+        if not self._emptied:
+            count = self._taken(connection, view)
+            if count is not None:
+                await trio.lowlevel.checkpoint()
+                return count
+        low = min(len(view), enough)
+        if low != self._low:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+            self._low = low
+        while True:
+            await trio.lowlevel.wait_readable(connection)
+            count = self._taken(connection, view)
+            if count is not None:
+                return count
+
+    def _taken(self, connection: trio.socket.SocketType, view: memoryview) -> int | None:
+        """As many bytes as there are; None: none."""
+        try:
+            count = os.readv(connection.fileno(), (view,))
+        except BlockingIOError:
+            return None
+        self._emptied = count < len(view)
+        return count
+
+    def receive_now(self, view: memoryview) -> int:
+        """What is there, be it too little to wake up for; 0: nothing. Raises PeerError."""
+        try:
+            return (self._taken(self._plain.socket, view) or 0) if self._plain is not None else 0
+        except OSError as error:
+            raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
 
     async def fill(self, view: memoryview) -> None:
         """Exactly its bytes. Raises PeerError: the connection ended or broke before."""
@@ -82,6 +123,14 @@ class Channel:
             await self._stream.send_all(data)
         except (*_GONE, OSError) as error:
             raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
+
+    def keep_unsent(self, *, urgent: bool) -> None:
+        """How much may lie in the kernel before it is sent: little of what others wait behind."""
+        size = _UNSENT_URGENT_BYTES_MAX if urgent else _UNSENT_BYTES_MAX
+        if size != self._unsent_max:
+            self._unsent_max = size
+            with contextlib.suppress(OSError):    # it is gone: sending says so
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
     async def send_with(self, head: bytes, data: bytes | memoryview | FileRange) -> None:
         """
@@ -111,9 +160,8 @@ class Channel:
             await self.send(data)
 
     async def _send_file(self, connection: trio.socket.SocketType, head: bytes, part: FileRange) -> None:
-        await trio.lowlevel.checkpoint()     # where everything fits into the socket's buffer nothing else waits
         try:
-            sent = await connection.send(head, socket.MSG_MORE)
+            sent = await connection.send(head, socket.MSG_MORE)    # a checkpoint, even if nothing has to wait for room
             if sent < len(head):
                 await self.send(head[sent:])
             offset, end = part.offset, part.offset + part.size

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _CONNECT_S = 1.0                 # name, TCP, TLS and upgrade: a peer is near, or not worth the wait
 _IDLE_S = 30.0                   # then an idle connection is closed; the server's bound is larger
 _LOOK_S = 5.0
+_LOOKS = 4                       # in the time of a silence: what came, but was too little to wake up for, breaks it
 _TAKE_BACK_S = 0.05              # 12 bytes fit, or the connection is not worth keeping
 _IDLE_PER_MEMBER_MAX = 8
 _IDLE_MAX = 512                  # descriptors: the longest idle ones are closed
@@ -180,7 +181,7 @@ class _Connection:
         assert self.left is not None
         done = 0
         while done < len(view):
-            count = await self._some(view[done:])
+            count = await self._some(view[done:], all_comes=True)
             done += count
             self.left -= count
 
@@ -190,15 +191,19 @@ class _Connection:
         while self.left:
             await self.fill(room[:min(self.left, len(room))])
 
-    async def _some(self, view: memoryview) -> int:
-        with trio.move_on_after(SILENCE_S) as silence:
-            count = await self.channel.receive(view)
-        if silence.cancelled_caught:
-            self.silent = True
-            raise PeerError(f"{self.address}: silent for {SILENCE_S:g} s")
-        if not count:
-            raise PeerError(f"{self.address}: connection ended within an answer")
-        return count
+    async def _some(self, view: memoryview, *, all_comes: bool = False) -> int:
+        for _ in range(_LOOKS):
+            with trio.move_on_after(SILENCE_S / _LOOKS) as look:
+                count = await self.channel.receive(view, all_comes=all_comes)
+            if look.cancelled_caught:
+                count = self.channel.receive_now(view)
+                if not count:
+                    continue
+            if not count:
+                raise PeerError(f"{self.address}: connection ended within an answer")
+            return count
+        self.silent = True
+        raise PeerError(f"{self.address}: silent for {SILENCE_S:g} s")
 
 
 class _Asking:
