@@ -56,7 +56,7 @@ class _Cluster:
         self._members = tuple(
             Member(f"n{number:05}", f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:4300",
                    f"z{number % setting.zones}" if setting.zones > 1 else "",
-                   int(self._rate(number)) if setting.declared else 0)
+                   int(min(self._rate(number), self._disk_rate(number))) if setting.declared else 0)
             for number in range(setting.nodes))
         self._nodes: list[Node] = []
         self._over = trio.Event()
@@ -68,12 +68,16 @@ class _Cluster:
         """A node's bytes/s, each way."""
         return self.setting.node_mbit * MBIT / (_SLOW_TIMES if number in self._slow else 1)
 
+    def _disk_rate(self, number: int) -> float:
+        """Bytes/s of what it gives."""
+        return self._rate(number) / _SLOW_TIMES if number in self._slow_disk else math.inf
+
     def _make(self, number: int, member: Member) -> Node:
         setting = self.setting
         rate = self._rate(number)
         node = Node(member, self._resource, self._fabric, self._origin, up=rate, down=rate, window=setting.window,
                     hot=min(setting.hot_mib << 20, self._resource.size) // self._resource.piece_size,
-                    disk=rate / _SLOW_TIMES if number in self._slow_disk else math.inf,
+                    disk=self._disk_rate(number),
                     work=setting.work_mb * 1e6, lies=number in self._liars, ended=self._ended)
         self._fabric.hosts[member.id], self._fabric.zones[member.id] = node, member.zone
         self._nodes.append(node)

@@ -195,6 +195,7 @@ class Node:
             answer.fail(error)
             return
         self._open[id(answer)] = answer, place
+        self._tell_soon(answer.asker, 0.0)
         missing = []
         for index in request.indexes:
             if self.depth[index]:
@@ -265,8 +266,13 @@ class Node:
         self.giving.end(answer.asker)
         if self.giving.step != before:
             for waiting, _ in self._open.values():
-                self.fabric.timeline.at(now + BEAT_S, self._tell, waiting.asker)
+                self._tell_soon(waiting.asker, BEAT_S)
         self._send()
+
+    def _tell_soon(self, asker: str, after_s: float) -> None:
+        if self._told.get(asker, 0) != self.giving.step:
+            way_s = self.fabric.half_rtt_s(asker, self.member.id)
+            self.fabric.timeline.at(trio.current_time() + after_s + way_s, self._tell, asker)
 
     def _tell(self, asker: str) -> None:
         if self.alive and self._told.get(asker, 0) != self.giving.step:

@@ -19,7 +19,7 @@ from lazyfs import limits
 from lazyfs.errors import BugError, LazyfsError, PeerBusyError, PeerError
 from lazyfs.peers import wire
 from lazyfs.peers.channel import page_in
-from lazyfs.peers.model import BEAT_S, FileRange
+from lazyfs.peers.model import BEAT_S, FileRange, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +45,13 @@ class Link:
 
     :rate: bytes/s that it took of late; 0.0: nothing was sent yet.
     :whole: no frame is half sent.
+    :told: what we can give, as the other side knows it (wire.head).
     """
 
     channel: Channel
     rate: float = 0.0
     whole: bool = True
+    told: int = 0
 
     async def frame(self, head: bytes, data: Data = b"") -> None:
         """Raises PeerError, CacheError: as Channel.send_with; or it was not taken in time."""
@@ -98,6 +100,8 @@ class Answer:
             async with trio.open_nursery() as nursery:
                 for _ in range(min(_IN_HAND, self._left)):
                     nursery.start_soon(self._have)
+                if self._link.told != self._uploads.giving.step:    # who can ask others does so at once
+                    await self._beat()
                 while self._left and not self._cancelled and await self._send_next():
                     pass
                 nursery.cancel_scope.cancel()
@@ -191,7 +195,7 @@ class Answer:
         request, uploads = self._request, self._uploads
         size = request.resource.piece_bytes(index)
         with trio.CancelScope(deadline=self._deadline) as self._waiting:
-            await uploads.begin(request.priority, size, self._beat)
+            turn = await uploads.begin(request.priority, size, self._beat)
         if self._waiting.cancelled_caught:
             self._waiting = None
             return False
@@ -201,12 +205,14 @@ class Answer:
             encoding, body, stored = await self._hop.encode(request.resource.key, data, size,
                                                              uploads.rate_of(self._link.rate))
             began, waiting = trio.current_time(), self._link.channel.unsent()
-            head = wire.piece_head(self.number, index, size, encoding, stored, rate=uploads.giving.step)
+            self._link.told = uploads.giving.step
+            head = wire.piece_head(self.number, index, size, encoding, stored, rate=self._link.told)
+            self._link.channel.keep_unsent(urgent=request.priority is Priority.FOREGROUND)
             await self._link.frame(head, body)
             sent = stored
             uploads.giving.gave(stored + waiting - self._link.channel.unsent())
         finally:
-            uploads.end(size, sent)
+            uploads.end(turn, size, sent)
         took_s = trio.current_time() - began
         if stored >= _RATE_BYTES_MIN and took_s > 0:
             rate = stored / took_s
@@ -215,4 +221,5 @@ class Answer:
         return True
 
     async def _beat(self) -> None:
-        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0, self._uploads.giving.step))
+        self._link.told = self._uploads.giving.step
+        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0, self._link.told))

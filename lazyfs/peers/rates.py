@@ -58,14 +58,15 @@ class Giving:
     """
     What this host gives while more is wanted of it than it can give: by its link, its disk, its processor, its bound.
 
-    Time counts while pieces that are here are wanted by ASKERS_MIN members at least. `step`: the rate found; 0: it was
-    never asked for so much. The best of the last windows counts, so that others' slowness is not taken for its own.
+    Time counts while pieces that are here are wanted, a window of it if half of the time by ASKERS_MIN members at
+    least. `step`: the rate found; 0: it was never asked for so much. The best of the last windows counts, so that
+    others' slowness is not taken for its own.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self._askers: Counter[str] = Counter()
-        self._at = self._busy_s = 0.0
+        self._at = self._busy_s = self._crowded_s = 0.0
         self._bytes = 0
         self._best: deque[float] = deque(maxlen=WINDOWS)
 
@@ -76,8 +77,7 @@ class Giving:
 
     def gave(self, size: int) -> None:
         """Bytes have left the host (not: entered a buffer), before the `end` of their piece."""
-        if len(self._askers) >= ASKERS_MIN:
-            self._bytes += size
+        self._bytes += size
 
     def end(self, asker: str) -> None:
         """It has gone, or is not wanted any more."""
@@ -87,22 +87,31 @@ class Giving:
             del self._askers[asker]
         if self._bytes < (WINDOW_BYTES if self._busy_s >= WINDOW_S else WINDOW_BYTES_FAST) or not self._busy_s:
             return
-        self._best.append(self._bytes / self._busy_s)
-        self._busy_s, self._bytes = 0.0, 0
+        rate, crowded = self._bytes / self._busy_s, 2 * self._crowded_s >= self._busy_s
+        self._clear()
+        if not crowded:
+            return
+        self._best.append(rate)
         exact = math.log2(max(2.0, *self._best))
         if not self.step or abs(exact - self.step) > HYSTERESIS:
             self.step = min(STEP_MAX, round(exact))
 
     def forget(self) -> None:
         """It is to be found anew."""
-        self.step, self._busy_s, self._bytes = 0, 0.0, 0
+        self.step = 0
         self._best.clear()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._busy_s, self._crowded_s, self._bytes = 0.0, 0.0, 0
 
     def _pass(self) -> None:
         now = trio.current_time()
         passed, self._at = now - self._at, now
-        if len(self._askers) >= ASKERS_MIN:
+        if self._askers:
             self._busy_s += passed
+        if len(self._askers) >= ASKERS_MIN:
+            self._crowded_s += passed
 
 
 class Rates:

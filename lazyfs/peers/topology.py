@@ -36,7 +36,7 @@ HEADS = 6                        # first of an order: who stands in for a root t
 HEIRS = 3                        # of a root that has just come: others that came with it have nothing either
 HOLDERS = 2                      # complete members that are asked before the origin
 RATE_TYPICAL = 1 << 27           # bytes/s of who does not say: 1 Gbit/s
-RATE_POWER = 2                   # an eighth of the rate: one of 64 comes before an ordinary node. Slow ones are leaves
+RATE_POWER = 4                   # an eighth of the rate: one of 4096 comes before an ordinary node: a leaf
 ORDERS_BYTES_MAX = 4 * limits.MIB
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))    # splitmix64's finish

@@ -77,6 +77,24 @@ async def test_what_is_found_does_not_move_with_each_measurement(autojump_clock:
     assert giving.step == 25
 
 
+@pytest.mark.trio
+async def test_pieces_that_are_wanted_side_by_side_for_a_moment_are_not_taken_for_speed(
+        autojump_clock: MockClock) -> None:
+    """The second is asked for when the first has nearly gone: once the whole first one counted for that moment."""
+    giving = Giving()
+    for _ in range(200):
+        giving.begin("a")
+        await trio.sleep(0.9 * MIB / 125e6)
+        giving.begin("b")
+        await trio.sleep(0.1 * MIB / 125e6)
+        giving.gave(MIB)
+        giving.end("a")
+        await trio.sleep(MIB / 125e6)
+        giving.gave(MIB)
+        giving.end("b")
+    assert giving.step in {0, 27}
+
+
 def test_who_is_slow_is_told_by_what_the_best_quarter_gives() -> None:
     rates = told({f"n{number}": 27 if number < 10 else 24 for number in range(20)})
     assert rates.usual == 27
