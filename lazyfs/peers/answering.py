@@ -87,6 +87,7 @@ class Answer:
     def cancel(self) -> None:
         """The asker does not want the rest: nothing more is begun."""
         self._cancelled = True
+        self._link.channel.keep_unsent(urgent=False)    # who has left does not read: the rest of the frame finds room
         if self._waiting is not None:
             self._waiting.cancel()
 
