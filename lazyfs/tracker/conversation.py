@@ -3,11 +3,13 @@ One connection to the tracker: its requests, one after the other, each with a bo
 
 Layer: tracker. Who calls: tracker.server makes one a connection. Requests of the form that nodes send are taken by
 plainhttp; the first one that is not hands the connection over to h11 for good. State: what was received beyond the
-last request.
+last request. A plain request's time is bounded by the deadline of the connection's scope, which is moved from step to
+step: a scope of its own for each step would cost more than the request.
 """
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote
 
@@ -50,7 +52,7 @@ class Caller(NamedTuple):
 
 
 class Conversation:
-    """One connection's requests. `scope`: whose end is the connection's."""
+    """One connection's requests. `scope`: around it; that it was cancelled is the connection's end."""
 
     def __init__(self, host: Host, stream: trio.abc.Stream, caller: Caller, scope: trio.CancelScope) -> None:
         self._host, self._stream, self._caller, self._scope = host, stream, caller, scope
@@ -64,42 +66,47 @@ class Conversation:
             await _General(self._host, self._stream, self._caller, self._scope).run(self._left)
 
     async def _plain(self) -> bool:
-        """One request and its answer; False: it is over, or what is left is for h11."""
+        """One request and its answer; False: it is over, or what is left is for h11. Late: the connection ends."""
         data = self._left or await self._first()
         self._left = data
+        self._scope.deadline = trio.current_time() + 2 * ANSWER_S    # to make one (bounded there), and to send it
         head = parse_head(data)
         if head is None:
+            self._scope.deadline = inf      # from here on each step has its own
             return False
         path, query = _split(head.target)
         if head.size > self._host.body_bytes_max(head.method, path):
+            self._scope.deadline = inf
             return False
         body = head.rest if len(head.rest) >= head.size else await self._rest(head)
         self._left = body[head.size :]
         request = Request(head.method, path, query, head.headers, body[: head.size], self._caller.peer,
                           certified=self._caller.certified)
         answer = await self._host.respond(request)
-        await _send(self._stream, format_head(answer.status, len(answer.body), answer.content_type, answer.headers),
-                    answer.body)
+        first = format_head(answer.status, len(answer.body), answer.content_type, answer.headers)
+        await _send(self._stream, first, answer.body)
         return True
 
     async def _first(self) -> bytes:
         """The next request's first bytes; empty: the client has closed it."""
+        self._scope.deadline = trio.current_time() + _IDLE_S
         self._host.idle(self._scope, idle=True)
         try:
-            with trio.fail_after(_IDLE_S):
-                return bytes(await self._stream.receive_some(_PIECE_BYTES))
+            data = await self._stream.receive_some(_PIECE_BYTES)
         finally:
             self._host.idle(self._scope, idle=False)
+        return bytes(data)
 
     async def _rest(self, head: Head) -> bytes:
         """A body whose end has not come yet."""
         found = bytearray(head.rest)
-        with trio.fail_after(REQUEST_S):
-            while len(found) < head.size:
-                data = await self._stream.receive_some(_PIECE_BYTES)
-                if not data:
-                    raise trio.BrokenResourceError
-                found += data
+        self._scope.deadline = trio.current_time() + REQUEST_S
+        while len(found) < head.size:
+            data = await self._stream.receive_some(_PIECE_BYTES)
+            if not data:
+                raise trio.BrokenResourceError
+            found += data
+        self._scope.deadline = trio.current_time() + 2 * ANSWER_S
         return bytes(found)
 
 
@@ -178,17 +185,17 @@ class _General:
         if body:    # a view has half a megabyte: h11 counts it, and does not copy it
             self._http.send_with_data_passthrough(h11.Data(data=body))
         self._http.send(h11.EndOfMessage())   # nothing: the length was said
-        await _send(self._stream, data, body)
+        with trio.fail_after(ANSWER_S):
+            await _send(self._stream, data, body)
 
 
 async def _send(stream: trio.abc.Stream, head: bytes, body: bytes) -> None:
     """A whole answer; a small one at once."""
-    with trio.fail_after(ANSWER_S):
-        if len(body) < _PIECE_BYTES:
-            await stream.send_all(head + body)
-        else:
-            await stream.send_all(head)
-            await stream.send_all(body)
+    if len(body) < _PIECE_BYTES:
+        await stream.send_all(head + body)
+    else:
+        await stream.send_all(head)
+        await stream.send_all(body)
 
 
 def _split(target: bytes) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _BODY_BYTES_MAX = 512 * 1024     # a beat with 2,000 resources; a route may say less or more
 ANSWER_S = 30.0                  # to make one, and to send one
 _LINE_CHARS_MAX = 500
+_FOUND_COUNT_MAX = 1024          # paths: of a beat there is one a cluster
 _log = logging.getLogger("lazyfs.tracker.web")
 
 
@@ -91,6 +93,7 @@ class Routes:
         self._guard = guard
         self._exact: dict[tuple[str, str], _Route] = {}
         self._patterns: dict[tuple[str, int], list[_Route]] = {}
+        self.find = lru_cache(_FOUND_COUNT_MAX)(self._find)
 
     def add(self, method: str, pattern: str, handler: Handler, *, guarded: bool = True,
             body_bytes_max: int = _BODY_BYTES_MAX) -> None:
@@ -111,9 +114,14 @@ class Routes:
             self._exact[method, pattern] = route
         else:
             self._patterns.setdefault((method, -1 if parts[-1].endswith("...}") else len(parts)), []).append(route)
+        self.find.cache_clear()
 
-    def find(self, method: str, path: str) -> tuple[_Route, dict[str, str]] | None:
-        """The route, and what its placeholders stand for; a path's own name is stronger than a placeholder."""
+    def _find(self, method: str, path: str) -> tuple[_Route, dict[str, str]] | None:
+        """
+        The route, and what its placeholders stand for (not to be changed: `find` gives it to others as well).
+
+        A path's own name is stronger than a placeholder.
+        """
         method = "GET" if method == "HEAD" else method
         exact = self._exact.get((method, path))
         if exact is not None:
@@ -140,12 +148,11 @@ class Routes:
             route, request.names = found
             if route.guarded:
                 self._guard(request)
-            with trio.fail_after(ANSWER_S):
+            with trio.move_on_after(ANSWER_S):
                 return await route.handler(request)
+            return refusal(503, f"this took longer than {ANSWER_S:g} s")
         except LazyfsError as error:
             return of_error(error)
-        except trio.TooSlowError:
-            return refusal(503, f"this took longer than {ANSWER_S:g} s")
         except Exception:  # noqa: BLE001 - must not end the tracker
             _log.exception("a request failed: %s %.200s", request.method, request.path)
             return refusal(500, "a fault of the tracker; its log says more")
