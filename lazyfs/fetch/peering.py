@@ -52,6 +52,8 @@ class Swarming(Protocol):
                     deadline: float, hops: int, deliver: model.Deliver, request: str = "",
                     origin: model.Origin | None = None) -> list[int]: ...
 
+    def urge(self, key: str, index: int) -> None: ...
+
 
 class _Job:
     """
@@ -232,6 +234,11 @@ class Peering:
             return False
         self._pending.setdefault((flight.device, priority, hops), []).append(flight)
         return True
+
+    def urge(self, flight: Flight) -> None:
+        """A read waits for it by now."""
+        if self.takes(flight.device):
+            self.swarm.urge(flight.device.resource.key, flight.index)
 
     def flush(self) -> None:
         """Begin what was taken, when the loop has had its turn: what is asked for at the same time goes together."""

@@ -50,7 +50,7 @@ class SwarmLimits:
 class Swarm:
     """
     :me: this node; it never asks itself.
-    :counters: fetches, requests, hedges, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
+    :counters: fetches, requests, hedges, hurried, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
 
     `make_topology`: of a view; a simulation of many nodes shares them.
     """
@@ -138,6 +138,12 @@ class Swarm:
         if rates.say(member_id, step, now) and (rates.usual != usual or rates.is_slow(member_id, now) != was_slow):
             for one in self._running:
                 one.stir()
+
+    def urge(self, key: str, index: int) -> None:
+        """A read of this node waits for a piece by now: if it is under way for something less urgent, that hurries."""
+        for one in self._running:
+            if one.key == key:
+                one.urge(index)
 
     def take_reports(self) -> list[Report]:
         """Of bad peers, since the last call: for the tracker."""

@@ -34,6 +34,12 @@ async def one_has_all(cluster: PeerCluster) -> list[PeerNode]:
     return cluster.nodes
 
 
+def parents(node: PeerNode, index: int) -> tuple[object, ...]:
+    assert node.device is not None
+    place = node.swarm.place(node.device.resource, index)
+    return place.parents if place is not None else ()
+
+
 async def test_all_read_all_at_once_and_the_registry_sends_it_once(tmp_path: Path) -> None:
     async with peer_nodes(tmp_path, 4) as cluster:
         async with trio.open_nursery() as nursery:
@@ -149,6 +155,26 @@ async def test_a_peer_that_is_there_and_gives_nothing_leaves_a_read_its_time(tmp
                 nursery.start_soon(other.read, index * SAMPLE.table.chunk_size, 1, 10.0)    # or DeadlineError
         assert one.source.requests
         assert sum(size for _, size in other.source.requests) == len(SAMPLE.stored)
+
+
+async def test_a_read_of_what_is_fetched_ahead_hurries_it(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 4) as cluster:
+        node, index = next((node, index) for node in cluster.nodes for index in range(SAMPLE.table.chunk_count)
+                           if len(parents(node, index)) > 1)
+        for other in cluster.nodes:
+            other.source.gate.clear()
+        assert node.device is not None
+        handle = node.fetcher.prefetch([(node.device, index)])
+        async with trio.open_nursery() as nursery:
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(node.read, index * SAMPLE.table.chunk_size, 1, 60.0)
+            with trio.fail_after(20):
+                while not node.swarm.counters["hurried"]:    # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            for other in cluster.nodes:
+                other.source.gate.set()
+        with trio.fail_after(20):
+            await handle.wait()
 
 
 async def test_a_first_view_that_does_not_come_is_not_waited_for_long(tmp_path: Path) -> None:
