@@ -22,6 +22,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import zstandard
+
+from lazyfs.peers.packed import ENCODING
+
 RESOURCES = 10                   # layers of one image
 _JOIN_RATE = 200                 # members a second: each gets a view of all that are there
 _JOINING_MAX = 512               # that are not answered yet: an answer takes up to 1.5 s, more if the machine is busy
@@ -29,9 +33,11 @@ _SKIM_BYTES = 4096               # seconds and versions stand first
 _RECEIVE_BYTES = 256 * 1024
 _VERSION = re.compile(rb'"(device/sha256:[0-9a-f]{64})":"([0-9a-f]{16})"')
 _SECONDS = re.compile(rb'"seconds":([0-9.]+)')
+_PACKED = re.compile(rb"(?i)content-encoding: zstd")
 _LENGTH = re.compile(rb"(?i)content-length: ([0-9]+)")
 _KEYS = [f"device/sha256:{number:064x}" for number in range(RESOURCES)]
 _GIVE_UP_S = 240.0
+_ACCEPT = f"Accept-Encoding: {ENCODING}\r\n"
 
 
 @dataclass(slots=True)
@@ -50,7 +56,7 @@ class _Member:
                            "zone": f"zone-{number % 3}"},
                 "swarms": {key: {"done": 1000} for key in _KEYS}, "seen": self.versions}
         body = json.dumps(said, separators=(",", ":")).encode()
-        head = f"POST /v1/clusters/prod/beat HTTP/1.1\r\nHost: tracker\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/clusters/prod/beat HTTP/1.1\r\nHost: tracker\r\n{_ACCEPT}Content-Length: {len(body)}\r\n\r\n"
         self.asked_at, self.left, self.head = now, -1, b""
         self.connection.sendall(head.encode() + body)
 
@@ -70,6 +76,11 @@ class _Member:
             self.left = int(length[1]) - (len(self.head) - end - 4)
             self.head = self.head[:_SKIM_BYTES]
         return len(data)
+
+    def said(self) -> bytes:
+        """The first of an answer's body; what is packed is told in frames, the first of them before the views."""
+        head, _, body = self.head.partition(b"\r\n\r\n")
+        return zstandard.ZstdDecompressor().decompressobj().decompress(body) if _PACKED.search(head) else body
 
 
 class Load:
@@ -136,11 +147,12 @@ class Load:
         self._joining -= not member.joined
         member.joined = True
         self.latencies.append(now - member.asked_at)
+        said = member.said()
         if not member.head.startswith(b"HTTP/1.1 200"):
             self.refused += 1
             self.refusal = member.head[:_SKIM_BYTES].decode("latin-1")
-        member.versions = {key.decode(): version.decode() for key, version in _VERSION.findall(member.head)}
-        seconds = _SECONDS.search(member.head)
+        member.versions = {key.decode(): version.decode() for key, version in _VERSION.findall(said)}
+        seconds = _SECONDS.search(said)
         pause_s = float(seconds[1]) if seconds else 5.0
         heapq.heappush(self._due, (now + pause_s * random.uniform(0.85, 1.15), number))
 

@@ -22,7 +22,7 @@ from lazyfs.peers.membership import DnsMembership, ListedMembership
 from lazyfs.peers.model import Member
 from lazyfs.peers.tracked import TrackedMembership, open_membership
 from lazyfs.peers.trackerclient import TrackerClient
-from lazyfs.tracker import conversation, redisstore, server
+from lazyfs.tracker import conversation, redisstore, server, service
 from tests.ports import free_port
 from tests.trackerkit import KEY, OTHER, START_S, Node, environment, redis_server, tracker, until
 
@@ -72,6 +72,20 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
         a[0].has = {KEY: Standing(done=1000)}
         a[1].news()
         await until(lambda: c[0].views[KEY].complete == {"a"})
+
+
+@pytest.mark.trio
+async def test_views_that_are_packed_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "PACK_BYTES_MIN", 1)
+    async with tracker() as one, joined([one.url], "a", "b", "c") as nodes:
+        for node, _ in nodes:
+            await until(lambda node=node: node.sees() == ["a", "b", "c"])
+        nodes[0][0].has = {KEY: Standing(done=1000), OTHER: Standing()}
+        nodes[0][1].news()
+        await until(lambda: nodes[1][0].views[KEY].complete == {"a"} and nodes[0][0].sees(OTHER) == ["a"])
+    monkeypatch.setattr(trackerclient, "_BODY_BYTES_MAX", 1)
+    async with tracker() as one, joined([one.url], "a") as ((_, membership),):
+        await until(lambda: "its answer" in membership.describe()["why"])
 
 
 @pytest.mark.trio

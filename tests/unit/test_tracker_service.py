@@ -12,14 +12,15 @@ import pytest
 import trio
 
 from lazyfs.errors import PeerBusyError
-from lazyfs.peers.announce import SWARM_COUNT_MAX
+from lazyfs.peers.announce import SWARM_COUNT_MAX, Announced, Standing
+from lazyfs.peers.packed import unpack
 from lazyfs.tracker import release as releasing
 from lazyfs.tracker import store as storing
 from lazyfs.tracker import views as viewing
 from lazyfs.tracker.metrics import page
 from lazyfs.tracker.server import Traffic
 from lazyfs.tracker.service import YOUNG_S, Service
-from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, interval_s, ttl_s
+from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, MemberState, dump_state, interval_s, ttl_s
 from lazyfs.tracker.store import ISOLATE_S, REPORT_WINDOW_S, MemoryStore
 from lazyfs.tracker.web import Request, Routes
 from tests.trackerkit import KEY, OTHER
@@ -95,6 +96,31 @@ async def test_who_is_alone_in_its_cluster_need_not_wait_for_others(autojump_clo
     await rig.beat("b", {})
     assert (await rig.beat("b", {OTHER: {}}))["members"] == 2
     assert trio.current_time() > began
+
+
+async def test_a_large_view_is_packed_once_for_all_who_can_read_that(autojump_clock: MockClock) -> None:
+    rig = Rig()
+    for number in range(400):
+        state = MemberState(Announced(f"node-{number}", f"10.0.{number >> 8}.{number & 255}:9451"), {KEY: Standing()})
+        await rig.store.update("prod", f"node-{number}", dump_state(state))
+    await trio.sleep(1.0)
+    sizes = []
+    for number in (0, 1):
+        said = json.dumps({"member": {"id": f"node-{number}", "address": f"10.0.0.{number}:9451"}, "swarms": {KEY: {}}})
+        answers = [await rig.routes.answer(Request("POST", "/v1/clusters/prod/beat", "", headers, said.encode(), "::1"))
+                   for headers in ({}, {b"accept-encoding": b"gzip, zstd"})]
+        plain, packed = answers
+        assert plain.headers == ()
+        assert packed.headers == (("Content-Encoding", "zstd"),)
+        assert unpack(packed.body, len(plain.body)) == plain.body
+        assert len(json.loads(plain.body)["views"][0]["add"]) == 400
+        sizes.append(len(packed.body))
+    assert max(sizes) < len(plain.body) / 3
+    said = json.dumps({"member": {"id": "node-0", "address": "10.0.0.0:9451"}, "swarms": {KEY: {}},
+                       "seen": json.loads(plain.body)["swarms"]})
+    small = await rig.routes.answer(Request("POST", "/v1/clusters/prod/beat", "", {b"accept-encoding": b"zstd"},
+                                            said.encode(), "::1"))
+    assert small.headers == ()
 
 
 async def test_what_has_changed_is_sent_once(autojump_clock: MockClock) -> None:
