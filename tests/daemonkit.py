@@ -49,6 +49,16 @@ class Daemon:
             check=False, timeout=30)
         return json.loads(done.stdout) if done.stdout else None
 
+    def keeper(self) -> dict[str, Any]:
+        """What the keeper says of itself."""
+        return ask_keeper(self.directory, "status")
+
+    def health(self) -> dict[str, Any]:
+        """What the worker says of itself; without a process, for who waits. Raises WorkerGoneError: there is none."""
+        with protocol.ControlClient.connect(self.directory.socket) as client:
+            found: dict[str, Any] = client.request(protocol.HEALTH, 5.0)
+            return found
+
     def wait_ready(self, *, not_worker: int = 0) -> int:
         """Until a worker (another one than `not_worker`) serves; its pid."""
         deadline = time.monotonic() + WAIT_S
@@ -63,9 +73,8 @@ class Daemon:
     def _ready_worker(self) -> int | None:
         """What `lazyfs daemon status` asks, without a process each time: a test waits for this before it begins."""
         try:
-            with protocol.ControlClient.connect(self.directory.socket) as client:
-                healthy = client.request(protocol.HEALTH, 5.0)["ready"]
-            status = ask_keeper(self.directory, "status")
+            healthy = self.health()["ready"]
+            status = self.keeper()
         except (LazyfsError, protocol.WorkerGoneError):
             return None
         return int(status["worker"]) if healthy and status["ready"] else None
