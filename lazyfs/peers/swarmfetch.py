@@ -207,6 +207,8 @@ class SwarmFetch:
         finally:
             self._close(attempt)
         if self._missing:
+            for index in sorted(attempt.left & self._urgent.keys()):
+                self._hurry(index, nursery)
             self._advance([way for way in self._open_ways(attempt) if not way.running], nursery)
 
     async def _receive(self, attempt: Attempt) -> None:

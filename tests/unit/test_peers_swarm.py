@@ -179,6 +179,20 @@ async def test_a_read_that_comes_to_wait_for_what_is_fetched_ahead_waits_less_th
 
 
 @pytest.mark.trio
+async def test_a_read_that_waits_goes_on_in_the_foreground_when_who_was_asked_dies(autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    net.origin_delay_s = 0.2
+    child, parent = child_and_parent(net)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(net.want, child, [0], deadline=30.0, priority=Priority.BACKGROUND))
+        await trio.sleep(URGENT_MAX_S / 2)
+        child.swarm.urge(net.what.key, 0)
+        net.kill(parent.member.id)
+    assert child.swarm.counters["hurried"] == 1
+    assert child.swarm.counters["requests"] == 2
+
+
+@pytest.mark.trio
 async def test_reads_that_wait_for_what_is_about_to_come_ask_for_nothing_twice(autojump_clock: MockClock) -> None:
     net = cluster(8)
     node = net.nodes["n0004"]
