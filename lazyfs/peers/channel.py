@@ -78,9 +78,10 @@ class Channel:
 
     async def _receive_plain(self, connection: trio.socket.SocketType, view: memoryview, enough: int) -> int:
         if not self._emptied:
+            await trio.lowlevel.checkpoint_if_cancelled()
             count = self._taken(connection, view)
             if count is not None:
-                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.cancel_shielded_checkpoint()    # what was taken must not be lost
                 return count
         low = min(len(view), enough)
         if low != self._low:
