@@ -262,7 +262,7 @@ class Node:
         self.fabric.timeline.at(arrived + self.fabric.half_rtt_s(answer.asker, self.member.id),
                                 self._received, answer, piece)
         before = self.giving.step
-        self.giving.gave(size)
+        self.giving.gave(size, size / self.up.rate + size / self._disk.rate)
         self.giving.end(answer.asker)
         if self.giving.step != before:
             for waiting, _ in self._open.values():

@@ -81,6 +81,7 @@ class Answer:
         self._ready: list[tuple[int, Data | wire.Trouble]] = []    # a heap: the first in order goes first
         self._arrived = trio.Event()
         self._room = trio.Semaphore(_IN_HAND)
+        self._reading_s: dict[int, float] = {}      # that the disk took
         self._waiting: trio.CancelScope | None = None
         self._cancelled = False
 
@@ -122,7 +123,7 @@ class Answer:
         for index in self._todo:
             await self._room.acquire()
             try:
-                data: Data | wire.Trouble = await self._read(await self._store.piece(request, index))
+                data: Data | wire.Trouble = await self._read(index, await self._store.piece(request, index))
             except LazyfsError as error:
                 data = wire.trouble_of(error, index)
             except Exception:  # noqa: BLE001 - of this piece only
@@ -131,15 +132,17 @@ class Answer:
             heapq.heappush(self._ready, (index, self._checked(index, data)))
             self._arrived.set()
 
-    async def _read(self, data: Data) -> Data:
+    async def _read(self, index: int, data: Data) -> Data:
         """The same, and what lies in a file is in memory: before its turn, so that beats are sent meanwhile."""
         self._uploads.giving.begin(self._link.channel.peer)
         if isinstance(data, FileRange):
+            began = trio.current_time()
             try:
                 await page_in(data, self._uploads.disk)
             except BaseException:
                 self._let_go(data)
                 raise
+            self._reading_s[index] = trio.current_time() - began
         return data
 
     def _checked(self, index: int, data: Data | wire.Trouble) -> Data | wire.Trouble:
@@ -211,10 +214,11 @@ class Answer:
             self._link.channel.keep_unsent(urgent=request.priority is Priority.FOREGROUND)
             await self._link.frame(head, body)
             sent = stored
-            uploads.giving.gave(stored + waiting - self._link.channel.unsent())
+            took_s = trio.current_time() - began
+            left_us = stored + waiting - self._link.channel.unsent()
+            uploads.giving.gave(left_us, took_s + self._reading_s.pop(index, 0.0))
         finally:
             uploads.end(turn, size, sent)
-        took_s = trio.current_time() - began
         if stored >= _RATE_BYTES_MIN and took_s > 0:
             rate = stored / took_s
             self._link.rate += _NEW_WEIGHT * (rate - self._link.rate) if self._link.rate else rate

@@ -281,7 +281,7 @@ class _Asking:
             await connection.pass_over()
             return None
         self._heard = connection.used = True
-        if head.rate != connection.rate:
+        if head.rate != connection.rate and head.type in {wire.Frame.PIECE, wire.Frame.ALIVE}:
             connection.rate = head.rate
             self._client.told_rate(self._member.id, min(head.rate, STEP_MAX))
         if head.type is wire.Frame.PIECE:

@@ -51,6 +51,8 @@ WINDOW_S: Final = 0.1            # of giving, and
 WINDOW_BYTES: Final = 1 << 20    # so much given, make one measurement;
 WINDOW_BYTES_FAST: Final = 4 << 20    # or so much, however quick it was
 WINDOWS: Final = 8               # the best of so many counts: askers that are slow make some of them small
+PIECES: Final = 32               # of so many, what the second best went with was surely there
+PIECE_BYTES: Final = 128 << 10   # fewer are in some buffer at once
 HYSTERESIS: Final = 0.75         # steps that a rate must be off what was said before another one is
 
 
@@ -59,8 +61,8 @@ class Giving:
     What this host gives while more is wanted of it than it can give: by its link, its disk, its processor, its bound.
 
     Time counts while pieces that are here are wanted, a window of it if half of the time by ASKERS_MIN members at
-    least. `step`: the rate found; 0: it was never asked for so much. The best of the last windows counts, so that
-    others' slowness is not taken for its own.
+    least. `step`: the rate found; 0: it was never asked for so much. The best of the last windows counts, and what
+    single pieces went with if that is more: others' slowness is not to be taken for its own.
     """
 
     def __init__(self) -> None:
@@ -69,15 +71,20 @@ class Giving:
         self._at = self._busy_s = self._crowded_s = 0.0
         self._bytes = 0
         self._best: deque[float] = deque(maxlen=WINDOWS)
+        self._pieces: deque[float] = deque(maxlen=PIECES)
 
     def begin(self, asker: str) -> None:
         """A piece that is here is to be sent; from now on it takes time. `end` is called once for it."""
         self._pass()
         self._askers[asker] += 1
 
-    def gave(self, size: int) -> None:
-        """Bytes have left the host (not: entered a buffer), before the `end` of their piece."""
+    def gave(self, size: int, seconds: float) -> None:
+        """Bytes of a piece have left the host (not: entered a buffer) in that time alone; before its `end`."""
         self._bytes += size
+        if size >= PIECE_BYTES and seconds > 0:
+            self._pieces.append(size / seconds)
+            if self.step and size / seconds > 2 ** (self.step + HYSTERESIS):
+                self._find()
 
     def end(self, asker: str) -> None:
         """It has gone, or is not wanted any more."""
@@ -92,7 +99,11 @@ class Giving:
         if not crowded:
             return
         self._best.append(rate)
-        exact = math.log2(max(2.0, *self._best))
+        self._find()
+
+    def _find(self) -> None:
+        pieces = sorted(self._pieces)[-2:]
+        exact = math.log2(max(2.0, *self._best, *pieces[:-1]))
         if not self.step or abs(exact - self.step) > HYSTERESIS:
             self.step = min(STEP_MAX, round(exact))
 
@@ -100,6 +111,7 @@ class Giving:
         """It is to be found anew."""
         self.step = 0
         self._best.clear()
+        self._pieces.clear()
         self._clear()
 
     def _clear(self) -> None:

@@ -247,3 +247,21 @@ async def test_a_receiver_that_is_cancelled_loses_nothing() -> None:
                 found += room[:count]
         await receiver.close()
     assert found == data
+
+
+async def test_who_is_asked_says_what_it_can_give_with_all_that_it_sends(files: FileStore) -> None:
+    """Before its first piece, for who asks may have others to ask; and again when it is another rate."""
+    told: list[tuple[str, int]] = []
+    files.late = {3}
+    async with pair_of(files) as pair:
+        pair.client.told_rate = lambda member, step: told.append((member, step))
+        await pair.get(asking(RESOURCE, [1, 2]))
+        assert told == []
+        pair.uploads.giving.step = 24
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.get, asking(RESOURCE, [3]))
+            await until(lambda: told)
+            files.gate.set()
+        pair.uploads.giving.step = 200       # any byte is taken, none beyond what a rate can be is passed on
+        await pair.get(asking(RESOURCE, [4]))
+        assert told == [(pair.member.id, 24), (pair.member.id, 63)]

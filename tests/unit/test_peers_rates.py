@@ -28,7 +28,7 @@ async def give(giving: Giving, pieces: int, bytes_s: float, askers: int = 2) -> 
         giving.begin(f"a{number % askers}")
     for number in range(pieces):
         await trio.sleep(MIB / bytes_s)
-        giving.gave(MIB)
+        giving.gave(MIB, MIB / bytes_s)
         giving.end(f"a{number % askers}")
 
 
@@ -58,10 +58,28 @@ async def test_an_asker_that_waits_alone_says_nothing_about_the_node(autojump_cl
 async def test_slow_askers_do_not_make_the_node_slow(autojump_clock: MockClock) -> None:
     giving = Giving()
     await give(giving, 16, 125e6)
-    await give(giving, 3, 10e6)
+    await give(giving, 24, 10e6)
     assert giving.step == 27
     await give(giving, 64, 10e6)    # it is so for long: then it is the node
     assert giving.step == 23
+
+
+@pytest.mark.trio
+async def test_one_piece_that_went_fast_to_one_asker_shows_what_the_node_can(autojump_clock: MockClock) -> None:
+    """Beside a slow asker every window is slow: what single pieces went with is better known."""
+    giving = Giving()
+    for _ in range(8):
+        giving.begin("slow")
+        giving.begin("fast")
+        await trio.sleep(MIB / 125e6)
+        giving.gave(MIB, MIB / 125e6)
+        giving.end("fast")
+        giving.begin("other")
+        await trio.sleep(MIB / 1e6)
+        giving.gave(MIB, MIB / 1e6)
+        giving.end("slow")
+        giving.end("other")
+    assert giving.step == 27
 
 
 @pytest.mark.trio
@@ -87,10 +105,10 @@ async def test_pieces_that_are_wanted_side_by_side_for_a_moment_are_not_taken_fo
         await trio.sleep(0.9 * MIB / 125e6)
         giving.begin("b")
         await trio.sleep(0.1 * MIB / 125e6)
-        giving.gave(MIB)
+        giving.gave(MIB, MIB / 125e6)
         giving.end("a")
         await trio.sleep(MIB / 125e6)
-        giving.gave(MIB)
+        giving.gave(MIB, MIB / 125e6)
         giving.end("b")
     assert giving.step in {0, 27}
 
