@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import stat
@@ -270,6 +271,18 @@ async def test_bytes_that_are_no_request_get_one_line(data: bytes, status: bytes
 
 
 @pytest.mark.trio
+async def test_requests_that_come_in_one_piece_or_in_many_are_answered_in_order() -> None:
+    requests = [b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n",
+                b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}",
+                b"GET /readyz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"]
+    whole = b"".join(requests)
+    async with tracker() as one:
+        for pieces in ([whole], [bytes([byte]) for byte in whole], [whole[:150], whole[150:]], requests):
+            answer = await talk(one.tracker.addresses[0], *pieces)
+            assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"404", b"400", b"200"], pieces
+
+
+@pytest.mark.trio
 async def test_silent_and_slow_clients_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONNECTION_COUNT_MAX", 8)
     monkeypatch.setattr(conversation, "REQUEST_S", 0.5)
@@ -277,12 +290,15 @@ async def test_silent_and_slow_clients_keep_nobody_out(monkeypatch: pytest.Monke
         host, _, port = one.tracker.addresses[0].rpartition(":")
         for _ in range(30):
             await stack.enter_async_context(await trio.open_tcp_stream(host, int(port)))
-        slow = await stack.enter_async_context(await trio.open_tcp_stream(host, int(port)))
-        await slow.send_all(b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\n")
+        half = b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\n"
+        slow = [await stack.enter_async_context(await trio.open_tcp_stream(host, int(port))) for _ in range(3)]
+        for stream, sent in zip(slow, (half, half + b"Content-Length: 9\r\n\r\n{", b"P"), strict=True):
+            await stream.send_all(sent)
         client = TrackerClient([one.url])
         await client.request("GET", "/readyz")
         with trio.fail_after(20.0):
-            assert await slow.receive_some(1) == b"", "who never ends its request is cut off"
+            for stream in slow:
+                assert await stream.receive_some(1) == b"", "who never ends its request is cut off"
         await client.aclose()
 
 
