@@ -181,7 +181,7 @@ async def test_a_read_that_comes_to_wait_for_what_is_fetched_ahead_waits_less_th
 @pytest.mark.trio
 async def test_a_read_that_waits_goes_on_in_the_foreground_when_who_was_asked_dies(autojump_clock: MockClock) -> None:
     net = cluster(12)
-    net.origin_delay_s = 0.2
+    net.origin_delay_s = 0.1
     child, parent = child_and_parent(net)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(net.want, child, [0], deadline=30.0, priority=Priority.BACKGROUND))
