@@ -21,6 +21,7 @@ import trio
 
 from lazyfs import limits
 from lazyfs.errors import CacheError, PeerError
+from lazyfs.peers.securestream import SecureStream
 
 if TYPE_CHECKING:
     from lazyfs.peers.model import FileRange
@@ -39,16 +40,16 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Channel:
-    """:stream: connected; a SocketStream is spoken to past trio's own buffering, an SSLStream through it."""
+    """:stream: connected; a SocketStream is spoken to past trio's own buffering."""
 
-    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
+    def __init__(self, stream: trio.SocketStream | SecureStream) -> None:
         self._stream = stream
         self._plain = stream if isinstance(stream, trio.SocketStream) else None
-        self._left = b""     # read, and not asked for yet (TLS)
+        self._secure = stream if isinstance(stream, SecureStream) else None
         self._low = 1            # SO_RCVLOWAT
         self._emptied = False    # the last read took all there was
         self._unsent_max = _UNSENT_BYTES_MAX
-        transport = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
+        transport = stream.transport if isinstance(stream, SecureStream) else stream
         try:
             transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_MAX)
             transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
@@ -65,16 +66,11 @@ class Channel:
         Raises PeerError: the connection broke.
         """
         try:
-            if self._plain is not None:
-                return await self._receive_plain(self._plain.socket, view, _ENOUGH_BYTES if all_comes else 1)
-            if not self._left:
-                self._left = bytes(await self._stream.receive_some(max(len(view), _TLS_BYTES)))
-            taken = min(len(view), len(self._left))
-            view[:taken] = self._left[:taken]
-            self._left = self._left[taken:]
+            if self._secure is not None:
+                return await self._secure.receive_into(view)
+            return await self._receive_plain(self._socket, view, _ENOUGH_BYTES if all_comes else 1)
         except (*_GONE, OSError) as error:
             raise PeerError(f"{self.peer}: connection broke: {_reason(error)}") from error
-        return taken
 
     async def _receive_plain(self, connection: trio.socket.SocketType, view: memoryview, enough: int) -> int:
         if not self._emptied:
@@ -155,7 +151,9 @@ class Channel:
         await self.send(head)
         for start in range(0, part.size, _TLS_BYTES):
             size = min(_TLS_BYTES, part.size - start)
-            data = await trio.to_thread.run_sync(os.pread, part.file, size, part.offset + start)
+            data = _read_now(part.file, size, part.offset + start)
+            if not data:
+                data = await trio.to_thread.run_sync(os.pread, part.file, size, part.offset + start)
             if len(data) != size:
                 raise CacheError(f"cache file ends at {part.offset + start + len(data)}, in a piece being sent")
             await self.send(data)
@@ -191,7 +189,7 @@ class Channel:
 
     async def close(self) -> None:
         """At once, without waiting for the other side."""
-        await trio.aclose_forcefully(self._stream)
+        await trio.aclose_forcefully(self._stream.transport if isinstance(self._stream, SecureStream) else self._stream)
 
 
 async def page_in(part: FileRange, threads: trio.CapacityLimiter) -> None:
@@ -202,6 +200,15 @@ async def page_in(part: FileRange, threads: trio.CapacityLimiter) -> None:
     """
     if not (_in_memory(part.file, part.offset) and _in_memory(part.file, part.offset + part.size - 1)):
         await trio.to_thread.run_sync(_read_through, part.file, part.offset, part.size, limiter=threads)
+
+
+def _read_now(file: int, size: int, offset: int) -> bytes | bytearray:
+    """What is in memory, as it mostly is (page_in); nothing: the disk would have to be waited for."""
+    data = bytearray(size)
+    try:
+        return data if os.preadv(file, [data], offset, os.RWF_NOWAIT) == size else b""
+    except OSError:
+        return b""
 
 
 def _in_memory(file: int, offset: int) -> bool:

@@ -22,7 +22,7 @@ from lazyfs.peers import handshake, wire
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.model import SILENCE_S, Piece
 from lazyfs.peers.rates import STEP_MAX
-from lazyfs.peers.tlsfiles import check_server
+from lazyfs.peers.tlsfiles import secure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -107,7 +107,7 @@ class PeerClient:
             reason = getattr(error, "strerror", None) or error
             raise PeerError(f"{member.id} at {member.address}: {reason}") from error
         try:
-            channel = Channel(stream if self._tls is None else await _secure(stream, self._tls, member, host))
+            channel = Channel(stream if self._tls is None else await secure(stream, self._tls, member, host))
             await handshake.ask(channel, member.address)
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -134,19 +134,6 @@ class PeerClient:
     async def _drop(self, connection: _Connection) -> None:
         self._idle.pop(connection, None)
         await connection.channel.close()
-
-
-async def _secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host: str,
-                  ) -> trio.SSLStream[trio.SocketStream]:
-    """TLS, with the very member that was meant. Raises PeerError, ConfigError."""
-    secure = trio.SSLStream(stream, tls.client(), server_hostname=host, https_compatible=True)
-    try:
-        await secure.do_handshake()
-    except (trio.BrokenResourceError, OSError) as error:
-        raise PeerError(f"{member.id} at {member.address}: no TLS: {error.__cause__ or error}",
-                        hint="the nodes' certificates are of one authority, [peers] ca_file") from error
-    check_server(secure.getpeercert(), member)
-    return secure
 
 
 class _Connection:

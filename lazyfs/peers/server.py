@@ -21,6 +21,7 @@ from lazyfs.peers import handshake, wire
 from lazyfs.peers.answering import Answer, Link
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.hop import Hop
+from lazyfs.peers.securestream import SecureStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -121,8 +122,8 @@ class _Connection:
         self._server.guests.idle(self.scope)
         with trio.move_on_after(_HANDSHAKE_S) as shaking:
             tls = self._server.tls
-            channel = Channel(stream if tls is None else trio.SSLStream(
-                stream, tls.server(), server_side=True, https_compatible=True))
+            channel = Channel(stream if tls is None else SecureStream(
+                stream, tls.server(), server_side=True))
             upgraded = await handshake.answer(channel, self._server.desk)
         if shaking.cancelled_caught or not upgraded:
             await see_off(stream)
