@@ -76,6 +76,17 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
 
 
 @pytest.mark.trio
+async def test_a_node_that_says_another_rate_is_seen_with_it_by_all_and_by_itself(redis: Redis) -> None:
+    async with (tracker(redis.url) as one, tracker(redis.url) as two, joined([one.url], "a") as (a,),
+                joined([two.url], "b") as (b,)):
+        await until(lambda: a[0].sees() == b[0].sees() == ["a", "b"])
+        a[1].says(Member("a", "a.example:9451", up_rate=1 << 20))
+        for node, _ in (a, b):
+            await until(lambda node=node: {one.id: one.up_rate for one in node.views[KEY].members}
+                        == {"a": 1 << 20, "b": 0})
+
+
+@pytest.mark.trio
 async def test_views_that_are_packed_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "PACK_BYTES_MIN", 1)
     async with tracker() as one, joined([one.url], "a", "b", "c") as nodes:
