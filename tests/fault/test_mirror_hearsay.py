@@ -18,7 +18,8 @@ from lazyfs.mirror.believing import Word, encode
 from lazyfs.registry.place import Document
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mirrorkit import OCI_MANIFEST, PushedImage, RunningMirror, ask, descriptor, image_of, push, running_mirror
-from tests.registrykit import Registry, free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import Registry, running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
