@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import leaks
+from tests import leaks, ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,7 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 # A shell's background job ignores SIGINT, and so would all that its tests start, and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _MARK = leaks.mark_environment()
+_PORTS = ports      # claims its block now: see there
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

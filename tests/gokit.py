@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parent / "go"
 BUILD_S = 280.0                  # a test may take 300 s
 SUITE_S = 200.0
-START_S = 10.0
+START_S = 30.0
 _OUTCOME = re.compile(r"^\s*--- (PASS|FAIL|SKIP): TestSnapshotter/(\S+)", re.MULTILINE)
 
 

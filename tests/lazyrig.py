@@ -33,7 +33,7 @@ from snapshotter.api import snapshots_pb2 as api
 from snapshotter.api.snapshots_pb2_grpc import SnapshotsStub
 from tests.containerdkit import Containerd, require_containerd, running_containerd
 from tests.convertkit import LAYER_TYPE, Layout, run_convert
-from tests.daemonkit import Daemon, end_daemon, running_daemon, start_daemon
+from tests.daemonkit import Daemon, end_daemon, start_daemon
 from tests.mountkit import LAZYFS, Machine, require_mounting
 from tests.registrykit import Registry, require_registry, running_registry
 from tests.tarbuilder import TarBuilder
@@ -219,9 +219,8 @@ class Node:
             time.sleep(0.1)
 
     def _left(self) -> list[str]:
-        status = self.daemon.status()
-        assert status is not None
-        served = [] if status["health"]["mounts"] + status["health"]["detached"] == 0 else ["served by the daemon"]
+        health = self.daemon.health()
+        served = [] if health["mounts"] + health["detached"] == 0 else ["served by the daemon"]
         kept = [str(path) for name in ("images", "lazy", "snapshots") if (self.snapshotter.root / name).is_dir()
                 for path in (self.snapshotter.root / name).iterdir()]
         return [*served, *kept, *self.lazy_mounts()]
@@ -331,8 +330,10 @@ def running_node(directory: Path, version: str, *, driver: str = "auto", cri: bo
     socket_of_containerd = directory / f"c{version[0]}" / "c.sock"
     snapshotter = SnapshotterProcess(machine, socket_of_containerd, {"LAZYFS_DAEMON_DRIVER": driver})
     with contextlib.ExitStack() as stack:
-        registry = stack.enter_context(running_registry(directory / "registry"))
-        daemon = stack.enter_context(running_daemon(machine))
+        daemon = start_daemon(machine)
+        stack.callback(end_daemon, daemon)
+        registry = stack.enter_context(running_registry(directory / "registry"))    # while the daemon imports
+        daemon.wait_ready()
         stack.callback(snapshotter.kill)
         snapshotter.start()
         containerd = stack.enter_context(

@@ -19,7 +19,7 @@ from pathlib import Path
 from lazyfs.fs import mountapi
 
 MARK_NAME = "LAZYFS_TEST_MARK"
-GRACE_S = 5.0                    # a worker ends shortly after its last mount
+GRACE_S = 20.0                   # a worker ends shortly after its last mount
 
 
 def mark_environment() -> str:

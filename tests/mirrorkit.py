@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode
 
 from lazyfs.image.digest import Digest
-from tests.registrykit import _die_with_parent, free_port
+from tests.ports import free_port
+from tests.registrykit import _die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

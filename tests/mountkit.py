@@ -203,7 +203,7 @@ class Machine:
 
     def assert_clean(self) -> None:
         """Nothing is mounted, and the run directory is empty."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while self.mounts() or any(self.run_dir.glob("*")):
             assert time.monotonic() < deadline, f"{self.mounts()} {list(self.run_dir.rglob('*'))}"
             time.sleep(0.02)

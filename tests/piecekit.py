@@ -51,11 +51,16 @@ class MemoryOrigin:
 
 
 class Network:
-    """peers.model.Exchange between stores of this process. `lies`: members whose pieces have a wrong first byte."""
+    """
+    peers.model.Exchange between stores of this process.
+
+    `lies`: members whose pieces have a wrong first byte, those from `lies_from` on.
+    """
 
     def __init__(self) -> None:
         self.stores: dict[str, PieceStore] = {}
         self.lies: set[str] = set()
+        self.lies_from = 0
         self.asked: list[tuple[str, tuple[int, ...]]] = []
 
     @asynccontextmanager
@@ -79,7 +84,7 @@ class Network:
                 found.release()
             else:
                 data = bytes(found)
-            if member.id in self.lies:
+            if member.id in self.lies and index >= self.lies_from:
                 data = bytes([data[0] ^ 1]) + data[1:]
             await trio.lowlevel.checkpoint()
             yield Piece(index, data)

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.ports import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -43,14 +45,6 @@ def require_registry() -> None:
     """Skip the calling test where docker-registry is not installed."""
     if PROGRAM is None:
         pytest.skip("docker-registry is not installed (apt-get install docker-registry)")
-
-
-def free_port() -> int:
-    """A port that nobody listens on (now)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def bcrypt_line(username: str, password: str) -> str:

@@ -138,7 +138,7 @@ class Profiler:
         return found
 
     def assert_nothing_left(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while left := self.left():
             assert time.monotonic() < deadline, left
             time.sleep(0.02)

@@ -161,12 +161,6 @@ async def until(what: Callable[[], bool], seconds: float = 30.0) -> None:
             await trio.sleep(0.02)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environment() -> dict[str, str]:
     """For `lazyfs tracker` as a process: no configuration of this machine."""
     return {name: value for name, value in os.environ.items() if not name.startswith("LAZYFS_TRACKER")}

@@ -1,10 +1,11 @@
 """
 Read a file and say how long each read took: the rows of peers start one on each node's mount.
 
-    python -m benchmarks.kit.reader FILE [--random SEED] [--count N] [--step BYTES] [--size BYTES]
+    python -m benchmarks.kit.reader FILE [--held] [--random SEED] [--count N] [--step BYTES] [--size BYTES]
 
 Prints JSON: [[end, seconds], ...], `end` on the machine's monotonic clock. In order, or in the order that the seed
-draws: the same on all nodes, as containers of one image read alike.
+draws: the same on all nodes, as containers of one image read alike. `--held`: says that it is ready, and begins when it
+is told to, so that starting a process is not what is measured.
 """
 
 from __future__ import annotations
@@ -29,11 +30,23 @@ Reads = list[tuple[float, float]]
 
 
 class Reading:
-    """A reader under way, a process. Started at once."""
+    """A reader under way, a process. Begins at once, or (`held`) with `go`: `wait_ready` first."""
 
-    def __init__(self, path: Path, *words: str) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.kit.reader", str(path), *words],
-                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    def __init__(self, path: Path, *words: str, held: bool = False) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.kit.reader", str(path), *words, *(["--held"] if held else [])],
+            stdin=subprocess.PIPE if held else subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+
+    def wait_ready(self) -> None:
+        """Raises ToolError: it has ended instead."""
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise ToolError("a reader ended before it was told to begin")
+
+    def go(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
 
     def result(self, timeout_s: float) -> Reads:
         """Its reads. Raises ToolError: it failed, or is not over in time (it is ended then)."""
@@ -66,11 +79,15 @@ def read_all(paths: Sequence[Path], timeout_s: float, *words: str) -> list[Reads
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kit.reader", description=__doc__)
     parser.add_argument("file")
+    parser.add_argument("--held", action="store_true")
     parser.add_argument("--random", type=int, metavar="SEED")
     parser.add_argument("--count", type=int, default=1 << 30, help="no more reads than this")
     parser.add_argument("--step", type=int, default=1 << 20, help="a read begins at a multiple of it")
     parser.add_argument("--size", type=int, default=1 << 20, help="of a read")
     options = parser.parse_args()
+    if options.held:
+        print("ready", flush=True)
+        sys.stdin.readline()
     found = []
     with open(options.file, "rb", buffering=0) as file:  # noqa: PTH123 - unbuffered, and nothing else
         starts = list(range(0, os.fstat(file.fileno()).st_size, options.step))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.kit.cluster import Cluster
-from benchmarks.kit.reader import Reads, read_all
+from benchmarks.kit.reader import Reading, Reads
+from benchmarks.kit.recycled import recycled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.kit.cluster import Node
     from benchmarks.session import Session
 
 MIB = 1 << 20
 RATE_BIT_S = 200_000_000
 READ_TIMEOUT_S = 600.0
+_NODE_BYTES = 200 * MIB              # of memory: its processes, and a share of the registry, Redis and the trackers
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,37 @@ def ideal_s(size: int) -> float:
 
 def start_together(session: Session, count: int, size: int) -> Together:
     """A new cluster with empty caches; every link has RATE_BIT_S. Raises ToolError."""
-    with Cluster(session, count, rate_bit_s=RATE_BIT_S) as cluster:
+    memory = count * (2 * size + _NODE_BYTES)     # each has it in its cache, and in the page cache of its mount
+    with (recycled(session.place, memory) as fill, Cluster(session, count, rate_bit_s=RATE_BIT_S) as cluster,
+          _readers(cluster.nodes) as readers):
         image = cluster.image(f"peers-{size // MIB}", size)
         cluster.start()
+        fill()
         before, cpu_s = cluster.rack.counted(), sum(node.daemon.cpu_s() for node in cluster.nodes)
+
+        def live(node: Node, reading: Reading) -> Reads:
+            node.mount(image)
+            reading.go()
+            return reading.result(READ_TIMEOUT_S)
+
         began = time.monotonic()
-        cluster.mount(image)
-        reads = read_all([node.data for node in cluster.nodes], READ_TIMEOUT_S)
+        with ThreadPoolExecutor(count) as pool:
+            reads = list(pool.map(live, cluster.nodes, readers))
         after = cluster.rack.counted()
         return Together([one[-1][0] - began for one in reads], reads,
                         after["registry"].sent - before["registry"].sent,
                         [after[node.name].sent - before[node.name].sent for node in cluster.nodes],
                         sum(node.daemon.cpu_s() for node in cluster.nodes) - cpu_s)
+
+
+@contextlib.contextmanager
+def _readers(nodes: list[Node]) -> Iterator[list[Reading]]:
+    """One a node, which reads its whole file when it is told to."""
+    readers = [Reading(node.data, held=True) for node in nodes]
+    try:
+        for reading in readers:
+            reading.wait_ready()
+        yield readers
+    finally:
+        for reading in readers:
+            reading.close()

@@ -43,7 +43,7 @@ def measure(session: Session) -> list[Figure]:
 
 
 def once(folder: Path, members: int, seconds: float) -> dict[str, float]:
-    """Shares of a core (tracker, redis), beats a second, seconds to an answer."""
+    """Shares of a core (tracker, redis), beats a second, seconds to an answer; seconds and MB until all had joined."""
     with ExitStack() as stack:
         redis = stack.enter_context(_running(
             ["redis-server", "--port", "0", "--unixsocket", str(folder / "redis.sock"), "--save", "", "--dir",
@@ -68,7 +68,7 @@ def once(folder: Path, members: int, seconds: float) -> dict[str, float]:
     if told["refused"]:
         raise ToolError(f"{told['refused']} beats were refused: {told['refusal']}")
     return {**found, "beats_per_s": told["beats"] / elapsed_s, "p50_s": told["p50_s"], "p99_s": told["p99_s"],
-            "joined_s": told["joined_s"]}
+            "joined_s": told["joined_s"], "joined_mb": told["joined_bytes"] / 1e6}
 
 
 class _running(ExitStack):  # noqa: N801 - a context manager

@@ -21,6 +21,7 @@ from benchmarks.scale.result import Result
 from benchmarks.scale.setting import MBIT
 from lazyfs.image.digest import Digest
 from lazyfs.peers.model import Kind, Member, Resource, View
+from lazyfs.peers.ownrate import OwnRate
 from lazyfs.peers.swarm import Swarm
 from lazyfs.peers.topology import Topology
 
@@ -55,7 +56,7 @@ class _Cluster:
         self._members = tuple(
             Member(f"n{number:05}", f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:4300",
                    f"z{number % setting.zones}" if setting.zones > 1 else "",
-                   int(self._rate(number)) if setting.declared else 0)
+                   int(min(self._rate(number), self._disk_rate(number))) if setting.declared else 0)
             for number in range(setting.nodes))
         self._nodes: list[Node] = []
         self._over = trio.Event()
@@ -67,12 +68,16 @@ class _Cluster:
         """A node's bytes/s, each way."""
         return self.setting.node_mbit * MBIT / (_SLOW_TIMES if number in self._slow else 1)
 
+    def _disk_rate(self, number: int) -> float:
+        """Bytes/s of what it gives."""
+        return self._rate(number) / _SLOW_TIMES if number in self._slow_disk else math.inf
+
     def _make(self, number: int, member: Member) -> Node:
         setting = self.setting
         rate = self._rate(number)
         node = Node(member, self._resource, self._fabric, self._origin, up=rate, down=rate, window=setting.window,
                     hot=min(setting.hot_mib << 20, self._resource.size) // self._resource.piece_size,
-                    disk=rate / _SLOW_TIMES if number in self._slow_disk else math.inf,
+                    disk=self._disk_rate(number),
                     work=setting.work_mb * 1e6, lies=number in self._liars, ended=self._ended)
         self._fabric.hosts[member.id], self._fabric.zones[member.id] = node, member.zone
         self._nodes.append(node)
@@ -83,6 +88,7 @@ class _Cluster:
         for number, member in enumerate(self._members):
             node = self._make(number, member)
             node.swarm = Swarm(member, node.port, make_topology=self._ready, rng=random.Random(number))
+            node.own_rate = OwnRate(member, node.giving, node.swarm.health.rates)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._fabric.timeline.run)
             for node in self._nodes:
@@ -111,7 +117,10 @@ class _Cluster:
             now = trio.current_time()
             there = [node for node in self._nodes
                      if node.has_begun and (node.alive or node.died_s + self.setting.noticed_s > now)]
-            found = View(tuple(node.member for node in there),
+            for node in there:
+                if node.own_rate.look(now):
+                    node.swarm.me = node.own_rate.own
+            found = View(tuple(node.own_rate.said for node in there),
                          frozenset(node.member.id for node in there if node.complete))
             if found != self._view:
                 self._view = found

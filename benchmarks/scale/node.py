@@ -9,6 +9,7 @@ origin gives. State: `depth[i]` is 0 where piece i is missing, else how many lin
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,15 @@ import trio
 
 from benchmarks.scale.network import Answer, Fabric, Link, Port
 from lazyfs.errors import PeerBusyError, PeerError, PeerLacksError
-from lazyfs.peers.model import HERE_ONLY, SILENCE_S, Member, Piece, Priority, Resource
+from lazyfs.peers.model import BEAT_S, HERE_ONLY, SILENCE_S, Member, Piece, Priority, Resource
+from lazyfs.peers.rates import Giving
 from lazyfs.peers.uploads import UploadLimits, Uploads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from lazyfs.peers.ownrate import OwnRate
     from lazyfs.peers.swarm import Swarm
 
 OWN_DEADLINE_S = 60.0
@@ -50,14 +53,18 @@ class Origin:
 
     def _send(self, node: Node, index: int) -> None:
         size = node.resource.piece_bytes(index)
-        sent = self.up.carry(trio.current_time(), size)
-        self._fabric.timeline.at(node.down.deliver(sent, size), node.landed, index, 1)
+        self._fabric.timeline.at(self.up.carry(trio.current_time(), size), self._sent, node, index, size)
+
+    def _sent(self, node: Node, index: int, size: int) -> None:
+        """At the far end: who sends slowly keeps nobody else's bytes from it."""
+        self._fabric.timeline.at(node.down.deliver(trio.current_time(), size), node.landed, index, 1)
 
 
 class Node:
-    """One of the cluster. `swarm` is set by who makes it, before it starts."""
+    """One of the cluster. `swarm` and `own_rate` are set by who makes it, before it starts."""
 
     swarm: Swarm
+    own_rate: OwnRate
 
     def __init__(self, member: Member, resource: Resource, fabric: Fabric, origin: Origin, *, up: float, down: float,
                  window: int, hot: int, disk: float, work: float, lies: bool = False,
@@ -84,10 +91,12 @@ class Node:
         self._batch = max(1, min(FETCH_BATCH, window // 4))
         self._flights: dict[int, list[Answer]] = {}
         self._own: set[int] = set()
-        self._queues: tuple[deque[tuple[float, Answer, int]], ...] = tuple(deque() for _ in Priority)
+        self._queues: tuple[deque[tuple[Answer, int]], ...] = tuple(deque() for _ in Priority)
         self._sending = False
         self._open: dict[int, tuple[Answer, AbstractContextManager[None]]] = {}
         self._limits = Uploads(UploadLimits())
+        self.giving = Giving()
+        self._told: dict[str, int] = {}       # the rate that an asker has heard of
         self._piece = _bytes(_WRONG if lies else _GOOD, resource.piece_size)
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -186,6 +195,7 @@ class Node:
             answer.fail(error)
             return
         self._open[id(answer)] = answer, place
+        self._tell_soon(answer.asker, 0.0)
         missing = []
         for index in request.indexes:
             if self.depth[index]:
@@ -210,33 +220,66 @@ class Node:
             found[1].__exit__(None, None, None)
 
     def _give(self, answer: Answer, index: int) -> None:
-        if answer.open:
+        if not answer.open:
+            return
+        self.giving.begin(answer.asker)
+        if self._disk.rate == math.inf:
+            self._queue(answer, index)
+        else:
             ready = self._disk.carry(trio.current_time(), self.resource.piece_bytes(index))
-            self._queues[answer.request.priority].append((ready, answer, index))
-            if not self._sending:
-                self._send()
+            self.fabric.timeline.at(ready, self._queue, answer, index)
+
+    def _queue(self, answer: Answer, index: int) -> None:
+        """The disk has read it."""
+        self._queues[answer.request.priority].append((answer, index))
+        if not self._sending:
+            self._send()
 
     def _send(self) -> None:
-        """The next piece goes into the link; called again when it has passed."""
-        self._sending = False
+        """The next piece goes into the link."""
         for queue in self._queues:
             while queue and self.alive:
-                ready, answer, index = queue.popleft()
+                answer, index = queue.popleft()
                 if not answer.open:
                     self.dropped += 1
+                    self.giving.end(answer.asker)
                     continue
                 self._sending = True
-                size = self.resource.piece_bytes(index)
-                sent = self.up.carry(self.work.carry(ready, size) if self.work else ready, size)
-                self.uploads += 1
-                if self.fabric.zones[answer.asker] != self.member.zone:
-                    self.fabric.cross_zone_bytes += size
-                arrived = self.fabric.hosts[answer.asker].down.deliver(sent, size)
-                way_s = self.fabric.half_rtt_s(answer.asker, self.member.id)
-                piece = Piece(index, self._piece[:size] if size < len(self._piece) else self._piece)
-                self.fabric.timeline.at(arrived + way_s, self._received, answer, piece)
-                self.fabric.timeline.at(sent, self._send)
+                size, now = self.resource.piece_bytes(index), trio.current_time()
+                sent = self.up.carry(self.work.carry(now, size) if self.work else now, size)
+                self.fabric.timeline.at(sent, self._sent, answer, index, size)
                 return
+
+    def _sent(self, answer: Answer, index: int, size: int) -> None:
+        """A piece has passed the link; who waits for others hears with a beat what this node can give, if it is new."""
+        self._sending = False
+        self.uploads += 1
+        if self.fabric.zones[answer.asker] != self.member.zone:
+            self.fabric.cross_zone_bytes += size
+        now = trio.current_time()
+        arrived = self.fabric.hosts[answer.asker].down.deliver(now, size)
+        piece = Piece(index, self._piece[:size] if size < len(self._piece) else self._piece)
+        self.fabric.timeline.at(arrived + self.fabric.half_rtt_s(answer.asker, self.member.id),
+                                self._received, answer, piece)
+        before = self.giving.step
+        self.giving.gave(size, size / self.up.rate + size / self._disk.rate)
+        self.giving.end(answer.asker)
+        if self.giving.step != before:
+            for waiting, _ in self._open.values():
+                self._tell_soon(waiting.asker, BEAT_S)
+        self._send()
+
+    def _tell_soon(self, asker: str, after_s: float) -> None:
+        if self._told.get(asker, 0) != self.giving.step:
+            way_s = self.fabric.half_rtt_s(asker, self.member.id)
+            self.fabric.timeline.at(trio.current_time() + after_s + way_s, self._tell, asker)
+
+    def _tell(self, asker: str) -> None:
+        if self.alive and self._told.get(asker, 0) != self.giving.step:
+            self._told[asker] = self.giving.step
+            host = self.fabric.hosts[asker]
+            assert isinstance(host, Node)
+            host.swarm.told_rate(self.member.id, self.giving.step)
 
     def _received(self, answer: Answer, piece: Piece) -> None:
         """The last byte is with the asker, whose processor may have other work."""
@@ -249,4 +292,5 @@ class Node:
 
     def _arrived(self, answer: Answer, piece: Piece) -> None:
         if self.alive:
+            self._tell(answer.asker)
             answer.land(piece)

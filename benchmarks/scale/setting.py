@@ -31,7 +31,7 @@ class Setting:
     liars: float = 0.0                   # give wrong bytes
     slow: float = 0.0                    # have a link of a tenth
     slow_disk: float = 0.0               # read what they give from a disk of a tenth of the link
-    declared: int = 0                    # 1: each says in its up_rate what its link is
+    declared: int = 0                    # 1: each says in its up_rate what its link or disk is, as if found before
     limit_s: float = 600.0               # simulated
     seed: int = 1
 

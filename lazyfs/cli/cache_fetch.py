@@ -124,11 +124,14 @@ class _Shown:
 
 
 def _directly(path: Path, order: MountOrder, rate: int, *, pin: bool, wait: bool, shown: _Shown) -> dict[str, Any]:
+    from lazyfs import config  # noqa: PLC0415
     from lazyfs.node.fetching import fetch_directly  # noqa: PLC0415
+    from lazyfs.node.verifying import set_node_verify  # noqa: PLC0415
 
     if not wait and ask_owner(path, "health", _REQUEST_S) is None:
         raise UsageError("--no-wait: no daemon runs on this cache directory, so nobody would go on",
                          hint="start one (lazyfs daemon), or wait")
+    set_node_verify(config.load().verify)
     return fetch_directly(path, order, rate, pin=pin, progress=shown.show)
 
 

@@ -71,7 +71,8 @@ def lines_of(told: dict[str, Any], most: int | None) -> Iterator[str]:
     zone = f" in zone {told['zone']}" if told["zone"] else ""
     yield (f"cluster {told['cluster']}: {told['id']} at {told['address']}{zone}"
            + ("" if told["listens"] else ", not listening"))
-    yield f"known by {membership['kind']}: {membership['members']} members{lost}"
+    network = f" of network {membership['network']}" if membership.get("network") else ""
+    yield f"known by {membership['kind']}: {membership['members']} members{network}{lost}"
     if membership.get("isolated"):
         yield f"isolated for all: {', '.join(membership['isolated'][:20])}"
     yield from _traffic(told)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazyfs.cli.mirror_status import ask_mirror
+from lazyfs.cli.mirror_status import lines_of as mirror_lines
 from lazyfs.cli.output import format_bytes, printable
 from lazyfs.errors import TargetError
 
@@ -70,9 +72,14 @@ def _show_once(answers: list[Answer], *, as_json: bool, indent: int | None = 2) 
     if as_json:
         workers = [{"daemon": one.daemon, "run_dir": str(one.directory.root), "reason": one.reason,
                     **(one.found or {"ready": False})} for one in answers]
-        print(json.dumps({"time": time.time(), "workers": workers}, indent=indent))
+        print(json.dumps({"time": time.time(), "workers": workers, "mirror": ask_mirror()}, indent=indent))
     else:
-        print("\n".join(lines_of(answers)))
+        print("\n".join(_screen(answers)))
+
+
+def _screen(answers: list[Answer]) -> list[str]:
+    """All of the node: its workers, and the mirror, which is a process of its own."""
+    return [*lines_of(answers), *map(printable, mirror_lines(ask_mirror()))]
 
 
 def _watch(interval: float) -> None:
@@ -83,7 +90,7 @@ def _watch(interval: float) -> None:
     with Live(console=Console(highlight=False, markup=False), screen=True, auto_refresh=False) as live:
         while True:
             try:
-                lines = lines_of(_ask())
+                lines = _screen(_ask())
             except TargetError as error:   # it may come back
                 lines = [str(error)]
             live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)

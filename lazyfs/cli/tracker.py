@@ -16,6 +16,7 @@ Examples:
   lazyfs tracker --address 0.0.0.0:9450 --redis redis://redis.example:6379
   curl http://127.0.0.1:9450/v1/clusters/prod          who is there, what is shared
 """
+_WATCH_S = 1.0
 
 
 @click.command("tracker", epilog=_EPILOG, short_help="Tell the nodes of clusters of each other.")
@@ -31,7 +32,8 @@ def tracker_command(*, file: str | None, address: str | None, redis: str | None,
     """
     import trio  # noqa: PLC0415 - not for --help
 
-    from lazyfs.tracker.run import run  # noqa: PLC0415
+    from lazyfs.node import notify  # noqa: PLC0415
+    from lazyfs.tracker.run import EXTENSIONS, run  # noqa: PLC0415
 
     found = _with(config.load(file), address, redis)
     log = dataclasses.replace(found.log, format="json") if as_json else found.log
@@ -40,8 +42,15 @@ def tracker_command(*, file: str | None, address: str | None, redis: str | None,
     def started(addresses: list[str]) -> None:
         print(json.dumps({"addresses": addresses}) if as_json else f"tracker at {', '.join(addresses)}")
         sys.stdout.flush()
+        notify.notify(f"READY=1\nSTATUS=tracker at {', '.join(addresses)}")
 
-    trio.run(run, found, started)
+    async def stay_watched() -> None:
+        """A loop that hangs is killed, and started again (WatchdogSec= of its unit)."""
+        while True:
+            notify.watchdog(trio.current_time())
+            await trio.sleep(_WATCH_S)
+
+    trio.run(run, found, started, (*EXTENSIONS, lambda _service, _settings: stay_watched))
 
 
 def _with(found: config.Config, address: str | None, redis: str | None) -> config.Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lazyfs.config.kinds import Amount
 from lazyfs.config.table import DEFAULT_FILE, SECTIONS, Config, RegistryHost, Verify, VerifyRule, all_keys, keys_of
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from lazyfs.config.key import Key
 
+_Table = TypeVar("_Table", RegistryHost, VerifyRule)
 FILE_VARIABLE = "LAZYFS_CONFIG"
 RUN_DIR_VARIABLE = "LAZYFS_RUN_DIR"
 _FILE_BYTES_MAX = 1 << 20        # hundreds of registries are 50 KiB
 _PROBLEM_COUNT_MAX = 50
-_HOST_COUNT_MAX = 100            # the configuration travels to the worker as one argument: 128 KiB (execve(2))
+_NAMED_COUNT_MAX = 100           # the configuration travels to the worker as one argument: 128 KiB (execve(2))
 _HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?"
 _REPOSITORY = rf"({_HOST})(/[a-z0-9._/\-]{{1,255}})?"
 # What kubelet puts into pods for a Service that happens to be called lazyfs-daemon, lazyfs-cache ...
@@ -41,6 +42,26 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
+
+
+class _Names(NamedTuple):
+    """Tables of one kind, each with a name: [path."NAME"]. `instead`: the next step of who has too many of them."""
+
+    path: str
+    what: str
+    pattern: str
+    expected: str
+    example: str
+    instead: str = ""
+
+    def section(self, name: str) -> str:
+        return f'{self.path}."{name:.100}"'
+
+
+_HOSTS = _Names("registry.host", "host name", _HOST, "host or host:port", "registry.example:5000",
+                "docker's configuration and hosts.toml hold any number")
+_RULES = _Names("verify.rule", "repository", _REPOSITORY, "HOST or HOST/REPOSITORY", "registry.example/team",
+                "a rule for a host, or for what its repositories' names begin with, stands for many")
 
 
 def load(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -143,7 +164,7 @@ class _Sections:
                 if hosts is not None:
                     found[section]["host"] = self._hosts(hosts)
                 if rules is not None:
-                    found[section]["rule"] = self._rules(rules)
+                    found[section]["rule"] = self._named(_RULES, VerifyRule, rules)
         return found, self._origins
 
     def _table(self, section: str, known: dict[str, Key], content: dict[str, Any]) -> dict[str, Any]:
@@ -161,43 +182,31 @@ class _Sections:
         return values
 
     def _hosts(self, hosts: object) -> dict[str, RegistryHost]:
-        found: dict[str, RegistryHost] = {}
-        if not isinstance(hosts, dict):
-            self._wrong("registry.host", "tables by host name", hosts)
-            return found
-        if len(hosts) > _HOST_COUNT_MAX:
-            text = f"registry.host: expected at most {_HOST_COUNT_MAX} registries, found {len(hosts)}"
-            self._problems.append(Problem(self._file, text, "docker's configuration and hosts.toml hold any number"))
-            return found
-        known = {key.name: key for key in keys_of("registry.host", RegistryHost)}
-        for host, content in hosts.items():
-            section = f'registry.host."{host:.100}"'
-            if re.fullmatch(_HOST, host) is None:
-                hint = 'write it as in image references, in quotes: [registry.host."registry.example:5000"]'
-                self._problems.append(Problem(self._file, f"{section}: expected host or host:port", hint))
-            elif not isinstance(content, dict):
-                self._wrong(section, "a table", content)
-            else:
-                entry = RegistryHost(**self._table(section, known, content))
-                self._check_host(section, entry)
-                found[host] = entry
+        found = self._named(_HOSTS, RegistryHost, hosts)
+        for host, entry in found.items():
+            self._check_host(_HOSTS.section(host), entry)
         return found
 
-    def _rules(self, rules: object) -> dict[str, VerifyRule]:
-        found: dict[str, VerifyRule] = {}
-        if not isinstance(rules, dict) or len(rules) > _HOST_COUNT_MAX:
-            self._wrong("verify.rule", f"at most {_HOST_COUNT_MAX} tables by repository", rules)
+    def _named(self, names: _Names, table: type[_Table], given: object) -> dict[str, _Table]:
+        """Tables by a name that the user gives; those that are wrong are left out, and said."""
+        found: dict[str, _Table] = {}
+        if not isinstance(given, dict):
+            self._wrong(names.path, f"tables by {names.what}", given)
             return found
-        known = {key.name: key for key in keys_of("verify.rule", VerifyRule)}
-        for name, content in rules.items():
-            section = f'verify.rule."{name:.100}"'
-            if re.fullmatch(_REPOSITORY, name) is None:
-                hint = 'write it as in image references, in quotes: [verify.rule."registry.example/team"]'
-                self._problems.append(Problem(self._file, f"{section}: expected HOST or HOST/REPOSITORY", hint))
+        if len(given) > _NAMED_COUNT_MAX:
+            text = f"{names.path}: expected at most {_NAMED_COUNT_MAX} tables by {names.what}, found {len(given)}"
+            self._problems.append(Problem(self._file, text, names.instead))
+            return found
+        known = {key.name: key for key in keys_of(names.path, table)}
+        for name, content in given.items():
+            section = names.section(name)
+            if re.fullmatch(names.pattern, name) is None:
+                hint = f"write it as in image references, in quotes: [{names.section(names.example)}]"
+                self._problems.append(Problem(self._file, f"{section}: expected {names.expected}", hint))
             elif not isinstance(content, dict):
                 self._wrong(section, "a table", content)
             else:
-                found[name] = VerifyRule(**self._table(section, known, content))
+                found[name] = table(**self._table(section, known, content))
         return found
 
     def _check_host(self, section: str, entry: RegistryHost) -> None:

@@ -39,6 +39,12 @@ class Mirror:
     offline_s: float = key(Number(0, 366 * _DAY_S), _DAY_S,
                            "While the registry cannot be reached: so long after it last said so, a tag's digest and "
                            "the right to pull still count; 0: not at all.", unit="s")
+    tags_from_peers_s: float = key(Number(0, 366 * _DAY_S), 0.0,
+                                   "While the registry cannot be reached: so long after it told them, what other "
+                                   "members of the cluster say of a tag and of a manifest counts (docs/mirror.md), and "
+                                   "so long this node tells them; 0: not at all.", unit="s")
+    tags_from_peers_agree: int = key(Number(1, 8, whole=True), 2,
+                                     "So many of them must say the same of a tag.")
     private: str = key(Choice(("node", "never")), "node",
                        "Images that need credentials: served to who may connect, if this node's own credentials may "
                        "pull them; or never: only what anybody may pull.")

@@ -40,6 +40,9 @@ class Peers:
                     "This node's name in the cluster, unique and lasting; empty: its host name.")
     zone: str = key(Name(optional=True), "",
                     "Where this node is. Members of a zone fetch from each other, and few cross to another one.")
+    network: str = key(Name(optional=True), "",
+                       "The network in which this node is reached, where not every node of the cluster reaches every "
+                       "other one: the tracker tells it only of nodes that name the same. Needs `tracker`.")
     upload_rate: int = key(Size(), 0, "No more than this a second is sent to others; 0: no bound.", unit="bytes/s")
     upload_concurrent: int = key(Number(1, 1024, whole=True), 64,
                                  "Requests of others answered at the same time; who comes too many is sent elsewhere.")
@@ -83,4 +86,7 @@ class Peers:
         if self.tokens != "off" and not self.tracker:
             found.append((f'peers.tokens = "{self.tokens}": expected peers.tracker beside it, found none',
                           "a tracker gives the tokens"))
+        if self.network and not self.tracker:
+            found.append((f'peers.network = "{self.network}": expected peers.tracker beside it, found none',
+                          "peers.static or peers.dns of each network names its own nodes"))
         return found

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from lazyfs.doctor import containerd, kernel, node, peers, registry
+from lazyfs.doctor import containerd, kernel, mirror, node, peers, registry
 from lazyfs.doctor.results import Result, Subject, failed
 from lazyfs.errors import LazyfsError
 
@@ -25,7 +25,7 @@ _CHECKS: tuple[Callable[[Subject], Iterable[Result]], ...] = (
     node.check_daemon, node.check_log, node.check_sockets, node.check_cache, node.check_snapshotter_root,
     containerd.check_snapshotter, containerd.check_containerd, containerd.check_configuration,
     registry.check_registry, registry.check_image,
-    peers.check_trackers, peers.check_peers,
+    peers.check_trackers, peers.check_peers, mirror.check_mirror,
 )
 
 

@@ -106,6 +106,12 @@ class Lanes:
             lane = self._lanes[id(source)] = Lane(source, self.sources.of(source), share)
         return lane
 
+    def promote(self, flight: Flight) -> None:
+        """Somebody waits for it now, wherever it is."""
+        lane = self._lanes.get(id(flight.source))
+        if lane is not None:
+            lane.promote(flight)
+
     def sweep(self, now: float) -> None:
         for key in [key for key, lane in self._lanes.items() if lane.is_idle(now)]:
             del self._lanes[key]

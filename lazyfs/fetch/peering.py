@@ -52,6 +52,8 @@ class Swarming(Protocol):
                     deadline: float, hops: int, deliver: model.Deliver, request: str = "",
                     origin: model.Origin | None = None) -> list[int]: ...
 
+    def urge(self, key: str, index: int) -> None: ...
+
 
 class _Job:
     """
@@ -84,7 +86,7 @@ class _Job:
         deadline = trio.current_time() + swarm_s
         try:
             with self.scope:
-                await self._peering.viewed(resource.key, min(swarm_s, FIRST_VIEW_S))
+                await self._peering.viewed(resource.key, swarm_s)
                 self.hand_on(await self._peering.swarm.fetch(
                     resource, sorted(self.flights), priority=model.Priority(self.priority),
                     deadline=deadline, hops=self.hops, deliver=self.deliver,
@@ -142,7 +144,7 @@ class Peering:
     :swarm: None: there is none (yet); then nothing is taken.
     :in_use: devices by key: mounted, or being fetched as a whole. Several images may have one layer.
     :peered: keys of the resources that others have a part in as well, or may have: see `awaited`.
-    :awaited: of these, whose others are not known yet; set when they are.
+    :awaited: of these, whose others are not known yet: set when they are, and until when that is waited for.
     :changed: called when `in_use` has another key, or one less.
     :jobs: under way.
     :threads: that check and store.
@@ -153,7 +155,7 @@ class Peering:
         self.swarm: Swarming
         self.in_use: dict[str, list[FetchDevice]] = {}
         self.peered: set[str] = set()
-        self.awaited: dict[str, trio.Event] = {}
+        self.awaited: dict[str, tuple[trio.Event, float]] = {}
         self.changed: Callable[[], None] = lambda: None
         self.jobs: set[_Job] = set()
         self.threads = trio.CapacityLimiter(SETTLE_THREAD_COUNT)
@@ -203,26 +205,24 @@ class Peering:
         if news:
             self.changed()
 
-    def await_view(self, key: str) -> None:
-        """Who else has a part in it will be known in a moment: what is asked for until then waits a little."""
+    def await_view(self, key: str, seconds: float = FIRST_VIEW_S) -> None:
+        """Who else has a part in it will be known in a moment: what is asked for until then waits so long for it."""
         self.peered.add(key)
-        self.awaited.setdefault(key, trio.Event())
+        self.awaited.setdefault(key, (trio.Event(), trio.current_time() + seconds))
 
     def view_came(self, key: str, *, others: bool) -> None:
         """`others`: whether anybody else has a part in it. Also: nobody knows, and it is not waited for."""
         (self.peered.add if others else self.peered.discard)(key)
-        event = self.awaited.pop(key, None)
+        event, _ = self.awaited.pop(key, (None, 0.0))
         if event is not None:
             event.set()
 
     async def viewed(self, key: str, seconds: float) -> None:
         """Until that, or for so long. Checkpoint: perhaps."""
-        event = self.awaited.get(key)
+        event, until = self.awaited.get(key, (None, 0.0))
         if event is not None:
-            with trio.move_on_after(seconds) as late:
+            with trio.move_on_at(min(until, trio.current_time() + seconds)):
                 await event.wait()
-            if late.cancelled_caught and seconds >= FIRST_VIEW_S:
-                self.awaited.pop(key, None)    # the others need not wait as well
 
     def takes(self, device: FetchDevice) -> bool:
         """Whether its flights go to peers."""
@@ -234,6 +234,11 @@ class Peering:
             return False
         self._pending.setdefault((flight.device, priority, hops), []).append(flight)
         return True
+
+    def urge(self, flight: Flight) -> None:
+        """A read waits for it by now."""
+        if self.takes(flight.device):
+            self.swarm.urge(flight.device.resource.key, flight.index)
 
     def flush(self) -> None:
         """Begin what was taken, when the loop has had its turn: what is asked for at the same time goes together."""

@@ -2,8 +2,8 @@
 Which chunks a sequential reader will want next. Pure; one object a device. Who calls: fetch.engine.
 
 A reader is sequential when it touches chunks in a row; what is read ahead is never more than it has read in a row so
-far, so that a wrong guess costs at most as much again. A start from a prefetch list does not read ahead at all (the
-engine asks only while no prefetch runs): the list knows better.
+far (of what peers bring: twice that), so that a wrong guess costs at most as much again. A start from a prefetch list
+does not read ahead at all (the engine asks only while no prefetch runs): the list knows better.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Readahead:
         Args:
             index: of the chunk.
             missing: it was not in the cache. A reader that finds everything there needs no help.
-            times: the usual window, at most.
+            times: above 1: what is far away, for it passes other nodes. The window is so many times the usual one at
+                most and begins so much sooner, and is twice what was read in a row.
 
         """
         stream = self._streams.pop(index, None)
@@ -53,9 +54,9 @@ class Readahead:
         stream.touch_count += 1
         helped = missing or index < stream.ahead_end
         self._streams[index + 1] = stream
-        if not helped or stream.touch_count < self._sequence_count_min:
+        if not helped or stream.touch_count < max(2, self._sequence_count_min // times):
             return range(0)
-        window = min(stream.touch_count, self._window_count_max * times)
+        window = min(stream.touch_count * min(times, 2), self._window_count_max * times)
         begin = max(index + 1, stream.ahead_end)
         if begin - (index + 1) > window // 2:
             return range(0)    # more than half of it is still to be read

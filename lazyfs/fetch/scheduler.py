@@ -90,9 +90,8 @@ class Scheduler:
         flight.wanted = True
         self.statistics.waits += 1
         flight.deadline = max(flight.deadline, deadline)
-        lane = self.lanes.get(flight.source)
-        if lane is not None:
-            lane.promote(flight)
+        self.lanes.promote(flight)
+        self.peering.urge(flight)
         return flight
 
     def read_ahead(self, device: FetchDevice, indexes: Iterable[int]) -> None:

@@ -35,7 +35,7 @@ class ContentStore:
     """`root`: containerd's (config: mirror.containerd_root); empty: nothing is ever found. Thread-safe."""
 
     def __init__(self, root: str) -> None:
-        self._blobs = Path(root, _BLOBS) if root else None
+        self._blobs = blobs_directory(root) if root else None
 
     def open(self, digest: Digest, size: int | None = None) -> OpenBlob | None:
         """
@@ -55,3 +55,8 @@ class ContentStore:
             os.close(file)
             return None
         return OpenBlob(file, status.st_size)
+
+
+def blobs_directory(root: str) -> Path:
+    """Where containerd keeps its blobs below its root."""
+    return Path(root, _BLOBS)

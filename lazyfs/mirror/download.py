@@ -77,18 +77,22 @@ class Span:
 
 @dataclass(slots=True)
 class Counted:
-    """Bytes by where they came from, of one download or of all."""
+    """Bytes by where they came from, of one download or of all; `wrong`: pieces that were not the origin's."""
 
     peers: int = 0
     origin: int = 0
+    wrong: int = 0
 
 
 @dataclass(eq=False, slots=True)
 class _Reader:
-    """Who reads: pieces [next, end)."""
+    """Who reads: pieces [next, end). [first, given) it has; `is_misled`: one of these was wrong."""
 
+    first: int
     next: int
+    given: int
     end: int
+    is_misled: bool = False
 
 
 class Download:
@@ -97,6 +101,7 @@ class Download:
 
     Attributes:
         error: of the last attempt, while nobody has asked again.
+        began: on trio's clock.
         shared: peers may have it.
         origin_pieces: that the origin gave.
 
@@ -104,7 +109,7 @@ class Download:
 
     def __init__(self, file: PieceFile, directory: PieceDirectory, threads: Threads, counted: Counted, *,
                  sums: bytes = b"", verify: bool = True,
-                 blame: Callable[[str, Resource], None] | None = None) -> None:
+                 blame: Callable[[str, Download], None] | None = None) -> None:
         """
         `counted`: is added to. `sums`: BLAKE3 of all pieces, where somebody vouches for them. `verify`: the resource's
         digest is that of its bytes (else: of what names it). `blame`: is told who gave wrong bytes (a member's id).
@@ -114,6 +119,7 @@ class Download:
         self.file, self.resource = file, file.resource
         self.origin: Origin | None = None
         self.error: LazyfsError | None = None
+        self.began = trio.current_time()
         self.counted = counted
         self.shared = False
         self.origin_pieces = 0
@@ -150,16 +156,16 @@ class Download:
         """
         Bytes [start, end), in order, as soon as they are there. Use with contextlib.aclosing.
 
-        Whoever reads all of it gets the last piece only when the whole digest was right, so a wrong blob is never
-        read to its end.
+        Whoever reads all of it gets the last piece only when the whole digest was right, and none of what it got
+        before had to be replaced: so a wrong blob is never read to its end.
 
         Raises:
-            LazyfsError: they cannot be had.
+            LazyfsError: they cannot be had. IntegrityError: some that came out of here were wrong; ask again.
 
         """
         size, count = self.resource.piece_size, self.resource.piece_count
         held_back = int(start == 0 and end == self.resource.size)
-        reader = _Reader(0, -(-end // size))
+        reader = _Reader(start // size, 0, 0, -(-end // size))
         self._readers.add(reader)
         self.error = None
         try:
@@ -168,10 +174,13 @@ class Download:
                 self._notify()
                 upto = count if self.file.is_whole else count - held_back
                 await self.wait(index, whole=index >= upto)
+                if reader.is_misled:
+                    raise IntegrityError(f"{self.resource.key}: a peer gave wrong bytes, and they were read",
+                                         hint="ask again: they have been replaced")
                 stop = index + 1
                 while stop < min(reader.end, upto) and self.file.present[stop] and (stop - index) * size < SPAN_BYTES:
                     stop += 1
-                until = min(end, stop * size)
+                reader.given, until = stop, min(end, stop * size)
                 yield Span(self.file.file, start, until - start)
                 start = until
         finally:
@@ -380,6 +389,9 @@ class Download:
                 if chunk_digest(data) == self.file.sum_of(index):
                     continue
                 await trio.to_thread.run_sync(self._write, index, data, limiter=self._threads.disk)
+                self.counted.wrong += 1
+                for reader in self._readers:
+                    reader.is_misled = reader.is_misled or reader.first <= index < reader.given
                 liar = self._given_by.pop(index, "")
                 if liar and self._blame is not None:
-                    self._blame(liar, self.resource)
+                    self._blame(liar, self)

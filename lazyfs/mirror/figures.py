@@ -26,6 +26,7 @@ class Figures:
 
     def __init__(self, fetched: Counted) -> None:
         self._registry = CollectorRegistry()
+        self._fetched = fetched
         self._requests = Counter("lazyfs_mirror_requests", "Requests answered: what for, from where, which status.",
                                  ("end", "source", "status"), registry=self._registry)
         self._bytes = Counter("lazyfs_mirror_sent_bytes", "Bytes of bodies sent to clients, by where they were.",
@@ -40,9 +41,23 @@ class Figures:
         self._bytes.labels(end, source).inc(sent_bytes)
         self._seconds.labels(end).observe(seconds)
 
+    def told(self) -> dict[str, dict[str, int]]:
+        """For people, since the start: requests and bytes sent, by source; bytes fetched and pieces mended."""
+        return {"requests": _by_source(self._requests), "sent_bytes": _by_source(self._bytes),
+                "fetched_bytes": {"peers": self._fetched.peers, "registry": self._fetched.origin},
+                "wrong_pieces": {"mended": self._fetched.wrong}}
+
     def text(self) -> bytes:
         """As Prometheus reads it."""
         return generate_latest(self._registry)
+
+
+def _by_source(counter: Counter) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for sample in (one for family in counter.collect() for one in family.samples if one.name.endswith("_total")):
+        source = sample.labels["source"]
+        found[source] = found.get(source, 0) + int(sample.value)
+    return found
 
 
 class _Fetched(Collector):
@@ -50,6 +65,8 @@ class _Fetched(Collector):
         self._fetched = fetched
 
     def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily("lazyfs_mirror_wrong_pieces", "Pieces that were not the origin's, and were replaced.",
+                                  self._fetched.wrong)
         family = CounterMetricFamily("lazyfs_mirror_fetched_bytes", "Bytes of blobs and files fetched, by source.",
                                      labels=("source",))
         family.add_metric(("peer",), self._fetched.peers)

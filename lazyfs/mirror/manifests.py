@@ -1,5 +1,6 @@
 """
-Manifests for the mirror's clients: as the registry says just now; while it cannot be reached, as it said before.
+Manifests for the mirror's clients: as the registry says just now; while it cannot be reached, as it said before, to
+this node or (mirror.hearsay) to several others.
 
 Layer: mirror. Who calls: mirror.pulling. A tag is resolved by the registry, each time (mirror.tag_fresh_s: or not so
 often): HEAD, and the manifest itself comes out of the records if that very repository gave it before. While the
@@ -24,17 +25,22 @@ from lazyfs.limits import LAYER_BYTES_MAX
 from lazyfs.mirror.flights import Flights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
+    from lazyfs.mirror.believing import Word
+    from lazyfs.mirror.hearsay import Hearsay
     from lazyfs.mirror.records import Records
     from lazyfs.mirror.upstream import Upstream
     from lazyfs.registry.place import Document
     from lazyfs.registry.reference import RegistryReference
 
+    Hear = Callable[[RegistryReference], Awaitable[Word | None]]
+
 T = TypeVar("T")
 REGISTRY: Final = "registry"        # sources, for logs and metrics
 MEMORY: Final = "memory"
 OFFLINE: Final = "offline"
+PEERS: Final = "peers"
 THREAD_COUNT: Final = 32            # requests to registries at the same time, of the whole mirror; others wait
 _ANSWER_S: Final = 15.0             # a client gets a manifest or an error by then
 _log = logging.getLogger("lazyfs.mirror")
@@ -51,19 +57,22 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class FoundManifest:
-    """`source`: who said so."""
+    """`source`: who said so; OFFLINE and PEERS: `age_s` ago."""
 
     document: Document
     source: str
+    age_s: float = 0.0
 
 
 class Manifests:
     """See the module."""
 
-    def __init__(self, upstream: Upstream, records: Records, terms: Terms, nursery: trio.Nursery) -> None:
+    def __init__(self, upstream: Upstream, records: Records, terms: Terms, nursery: trio.Nursery,
+                 hearsay: Hearsay) -> None:
         self._upstream = upstream
         self._records = records
-        self._terms = terms
+        self.terms = terms
+        self._hearsay = hearsay
         self._flights: Flights[FoundManifest] = Flights(nursery)
         self._threads = trio.CapacityLimiter(THREAD_COUNT)
 
@@ -88,10 +97,32 @@ class Manifests:
     # --- by tag ---------------------------------------------------------------------------------------------------
 
     async def _of_tag(self, reference: RegistryReference) -> FoundManifest:
-        return await self.in_thread(partial(self._look_up_tag, reference))
+        """What this node and several others remember is of different age, perhaps: the younger one counts."""
+        return await self._or_heard(partial(self._look_up_tag, reference), self._hearsay.tag, reference)
+
+    async def _or_heard(self, look_up: Callable[[], FoundManifest], hear: Hear,
+                        reference: RegistryReference) -> FoundManifest:
+        found, failure = None, None
+        try:
+            found = await self.in_thread(look_up)
+        except (NotFoundError, AuthError):
+            raise
+        except SourceError as error:
+            failure = error
+        if found is not None and found.source != OFFLINE:
+            return found
+        heard = await hear(reference)
+        if heard is not None and (found is None or heard.age_s < found.age_s):
+            _log.warning("%s: it is %s by word of peers, of %.0f s ago; its registry: %s", reference.text,
+                         heard.document.digest.short, heard.age_s, failure or "not reached")
+            return FoundManifest(heard.document, PEERS, heard.age_s)
+        if found is None:
+            assert failure is not None
+            raise failure
+        return found
 
     def _look_up_tag(self, reference: RegistryReference) -> FoundManifest:
-        place, terms = reference.identity, self._terms
+        place, terms = reference.identity, self.terms
         known = self._records.tag(place, reference.tag)
         kept = self._records.manifest(place, known.digest) if known is not None else None
         if known is not None and kept is not None and known.age_s < terms.tag_fresh_s:
@@ -105,7 +136,7 @@ class Manifests:
             if known is None or kept is None or known.age_s >= terms.offline_s:
                 raise
             _log.warning("%s: its digest is that of %.0f s ago: %s", reference.text, known.age_s, error)
-            return FoundManifest(kept.document, OFFLINE)
+            return FoundManifest(kept.document, OFFLINE, known.age_s)
 
     def _ask_for_tag(self, reference: RegistryReference) -> FoundManifest:
         place = reference.identity
@@ -124,13 +155,13 @@ class Manifests:
     # --- by digest ------------------------------------------------------------------------------------------------
 
     async def _of_digest(self, reference: RegistryReference) -> FoundManifest:
-        return await self.in_thread(partial(self._look_up_digest, reference))
+        return await self._or_heard(partial(self._look_up_digest, reference), self._hearsay.manifest, reference)
 
     def _look_up_digest(self, reference: RegistryReference) -> FoundManifest:
         place, digest = reference.identity, reference.digest
         assert digest is not None
         kept = self._records.manifest(place, digest)
-        if kept is not None and kept.age_s < self._terms.proof_s:
+        if kept is not None and kept.age_s < self.terms.proof_s:
             return FoundManifest(kept.document, MEMORY)
         try:
             if kept is None:
@@ -142,9 +173,9 @@ class Manifests:
             self._records.forget(place, digest)
             raise
         except SourceError:
-            if kept is None or kept.age_s >= self._terms.offline_s:
+            if kept is None or kept.age_s >= self.terms.offline_s:
                 raise
-            return FoundManifest(kept.document, OFFLINE)
+            return FoundManifest(kept.document, OFFLINE)    # of age 0: it is what its digest says
         self._records.prove_manifest(place, digest)
         return FoundManifest(kept.document, MEMORY)
 

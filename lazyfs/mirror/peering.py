@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,9 @@ import trio
 from lazyfs.config import split_address
 from lazyfs.errors import AuthError, ConfigError, NotFoundError, PeerRefusedError
 from lazyfs.limits import KIB
+from lazyfs.mirror.blaming import Blaming
 from lazyfs.mirror.blobs import RegistryBlob
+from lazyfs.mirror.outage import Wanted, from_anybody, others
 from lazyfs.mirror.pieces import PieceStore
 from lazyfs.peers.announce import COMPLETE, Standing
 from lazyfs.peers.authority import make_gate
@@ -38,15 +41,16 @@ if TYPE_CHECKING:
 
     from lazyfs import config
     from lazyfs.mirror.download import Download
+    from lazyfs.mirror.hearsay import Hearsay
     from lazyfs.mirror.pieces import Blobs
     from lazyfs.peers.jobs import Doing
-    from lazyfs.peers.model import Deliver, Origin, Priority, Resource, View
+    from lazyfs.peers.model import Deliver, Member, Origin, Priority, Resource, View
     from lazyfs.registry.options import RegistryOptions
     from lazyfs.registry.reference import RegistryReference
 
 LOOK_S: Final = 60.0
 VIEW_S: Final = 2.5              # a view is waited for so long: else all who begin together go to the registry
-ALONE_BYTES_MAX: Final = 64 * KIB    # no peer is asked for less: a request to the registry is as quick
+ALONE_BYTES_MAX: Final = 64 * KIB    # no peer is asked for less: a request to a registry that is there is as quick
 _ANNOUNCED_MAX: Final = 1024     # that are whole, and not in use; a beat holds twice as many
 _PROOF_S: Final = 8.0
 _log: Final = logging.getLogger("lazyfs.mirror")
@@ -64,14 +68,17 @@ def settings_of(peers: config.Peers, address: str) -> config.Peers:
 
 
 class MirrorPeers:
-    """See the module. A Party of its Endpoint; the download.Fetching of its blobs."""
+    """See the module. A Party of its Endpoint; the download.Fetching of its blobs; the hearsay.Members of its tags."""
 
-    def __init__(self, settings: config.Peers, blobs: Blobs, options: RegistryOptions, do: Doing) -> None:
+    def __init__(self, settings: config.Peers, blobs: Blobs, options: RegistryOptions, do: Doing,
+                 hearsay: Hearsay) -> None:
         """`settings`: of settings_of(). `options`: of registries, for proofs. `do`: preheat tasks."""
-        self._settings, self._blobs, self._do = settings, blobs, do
+        self._settings, self._blobs, self._do, self._hearsay = settings, blobs, do, hearsay
         self._prover = MirrorProver(blobs, options)
         self.endpoint: Endpoint | None = None
         self._whole: dict[str, Resource] = {}
+        self._places: set[str] = set()                  # hearsay.place_key, of what it has pulled from
+        self._asking: Counter[str] = Counter()          # likewise, of what is asked about just now
         self._released: set[str] = set()
         self._viewed: dict[str, trio.Event] = {}
         self._why = "starting"
@@ -82,14 +89,17 @@ class MirrorPeers:
         try:
             me = await trio.to_thread.run_sync(find_member, settings, MIRROR, settings.address, abandon_on_cancel=True)
             endpoint = Endpoint(settings, me, PieceStore(self._blobs), self, listen_at=settings.address,
-                                make_gate=lambda member: make_gate(settings, member.id, self._prover))
+                                make_gate=lambda member: make_gate(settings, member.id, self._prover),
+                                desk=self._hearsay.tell)
         except (ConfigError, OSError) as error:
             self._why = str(error)
             _log.error("this mirror goes on without peers: %s", error)
             return
         self.endpoint, self._why = endpoint, ""
+        self._hearsay.members = self
         self._blobs.swarm = self
         self._blobs.on_open = self._opened
+        self._blobs.blame = Blaming(endpoint.swarm).blame
         self._blobs.on_close = lambda _: endpoint.membership.news()
         async with trio.open_nursery() as nursery:
             if isinstance(endpoint.membership, TrackedMembership):
@@ -105,15 +115,51 @@ class MirrorPeers:
                     deliver: Deliver, origin: Origin | None = None, request: str = "") -> list[int]:
         """See peers.swarm.Swarm.fetch. Who begins waits for the others that begin: for VIEW_S at most."""
         endpoint = self.endpoint
-        if endpoint is None or resource.size <= ALONE_BYTES_MAX:
+        is_down = self._is_origin_down(resource.key)
+        if endpoint is None or (resource.size <= ALONE_BYTES_MAX and not is_down):
             return list(indexes)
-        viewed = self._viewed.get(resource.key)
+        await self._wait_for_view(endpoint, resource.key)
+        if is_down:
+            wanted = Wanted(resource, indexes, priority, deadline, request)
+            return await from_anybody(endpoint.swarm, wanted, deliver)
+        return await endpoint.swarm.fetch(resource, indexes, priority=priority, deadline=deadline, hops=hops,
+                                          deliver=deliver, origin=origin, request=request)
+
+    async def _wait_for_view(self, endpoint: Endpoint, key: str) -> None:
+        viewed = self._viewed.get(key)
         if viewed is not None and not viewed.is_set() and not endpoint.membership.describe()["lost_s"]:
             with trio.move_on_after(VIEW_S):
                 await viewed.wait()
             viewed.set()
-        return await endpoint.swarm.fetch(resource, indexes, priority=priority, deadline=deadline, hops=hops,
-                                          deliver=deliver, origin=origin, request=request)
+
+    def _is_origin_down(self, key: str) -> bool:
+        origins = (one.origin for one in self._blobs.under_way() if one.resource.key == key)
+        return any(isinstance(one, RegistryBlob) and one.upstream.is_down(one.reference) for one in origins)
+
+    # --- for hearsay: see hearsay.Members --------------------------------------------------------------------------
+
+    async def having(self, key: str) -> list[Member]:
+        endpoint = self.endpoint
+        assert endpoint is not None
+        self._asking[key] += 1
+        try:
+            if endpoint.swarm.view(key) is None:
+                self._viewed.setdefault(key, trio.Event())
+                endpoint.membership.news()
+                await self._wait_for_view(endpoint, key)
+            return others(endpoint.swarm, key)
+        finally:
+            self._asking[key] -= 1
+            if not self._asking[key]:
+                del self._asking[key]
+
+    async def question(self, member: Member, words: str, key: str) -> bytes:
+        assert self.endpoint is not None
+        return await self.endpoint.question(member, words, key)
+
+    def admit(self, token: str, key: str) -> None:
+        assert self.endpoint is not None
+        self.endpoint.gate.admit(token, key)
 
     def _opened(self, resource: Resource) -> None:
         assert self.endpoint is not None
@@ -128,6 +174,7 @@ class MirrorPeers:
         found = {one.resource.key: _standing(one) for one in self._blobs.under_way() if one.shared}
         for key in self._whole.keys() - self._released - found.keys():
             found[key] = Standing(COMPLETE, need=False)
+        found |= dict.fromkeys(self._places | self._asking.keys(), Standing())
         self._viewed = {key: event for key, event in self._viewed.items() if key in found}
         return found
 
@@ -148,15 +195,21 @@ class MirrorPeers:
             with contextlib.suppress(OSError):
                 held = [one.resource for one in await self._blobs.held() if one.whole]
                 self._whole = {resource.key: resource for resource in held[:_ANNOUNCED_MAX]}
+            self._places = await self._hearsay.places()
             self._released &= self._whole.keys()
             self.endpoint.membership.news()
             await trio.sleep(LOOK_S)
 
     def describe(self) -> dict[str, Any]:
-        """JSON, as node.peering has it."""
+        """JSON for everybody on this machine: so no digests, which are the names by which peers give things."""
         if self.endpoint is None:
             return {"cluster": self._settings.cluster, "why": self._why}
-        return {"cluster": self._settings.cluster, "why": "", **self.endpoint.describe()}
+        told = self.endpoint.describe()
+        shown = ("id", "address", "zone", "listens", "connections", "uploads")
+        return {"cluster": self._settings.cluster, "why": "", **{name: told[name] for name in shown},
+                "membership": told["membership"], "swarms": len(told["swarms"]),
+                "away": sorted(one["id"] for one in told["peers"] if one["away"]),
+                "lied": sorted(one["id"] for one in told["peers"] if one["away"] == "lied")}
 
 
 class MirrorProver:

@@ -64,7 +64,7 @@ class Blobs:
     Attributes:
         counted: bytes since the start, by source.
         on_open, on_close: told, on the loop, when this node begins and ends to take part in a resource.
-        blame: told the id of a member that gave wrong bytes.
+        blame: told the id of a member that gave wrong bytes, and of what, once a piece.
 
     """
 
@@ -74,7 +74,7 @@ class Blobs:
         self.directory, self.swarm, self.content = directory, swarm, content
         self.on_open: Callable[[Resource], None] | None = None
         self.on_close: Callable[[Resource], None] | None = None
-        self.blame: Callable[[str, Resource], None] | None = None
+        self.blame: Callable[[str, Download], None] | None = None
         self.counted = Counted()
         self._threads = Threads()
         self._entries: dict[str, _Entry] = {}
@@ -198,11 +198,10 @@ class Blobs:
         if self.on_close is not None:
             self.on_close(download.resource)
 
-    def _blame(self, member: str, resource: Resource) -> None:
-        """No report to the tracker: it may have passed on what it got, as this node did until now."""
-        _log.warning("%s: the peer %s gave a wrong piece", resource.key, member)
+    def _blame(self, member: str, download: Download) -> None:
+        _log.warning("%s: the peer %s gave a wrong piece", download.resource.key, member)
         if self.blame is not None:
-            self.blame(member, resource)
+            self.blame(member, download)
 
 
 class PieceStore:

@@ -124,6 +124,16 @@ class Records:
         row = self._one("SELECT size, proven, is_shown FROM blob WHERE place=? AND digest=?", place, digest.text)
         return None if row is None else KnownBlob(row[0], _age(row[1]), bool(row[2]))
 
+    def places(self, age_s: float, count: int) -> list[str]:
+        """Repositories of which a tag was resolved in the last `age_s`, the latest first."""
+        query = "SELECT place FROM tag WHERE proven>? GROUP BY place ORDER BY max(proven) DESC LIMIT ?"
+        try:
+            with self._lock:
+                return [row[0] for row in self._base.execute(query, (time.time() - age_s, count))]
+        except sqlite3.Error as error:
+            _log.warning("%s: not read: %s", self._path, error)
+            return []
+
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
         try:
             with self._lock:

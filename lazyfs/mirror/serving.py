@@ -2,12 +2,14 @@
 The mirror's process: puts the parts together, and serves until it is told to end.
 
 Layer: mirror. Who calls: cli.mirror. State: what is in mirror.dir; one process at a time uses it. On the same address:
-the distribution API (mirror.pulling), `/healthz`, `/readyz` and `/metrics`.
+the distribution API (mirror.pulling), `/healthz`, `/readyz`, `/metrics` and `/status` (JSON, for `lazyfs status`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+import lazyfs
 from lazyfs.cache.ownership import prepare_directory
 from lazyfs.errors import TargetError
 from lazyfs.mirror import web
@@ -24,6 +27,7 @@ from lazyfs.mirror.blobs import PullBlobs
 from lazyfs.mirror.contentstore import ContentStore
 from lazyfs.mirror.figures import Figures
 from lazyfs.mirror.files import Files, Rules
+from lazyfs.mirror.hearsay import Hearsay, Trust
 from lazyfs.mirror.manifests import Manifests, Terms
 from lazyfs.mirror.peering import MirrorPeers, settings_of
 from lazyfs.mirror.piecedir import PieceDirectory
@@ -36,6 +40,7 @@ from lazyfs.mirror.route import Refusal
 from lazyfs.mirror.upstream import USER_AGENT, Upstream, anonymous
 from lazyfs.mirror.urls import Urls
 from lazyfs.registry.fields import from_config
+from lazyfs.registry.hosts import OWN_MIRROR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -50,10 +55,12 @@ _log = logging.getLogger("lazyfs.mirror")
 class Mirror:
     """One mirror; `opened()` makes it. `handle` answers a request of any kind."""
 
-    def __init__(self, pulling: Pulling, figures: Figures, proxy: Proxy) -> None:
+    def __init__(self, pulling: Pulling, figures: Figures, proxy: Proxy, peers: MirrorPeers | None) -> None:
         self._pulling = pulling
         self._proxy = proxy
         self._figures = figures
+        self._peers = peers
+        self._began = trio.current_time()
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """For mirror.web."""
@@ -64,8 +71,15 @@ class Mirror:
             await reply.whole(200, {"Content-Type": "text/plain"}, b"ok\n")
         elif request.method in {"GET", "HEAD"} and path == "/metrics":
             await reply.whole(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self._figures.text())
+        elif request.method in {"GET", "HEAD"} and path == "/status":
+            await reply.whole(200, {"Content-Type": "application/json", OWN_MIRROR: USER_AGENT}, self._status())
         else:
             await refuse(reply, Refusal(404, "NAME_UNKNOWN", "this is lazyfs' mirror: it serves /v2/"))
+
+    def _status(self) -> bytes:
+        told = {"version": lazyfs.__version__, "pid": os.getpid(), "seconds": trio.current_time() - self._began,
+                "peers": None if self._peers is None else self._peers.describe(), **self._figures.told()}
+        return json.dumps(told).encode() + b"\n"
 
 
 @asynccontextmanager
@@ -92,19 +106,30 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         terms = Terms(own.tag_fresh_s, own.proof_s, own.offline_s)
-        manifests = Manifests(upstream, records, terms, nursery)
-        access = Access(upstream, records, terms, manifests, nursery)
+        hearsay = Hearsay(records, _trust(settings))
+        manifests = Manifests(upstream, records, terms, nursery, hearsay)
+        access = Access(upstream, records, manifests, hearsay, nursery)
         figures = Figures(blobs.counted)
         pull = PullBlobs(content, blobs, access, upstream, peers_prove=settings.peers.tokens == "resource")
         urls = Urls(replace(options, user_agent=USER_AGENT))
         stack.callback(urls.close)
         files = Files(blobs, urls, Rules.of(own.proxy, own.proxy_immutable), share_unverified=own.share_unverified)
+        peers = None
         if settings.peers.enabled:
             preheating = Preheating(blobs, upstream, options, content, files)
             peers = MirrorPeers(settings_of(settings.peers, own.peers_address), blobs, options,
-                                preheating.do)
+                                preheating.do, hearsay)
             nursery.start_soon(peers.run)
-        yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts))
+        yield Mirror(Pulling(manifests, pull, upstream, figures), figures, Proxy(files, own.proxy_hosts), peers)
+
+
+def _trust(settings: Config) -> Trust:
+    """With tokens for single resources no member can show a right to a name: nothing is asked by it, or told."""
+    own = settings.mirror
+    if own.tags_from_peers_s and settings.peers.tokens == "resource":
+        _log.warning('mirror.tags_from_peers_s counts for nothing with peers.tokens = "resource"')
+        return Trust()
+    return Trust(own.tags_from_peers_s, own.tags_from_peers_agree, own.offline_s)
 
 
 async def run(settings: Config, address: str, ready: Callable[[str], None]) -> None:

@@ -65,6 +65,15 @@ class Upstream:
             self._clients.move_to_end(place)
         return found
 
+    def is_down(self, reference: RegistryReference) -> bool:
+        """Whether its registry did not answer when it was asked last."""
+        with self._lock:
+            return reference.host in self._down
+
+    def _answered(self, reference: RegistryReference) -> None:
+        with self._lock:
+            self._down.pop(reference.host, None)
+
     @contextlib.contextmanager
     def small(self, reference: RegistryReference) -> Iterator[tuple[RegistryClient, float]]:
         """A client, and the deadline of a small request; at once SourceError where the registry is known to be down."""
@@ -74,7 +83,9 @@ class Upstream:
             raise SourceError(f"{reference.host}: not asked, it did not answer just now: {why}")
         try:
             yield self.client(reference), time.monotonic() + _SMALL_S
+            self._answered(reference)
         except (NotFoundError, AuthError, RateLimitedError):
+            self._answered(reference)
             raise
         except SourceError as error:
             if error.transient:
@@ -124,7 +135,9 @@ class Upstream:
     def read_range(self, reference: RegistryReference, digest: Digest, offset: int, size: int,
                    deadline: float) -> ByteStream:
         """Bytes [offset, offset + size) of a blob, as they come; nothing is tried again."""
-        return RangeStream(self.client(reference).blob(digest, offset, size, deadline), size)
+        stream = RangeStream(self.client(reference).blob(digest, offset, size, deadline), size)
+        self._answered(reference)
+        return stream
 
 
 def anonymous(options: RegistryOptions, directory: Path) -> RegistryOptions:

@@ -8,10 +8,10 @@ away in the middle of an answer is normal: nothing is said about it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import h11
@@ -19,6 +19,7 @@ import trio
 
 from lazyfs.config import split_address
 from lazyfs.errors import BugError, TargetError
+from lazyfs.guests import GONE, Guests, see_off
 from lazyfs.limits import KIB, MIB
 
 if TYPE_CHECKING:
@@ -28,16 +29,13 @@ _HEADER_BYTES_MAX: Final = 32 * KIB      # a token of a cloud's registry is 4 Ki
 _BODY_BYTES_MAX: Final = 64 * KIB        # nobody sends one to a mirror; a job of preheating is small
 _READ_BYTES: Final = 64 * KIB
 _SENDFILE_BYTES: Final = 4 * MIB
-_LINGER_S: Final = 1.0
-_LINGER_BYTES: Final = 256 * KIB
+_REFUSAL_S: Final = 1.0                  # for one line
 HEADER_S: Final = 15.0                   # from a connection's first byte to the end of a request
 IDLE_S: Final = 90.0                     # clients keep connections for 90 s (Go) or less
 STALL_S: Final = 300.0                   # a client that takes nothing: containerd itself gives a pull up after 5 min
 CONNECTION_COUNT_MAX: Final = 512        # each may hold a piece of 4 MiB for a moment; a pull opens 3 to 6
 _THREAD_COUNT: Final = 16                # which may wait for the disk in sendfile
 _log = logging.getLogger("lazyfs.mirror")
-
-_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +148,6 @@ class Reply:
             raise trio.BrokenResourceError("the client takes nothing")
 
 
-@dataclass(slots=True)
-class _Guests:
-    """Who is connected. `idle`: scopes of those between two requests, longest first: they make room for others."""
-
-    limit: trio.CapacityLimiter
-    idle: dict[trio.CancelScope, None] = field(default_factory=dict)
-
-    async def admit(self, token: object) -> None:
-        if not self.limit.available_tokens and self.idle:
-            scope = next(iter(self.idle))
-            del self.idle[scope]
-            scope.cancel()
-        await self.limit.acquire_on_behalf_of(token)
-
-
 async def listen(address: str) -> list[trio.SocketListener]:
     """
     Sockets for host:port.
@@ -184,59 +167,41 @@ async def listen(address: str) -> list[trio.SocketListener]:
 async def serve(listeners: list[trio.SocketListener],
                 handler: Callable[[Request, Reply], Awaitable[None]]) -> NoReturn:
     """Answer until cancelled. What a handler raises ends its connection, and is logged as a bug."""
-    guests = _Guests(trio.CapacityLimiter(CONNECTION_COUNT_MAX))
-    threads = trio.CapacityLimiter(_THREAD_COUNT)
+    guests = Guests(CONNECTION_COUNT_MAX, _log, "a connection")
+    serve_one = partial(_serve_one, handler=handler, guests=guests, threads=trio.CapacityLimiter(_THREAD_COUNT))
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(_accept, listener, handler, guests, threads, nursery)
+            nursery.start_soon(guests.accept, listener, serve_one, nursery)
     raise BugError("listeners ended")
 
 
-async def _accept(listener: trio.SocketListener, handler: Callable[[Request, Reply], Awaitable[None]],
-                  guests: _Guests, threads: trio.CapacityLimiter, nursery: trio.Nursery) -> None:
-    async with listener:
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:   # no descriptor is left, the client is gone
-                _log.warning("a connection was not accepted: %s", error)
-                await trio.sleep(0.1)
-                continue
-            token = object()
-            await guests.admit(token)
-            nursery.start_soon(_serve_one, stream, handler, guests, threads, token)
-
-
-async def _serve_one(stream: trio.SocketStream, handler: Callable[[Request, Reply], Awaitable[None]],
-                     guests: _Guests, threads: trio.CapacityLimiter, token: object) -> None:
+async def _serve_one(stream: trio.SocketStream, *, handler: Callable[[Request, Reply], Awaitable[None]],
+                     guests: Guests, threads: trio.CapacityLimiter) -> None:
     try:
-        async with stream:
-            peer = str(stream.socket.getpeername()[0])
-            http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEADER_BYTES_MAX)
-            while True:
-                request = await _next_request(stream, http, guests, peer)
-                if request is None:
-                    break
-                reply = Reply(stream, http, request.method, threads)
-                await handler(request, reply)
-                if not reply.has_ended or http.our_state is not h11.DONE or http.their_state is not h11.DONE:
-                    break
-                http.start_next_cycle()
-    except _GONE:
+        peer = str(stream.socket.getpeername()[0])
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEADER_BYTES_MAX)
+        while True:
+            request = await _next_request(stream, http, guests, peer)
+            if request is None:
+                break
+            reply = Reply(stream, http, request.method, threads)
+            await handler(request, reply)
+            if not reply.has_ended or http.our_state is not h11.DONE or http.their_state is not h11.DONE:
+                break
+            http.start_next_cycle()
+    except GONE:
         pass   # the client's affair
     except Exception:  # noqa: BLE001 - must not end the others
         _log.exception("a request failed")
-    finally:
-        guests.limit.release_on_behalf_of(token)
 
 
-async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests: _Guests,
+async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests: Guests,
                         peer: str) -> Request | None:
     """The next one on a connection; None: there is none, or it was none and has been answered."""
     head: h11.Request | None = None
     body = bytearray()
     scope = trio.CancelScope(deadline=trio.current_time() + IDLE_S)
-    guests.idle[scope] = None
+    guests.idle(scope)
     try:
         with scope:
             while True:
@@ -247,11 +212,11 @@ async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests:
                     data = await stream.receive_some(_READ_BYTES)
                     http.receive_data(bytes(data))
                     if data:
-                        guests.idle.pop(scope, None)
+                        guests.busy(scope)
                         scope.deadline = min(scope.deadline, trio.current_time() + HEADER_S)
                 elif isinstance(event, h11.Request):
                     head = event
-                    guests.idle.pop(scope, None)
+                    guests.busy(scope)
                 elif isinstance(event, h11.Data):
                     body += event.data
                     if len(body) > _BODY_BYTES_MAX:
@@ -265,7 +230,7 @@ async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests:
         await _refuse(stream, http, error.error_status_hint)
         return None
     finally:
-        guests.idle.pop(scope, None)
+        guests.busy(scope)
     if scope.cancelled_caught or head is None:
         return None
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
@@ -277,9 +242,6 @@ async def _refuse(stream: trio.SocketStream, http: h11.Connection, status: int) 
         headers = [("Content-Length", "0"), ("Connection", "close")]
         answer = (http.send(h11.Response(status_code=status, headers=headers)) or b"") + (
             http.send(h11.EndOfMessage()) or b"")
-        with contextlib.suppress(*_GONE), trio.move_on_after(_LINGER_S):
+        with trio.move_on_after(_REFUSAL_S):
             await stream.send_all(answer)
-            await stream.send_eof()
-            left = _LINGER_BYTES       # what is still coming: closing before would take the answer back (RFC 9112 §9.6)
-            while left > 0 and (data := await stream.receive_some(_READ_BYTES)):
-                left -= len(data)
+        await see_off(stream)

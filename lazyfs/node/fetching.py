@@ -26,6 +26,7 @@ from lazyfs.errors import BusyError, CacheError, LazyfsError, NotFoundError, Sou
 from lazyfs.fetch.device import FetchDevice
 from lazyfs.fetch.engine import CopyTerms, Fetcher
 from lazyfs.fs.isolate import error_to
+from lazyfs.node import verifying
 from lazyfs.node.copyplan import Share, missing_bytes
 from lazyfs.node.copyrun import CopyRun
 from lazyfs.node.housekeeping import Housekeeper, Request, mounts_of
@@ -156,7 +157,8 @@ class Fetching:
         devices: list[FetchDevice] = []
         try:
             with fetch.scope:
-                opened = await self._housekeeper.with_room(open_image, fetch.order, self._cache.path,
+                admitted = await verifying.admit(fetch.order, self._cache.path)
+                opened = await self._housekeeper.with_room(open_image, admitted, self._cache.path,
                                                            abandon_on_cancel=True)
                 fetch.name = opened.layer.digest.hex
                 self._note(fetch, opened)

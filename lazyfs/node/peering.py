@@ -17,6 +17,7 @@ import trio
 
 from lazyfs.cache import inventory
 from lazyfs.errors import ConfigError
+from lazyfs.fetch.peering import FIRST_VIEW_S
 from lazyfs.node.peerstore import PeerStore
 from lazyfs.peers.announce import COMPLETE, Standing
 from lazyfs.peers.endpoint import Endpoint, find_member
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 60.0             # at the cache: what is there besides what is in use
 TELL_S: Final = 1.0              # so soon it is said that a device is complete
+ALONE_VIEW_S: Final = 0.1        # instead of FIRST_VIEW_S, where nobody else was in the cluster a moment ago
 CACHED_COUNT_MAX: Final = 1024   # devices that are announced without being in use; a beat holds twice as many
 _log: Final = logging.getLogger("lazyfs.peers")
 
@@ -122,7 +124,7 @@ class NodePeers:
             if view is not None:
                 self.viewed(key, view)
             elif not known["lost_s"]:
-                self._peering.await_view(key)
+                self._peering.await_view(key, ALONE_VIEW_S if known.get("cluster_members") == 1 else FIRST_VIEW_S)
         self.endpoint.membership.news()
 
     async def _tell(self) -> None:

@@ -1,13 +1,14 @@
 """
-Whether somebody whom this node trusts has signed an image: asked before it is mounted.
+Whether somebody whom this node trusts has signed an image: asked before it is mounted, or fetched on request.
 
 What is verified is a chain: key -> payload -> digest of the manifest (or of an index that names it) -> the bootstrap
 layer, compressed or not; from there each chunk has its digest. What the snapshotter, a label or a tag says is a hint
 where to look, and never believed. What was verified is kept as *evidence*, not as a verdict, beside the bootstrap: the
 next mount of the same image verifies it again, with the keys of that day, and asks no registry.
 
-Layer: node. Who calls: node.worker before each mount, never for a mount that is taken over. Policy "warn" says in the
-log what "enforce" refuses. State: the settings (set once a process), files CACHE/signatures/<hex of the layer>.json.
+Layer: node. Who calls: node.worker before each mount, never for a mount that is taken over; node.fetching. Policy
+"warn" says in the log what "enforce" refuses. State: the settings (set once a process), files
+CACHE/signatures/<hex of the layer>.json.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def rule_for(image: str, settings: Verify) -> Verify | VerifyRule:
 
 async def admit(order: MountOrder, cache_dir: Path) -> MountOrder:
     """
-    The order, if its image may be mounted; named by the manifest that was verified.
+    The order, if its image may be used; named by the manifest that was verified.
 
     Raises:
         SignatureError: policy "enforce", and nobody trusted has signed it. LazyfsError: it could not be found out.
@@ -94,7 +95,7 @@ async def admit(order: MountOrder, cache_dir: Path) -> MountOrder:
     except LazyfsError as error:
         if rule.policy == "enforce":
             raise
-        _log.warning("%s is mounted all the same (verify.policy is warn): %s", order.image, error)
+        _log.warning("%s is used all the same (verify.policy is warn): %s", order.image, error)
         return order
 
 

@@ -7,16 +7,17 @@ looked at (`admit`) before its body is read.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
 import trio
 
 from lazyfs.config import split_address
+from lazyfs.guests import GONE, Guests, see_off
 
 if TYPE_CHECKING:
     import ssl
@@ -87,65 +88,30 @@ async def serve(address: str, site: Site) -> None:
             await trio.sleep(site.retry_s)
             continue
         _log.info("listening", extra={"fields": {"key": site.key, "address": address}})
-        guests = _Guests(trio.CapacityLimiter(site.connection_count_max))
+        guests = Guests(site.connection_count_max, _log, f"{site.key}: a request")
         async with trio.open_nursery() as nursery:
             for listener in listeners:
-                nursery.start_soon(_accept, listener, site, guests, nursery)
+                nursery.start_soon(guests.accept, listener, partial(_serve_one, site=site, guests=guests), nursery)
 
 
-class _Guests:
-    """Who is connected. `silent`: the scopes of those who have not asked anything yet, oldest first."""
-
-    def __init__(self, limit: trio.CapacityLimiter) -> None:
-        self.limit = limit
-        self.silent: dict[trio.CancelScope, None] = {}
-
-    async def admit(self, token: object) -> None:
-        """Wait for room. Who has been silent for longest makes it: silent clients keep nobody out."""
-        if not self.limit.available_tokens and self.silent:
-            scope = next(iter(self.silent))
-            del self.silent[scope]
-            scope.cancel()
-        await self.limit.acquire_on_behalf_of(token)
-
-
-async def _accept(listener: trio.SocketListener, site: Site, guests: _Guests, nursery: trio.Nursery) -> None:
-    async with listener:
-        while True:
-            try:
-                connection = await listener.accept()
-            except OSError as error:   # no descriptor is left, the client is gone
-                _log.warning("%s: a request was not accepted: %s", site.key, error)
-                await trio.sleep(0.1)
-                continue
-            token = object()
-            await guests.admit(token)
-            nursery.start_soon(_serve_one, connection, site, guests, token)
-
-
-async def _serve_one(connection: trio.SocketStream, site: Site, guests: _Guests, token: object) -> None:
+async def _serve_one(connection: trio.SocketStream, *, site: Site, guests: Guests) -> None:
     scope = trio.move_on_after(site.connection_s)
-
-    def heard() -> None:
-        guests.silent.pop(scope, None)
-
-    guests.silent[scope] = None
+    guests.idle(scope)
     try:
         with scope:
-            async with connection:
-                peer = str(connection.socket.getpeername()[0])
-                if site.context is None:
-                    await _exchange(connection, site, peer, heard)
-                else:
-                    stream = trio.SSLStream(connection, site.context, server_side=True, https_compatible=True)
-                    await _exchange(stream, site, peer, heard)
-    except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError):
+            peer = str(connection.socket.getpeername()[0])
+            stream: trio.abc.Stream = connection
+            if site.context is not None:
+                stream = trio.SSLStream(connection, site.context, server_side=True, https_compatible=True)
+            await _exchange(stream, site, peer, partial(guests.busy, scope))
+            guests.idle(scope)
+            await see_off(connection)
+    except (*GONE, h11.ProtocolError):
         pass   # the client's affair
     except Exception:  # noqa: BLE001 - must not end the worker
         _log.exception("%s: a request failed", site.key)
     finally:
-        heard()
-        guests.limit.release_on_behalf_of(token)
+        guests.busy(scope)
 
 
 async def _exchange(connection: trio.abc.Stream, site: Site, peer: str, heard: Callable[[], object]) -> None:
@@ -195,6 +161,3 @@ async def _answer(connection: trio.abc.Stream, http: h11.Connection, status: int
         events.append(h11.Data(data=data))
     events.append(h11.EndOfMessage())
     await connection.send_all(b"".join(http.send(event) or b"" for event in events))
-    if isinstance(connection, trio.SocketStream):
-        with contextlib.suppress(trio.BrokenResourceError):
-            await connection.send_eof()

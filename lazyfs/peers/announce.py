@@ -128,6 +128,7 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
         release: by Resource.key: "some" (it is one of some that are told) or "all": a copy that the node does not need
             itself can go.
         isolated: members that others have reported; they are in no view.
+        members: of the cluster, the asker included; 0: a tracker that does not say so.
 
     """
 
@@ -137,3 +138,4 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
     release: dict[Key, _Word] = {}
     isolated: list[Name] = []
     extra: dict[_Word, msgspec.Raw] = {}
+    members: _Count = 0

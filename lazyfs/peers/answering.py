@@ -19,7 +19,7 @@ from lazyfs import limits
 from lazyfs.errors import BugError, LazyfsError, PeerBusyError, PeerError
 from lazyfs.peers import wire
 from lazyfs.peers.channel import page_in
-from lazyfs.peers.model import BEAT_S, FileRange
+from lazyfs.peers.model import BEAT_S, FileRange, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +45,13 @@ class Link:
 
     :rate: bytes/s that it took of late; 0.0: nothing was sent yet.
     :whole: no frame is half sent.
+    :told: what we can give, as the other side knows it (wire.head).
     """
 
     channel: Channel
     rate: float = 0.0
     whole: bool = True
+    told: int = 0
 
     async def frame(self, head: bytes, data: Data = b"") -> None:
         """Raises PeerError, CacheError: as Channel.send_with; or it was not taken in time."""
@@ -79,12 +81,14 @@ class Answer:
         self._ready: list[tuple[int, Data | wire.Trouble]] = []    # a heap: the first in order goes first
         self._arrived = trio.Event()
         self._room = trio.Semaphore(_IN_HAND)
+        self._reading_s: dict[int, float] = {}      # that the disk took
         self._waiting: trio.CancelScope | None = None
         self._cancelled = False
 
     def cancel(self) -> None:
         """The asker does not want the rest: nothing more is begun."""
         self._cancelled = True
+        self._link.channel.keep_unsent(urgent=False)    # who has left does not read: the rest of the frame finds room
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -98,6 +102,8 @@ class Answer:
             async with trio.open_nursery() as nursery:
                 for _ in range(min(_IN_HAND, self._left)):
                     nursery.start_soon(self._have)
+                if self._link.told != self._uploads.giving.step:    # who can ask others does so at once
+                    await self._beat()
                 while self._left and not self._cancelled and await self._send_next():
                     pass
                 nursery.cancel_scope.cancel()
@@ -117,7 +123,7 @@ class Answer:
         for index in self._todo:
             await self._room.acquire()
             try:
-                data: Data | wire.Trouble = await self._read(await self._store.piece(request, index))
+                data: Data | wire.Trouble = await self._read(index, await self._store.piece(request, index))
             except LazyfsError as error:
                 data = wire.trouble_of(error, index)
             except Exception:  # noqa: BLE001 - of this piece only
@@ -126,14 +132,17 @@ class Answer:
             heapq.heappush(self._ready, (index, self._checked(index, data)))
             self._arrived.set()
 
-    async def _read(self, data: Data) -> Data:
+    async def _read(self, index: int, data: Data) -> Data:
         """The same, and what lies in a file is in memory: before its turn, so that beats are sent meanwhile."""
+        self._uploads.giving.begin(self._link.channel.peer)
         if isinstance(data, FileRange):
+            began = trio.current_time()
             try:
                 await page_in(data, self._uploads.disk)
             except BaseException:
-                data.release()
+                self._let_go(data)
                 raise
+            self._reading_s[index] = trio.current_time() - began
         return data
 
     def _checked(self, index: int, data: Data | wire.Trouble) -> Data | wire.Trouble:
@@ -144,16 +153,21 @@ class Answer:
         if size != self._request.resource.piece_bytes(index):
             if isinstance(data, FileRange):
                 data.release()
+            self._uploads.giving.end(self._link.channel.peer)
             _log.error("%s: piece %d of %d bytes", self._request.resource.key, index, size)
             return wire.trouble_of(BugError("internal error, see this node's log"), index)
         if not isinstance(data, FileRange) and not self._uploads.hold(size):
+            self._uploads.giving.end(self._link.channel.peer)
             return wire.trouble_of(PeerBusyError("busy: too much is waiting in memory", retry_after_s=1.0), index)
         return data
 
     def _let_go(self, data: Data | wire.Trouble) -> None:
+        if isinstance(data, wire.Trouble):
+            return
+        self._uploads.giving.end(self._link.channel.peer)
         if isinstance(data, FileRange):
             data.release()
-        elif not isinstance(data, wire.Trouble):
+        else:
             self._uploads.drop(len(data))
 
     async def _send_next(self) -> bool:
@@ -185,7 +199,7 @@ class Answer:
         request, uploads = self._request, self._uploads
         size = request.resource.piece_bytes(index)
         with trio.CancelScope(deadline=self._deadline) as self._waiting:
-            await uploads.begin(request.priority, size, self._beat)
+            turn = await uploads.begin(request.priority, size, self._beat)
         if self._waiting.cancelled_caught:
             self._waiting = None
             return False
@@ -194,12 +208,17 @@ class Answer:
         try:
             encoding, body, stored = await self._hop.encode(request.resource.key, data, size,
                                                              uploads.rate_of(self._link.rate))
-            began = trio.current_time()
-            await self._link.frame(wire.piece_head(self.number, index, size, encoding, stored), body)
+            began, waiting = trio.current_time(), self._link.channel.unsent()
+            self._link.told = uploads.giving.step
+            head = wire.piece_head(self.number, index, size, encoding, stored, rate=self._link.told)
+            self._link.channel.keep_unsent(urgent=request.priority is Priority.FOREGROUND)
+            await self._link.frame(head, body)
             sent = stored
+            took_s = trio.current_time() - began
+            left_us = stored + waiting - self._link.channel.unsent()
+            uploads.giving.gave(left_us, took_s + self._reading_s.pop(index, 0.0))
         finally:
-            uploads.end(size, sent)
-        took_s = trio.current_time() - began
+            uploads.end(turn, size, sent)
         if stored >= _RATE_BYTES_MIN and took_s > 0:
             rate = stored / took_s
             self._link.rate += _NEW_WEIGHT * (rate - self._link.rate) if self._link.rate else rate
@@ -207,4 +226,5 @@ class Answer:
         return True
 
     async def _beat(self) -> None:
-        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0))
+        self._link.told = self._uploads.giving.step
+        await self._link.frame(wire.head(wire.Frame.ALIVE, self.number, 0, self._link.told))

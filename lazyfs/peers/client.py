@@ -21,10 +21,11 @@ from lazyfs.errors import FormatError, PeerBusyError, PeerError, PeerLacksError
 from lazyfs.peers import handshake, wire
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.model import SILENCE_S, Piece
-from lazyfs.peers.tlsfiles import check_server
+from lazyfs.peers.rates import STEP_MAX
+from lazyfs.peers.tlsfiles import secure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from lazyfs.peers.model import Gate, Member, PieceRequest, Resource
     from lazyfs.peers.tlsfiles import TlsFiles
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _CONNECT_S = 1.0                 # name, TCP, TLS and upgrade: a peer is near, or not worth the wait
 _IDLE_S = 30.0                   # then an idle connection is closed; the server's bound is larger
 _LOOK_S = 5.0
+_LOOKS = 4                       # in the time of a silence: what came, but was too little to wake up for, breaks it
 _TAKE_BACK_S = 0.05              # 12 bytes fit, or the connection is not worth keeping
 _IDLE_PER_MEMBER_MAX = 8
 _IDLE_MAX = 512                  # descriptors: the longest idle ones are closed
@@ -44,12 +46,14 @@ class PeerClient:
     An Exchange. `run` must run beside it: it closes what is idle, and everything at its end.
 
     :connections: that were made; requests: that were sent. For who describes the node.
+    :told_rate: is called with a member's id and a byte, when it says another rate than before (Swarm.told_rate).
     """
 
     def __init__(self, gate: Gate, *, tls: TlsFiles | None = None, connect_s: float = _CONNECT_S) -> None:
         """`tls`: our certificate, and whose are believed; None: plain."""
         self.connections = 0
         self.requests = 0
+        self.told_rate: Callable[[str, int], None] = lambda _member, _step: None
         self._gate = gate
         self._tls = tls
         self._connect_s = connect_s
@@ -103,7 +107,7 @@ class PeerClient:
             reason = getattr(error, "strerror", None) or error
             raise PeerError(f"{member.id} at {member.address}: {reason}") from error
         try:
-            channel = Channel(stream if self._tls is None else await _secure(stream, self._tls, member, host))
+            channel = Channel(stream if self._tls is None else await secure(stream, self._tls, member, host))
             await handshake.ask(channel, member.address)
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -132,23 +136,10 @@ class PeerClient:
         await connection.channel.close()
 
 
-async def _secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host: str,
-                  ) -> trio.SSLStream[trio.SocketStream]:
-    """TLS, with the very member that was meant. Raises PeerError, ConfigError."""
-    secure = trio.SSLStream(stream, tls.client(), server_hostname=host, https_compatible=True)
-    try:
-        await secure.do_handshake()
-    except (trio.BrokenResourceError, OSError) as error:
-        raise PeerError(f"{member.id} at {member.address}: no TLS: {error.__cause__ or error}",
-                        hint="the nodes' certificates are of one authority, [peers] ca_file") from error
-    check_server(secure.getpeercert(), member)
-    return secure
-
-
 class _Connection:
     """:left: bytes of the frame being read that have not come yet; None: its header has not."""
 
-    __slots__ = ("_have", "_head", "address", "channel", "idle_since", "left", "number", "silent", "used")
+    __slots__ = ("_have", "_head", "address", "channel", "idle_since", "left", "number", "rate", "silent", "used")
 
     def __init__(self, address: str, channel: Channel) -> None:
         self.address = address
@@ -156,6 +147,7 @@ class _Connection:
         self.idle_since = 0.0
         self.number = 0              # of the last request
         self.used = False            # an answer has come over it
+        self.rate = 0                # as its frames say
         self.silent = False          # for too long
         self.left: int | None = None
         self._head = bytearray(wire.HEAD.size)
@@ -176,7 +168,7 @@ class _Connection:
         assert self.left is not None
         done = 0
         while done < len(view):
-            count = await self._some(view[done:])
+            count = await self._some(view[done:], all_comes=True)
             done += count
             self.left -= count
 
@@ -186,15 +178,19 @@ class _Connection:
         while self.left:
             await self.fill(room[:min(self.left, len(room))])
 
-    async def _some(self, view: memoryview) -> int:
-        with trio.move_on_after(SILENCE_S) as silence:
-            count = await self.channel.receive(view)
-        if silence.cancelled_caught:
-            self.silent = True
-            raise PeerError(f"{self.address}: silent for {SILENCE_S:g} s")
-        if not count:
-            raise PeerError(f"{self.address}: connection ended within an answer")
-        return count
+    async def _some(self, view: memoryview, *, all_comes: bool = False) -> int:
+        for _ in range(_LOOKS):
+            with trio.move_on_after(SILENCE_S / _LOOKS) as look:
+                count = await self.channel.receive(view, all_comes=all_comes)
+            if look.cancelled_caught:
+                count = self.channel.receive_now(view)
+                if not count:
+                    continue
+            if not count:
+                raise PeerError(f"{self.address}: connection ended within an answer")
+            return count
+        self.silent = True
+        raise PeerError(f"{self.address}: silent for {SILENCE_S:g} s")
 
 
 class _Asking:
@@ -272,6 +268,9 @@ class _Asking:
             await connection.pass_over()
             return None
         self._heard = connection.used = True
+        if head.rate != connection.rate and head.type in {wire.Frame.PIECE, wire.Frame.ALIVE}:
+            connection.rate = head.rate
+            self._client.told_rate(self._member.id, min(head.rate, STEP_MAX))
         if head.type is wire.Frame.PIECE:
             return await self._piece(connection, head)
         if head.type is wire.Frame.END:

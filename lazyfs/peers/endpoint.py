@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import trio
 
 from lazyfs.config import split_address
+from lazyfs.peers import questions
 from lazyfs.peers.announce import Report
 from lazyfs.peers.client import PeerClient
 from lazyfs.peers.gate import OpenGate, TokenGate
 from lazyfs.peers.health import Fault
+from lazyfs.peers.ownrate import OwnRate
 from lazyfs.peers.server import serve
 from lazyfs.peers.swarm import Swarm, SwarmLimits
 from lazyfs.peers.tlsfiles import TlsFiles
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from lazyfs import config
     from lazyfs.peers.announce import Standing
     from lazyfs.peers.model import Gate, Member, PieceRequest, Store, View
+    from lazyfs.peers.questions import Desk
 
 LISTEN_AGAIN_S: Final = 0.2      # the worker before us still has the port
+COMPARE_S: Final = 1.0           # this node's own rate with the others'
 BETTER_COUNT: Final = 2          # members named to who finds no room here
 _NAME_CHARS_MAX: Final = 100
 _WHYS: Final = {Fault.LIED: "lied", Fault.GONE: "dead", Fault.SLOW: "slow"}
@@ -65,12 +69,14 @@ class Endpoint:
     """
 
     def __init__(self, settings: config.Peers, me: Member, store: Store, party: Party, *, listen_at: str,
-                 make_gate: Callable[[Member], Gate] | None = None) -> None:
+                 make_gate: Callable[[Member], Gate] | None = None, desk: Desk | None = None) -> None:
         """
         :me: of find_member().
         :listen_at: host:port.
         :make_gate: of tokens; None: there are none, everybody is admitted.
+        :desk: answers small questions of others; None: there are none.
         """
+        self._desk = desk
         self._listen_at = listen_at
         self._store = store
         self._party = party
@@ -84,6 +90,8 @@ class Endpoint:
         self.swarm = Swarm(self.me, self.client, SwarmLimits(download_rate=settings.download_rate))
         self.uploads = Uploads(UploadLimits(rate=settings.upload_rate, concurrent=settings.upload_concurrent))
         self.membership = open_membership(settings, self.me, self)
+        self.own_rate = OwnRate(me, self.uploads.giving, self.swarm.health.rates)
+        self.client.told_rate = self.swarm.told_rate
         self.port = 0
         self._views: dict[str, View] = {}
 
@@ -95,13 +103,42 @@ class Endpoint:
             if isinstance(self.gate, TokenGate):
                 nursery.start_soon(self.gate.run)
             nursery.start_soon(self._serve)
+            nursery.start_soon(self._compare)
 
     async def _serve(self) -> None:
         listeners = await self._listen()
         self.port = listeners[0].socket.getsockname()[1]
         _log.info("peers: listening", extra={"fields": {"address": self._listen_at, "member": self.me.id,
                                                         "as": self.me.address}})
-        await serve(listeners, self._store, self.gate, self.uploads, better=self._better, tls=self._tls)
+        await serve(listeners, self._store, self.gate, self.uploads, better=self._better, tls=self._tls,
+                    desk=self._desk)
+
+    async def question(self, member: Member, words: str, key: str) -> bytes:
+        """
+        Ask a member something small; `key`: of the resource whose token is shown. The caller has a deadline.
+
+        Raises:
+            PeerError, SourceError: as of questions.ask, and Gate.token.
+
+        """
+        return await questions.ask(member, words, token=await self.gate.token(key, member.id), tls=self._tls)
+
+    async def _compare(self) -> None:
+        """Say to all what is found of this node's own rate."""
+        while True:
+            await trio.sleep(COMPARE_S)
+            before = self.own_rate.said
+            if self.own_rate.look(trio.current_time()):
+                self.swarm.me = self.own_rate.own
+                self.membership.says(self.own_rate.said)
+                if self.own_rate.said != before:
+                    _log.info("peers: this node's rate beside the others'", extra={"fields": self._rates()})
+
+    def _rates(self) -> dict[str, Any]:
+        """Bytes/s: that this node was found to give, that are usual, that it says to all; 0: not known, or nothing."""
+        step, usual = self.uploads.giving.step, self.swarm.health.rates.usual
+        return {"gives": 1 << step if step else 0, "usual": 1 << usual if usual else 0,
+                "says": self.own_rate.said.up_rate}
 
     async def _listen(self) -> list[trio.SocketListener]:
         said = False
@@ -150,7 +187,7 @@ class Endpoint:
         return {
             "id": self.me.id, "address": self.me.address, "zone": self.me.zone, "listens": bool(self.port),
             "membership": self.membership.describe(), **self.swarm.describe(),
-            "connections": self.client.connections,
+            "connections": self.client.connections, "rates": self._rates(),
             "tokens": self.gate.describe() if isinstance(self.gate, TokenGate) else {},
             "uploads": {"requests": sent.requests, "refused": sent.refused_busy, "pieces": sent.pieces,
                         "bytes": sent.plain_bytes, "wire_bytes": sent.wire_bytes},

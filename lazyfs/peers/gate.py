@@ -7,7 +7,8 @@ beside them. State: tokens by resource, answers that were refused, tokens that w
 Invariants: a reader never waits for the tracker but for the first token of a resource, ASK_S at most, and then not
 again for FAILED_S or REFUSED_S; a token is renewed RENEW_BEFORE_S before its end; everything kept is bounded. While the
 tracker is lost (nothing heard of it for LOST_AFTER_S), tokens count for `grace_s` longer: swarms go on. Nobody can make
-a tracker look lost to a node that reaches it. Times of day are compared with tokens only, all else is trio's clock.
+a tracker look lost to a node that reaches it. Times of day are compared with tokens only, all else is trio's clock;
+they are the tracker's, which it says with its keys: a node whose own clock is wrong takes part all the same.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class TokenGate:
         authority: the trackers.
         by_resource: False: one token for the whole cluster.
         grace_s: how much longer tokens count while no tracker is heard of; 0: not at all.
-        now: seconds since the epoch.
+        now: seconds since the epoch, by this node's clock.
 
     """
 
@@ -133,6 +134,7 @@ class TokenGate:
     _pending: dict[str, trio.Event] = field(default_factory=dict, repr=False)
     _admitted: OrderedDict[bytes, tuple[str, float]] = field(default_factory=OrderedDict, repr=False)
     _heard_at: float | None = None
+    _ahead_s: float = 0.0            # the tracker's clock minus ours
     _asked: trio.Event = field(default_factory=trio.Event, repr=False)
 
     def describe(self) -> dict[str, int | bool]:
@@ -206,7 +208,7 @@ class TokenGate:
     def admit(self, token: str, key: str) -> tuple[str, float]:
         """See model.Gate. A signature is checked once (0.6 ms), then known."""
         name = hashlib.sha256(f"{key}\0{token}".encode(errors="replace")).digest()
-        known, now = self._admitted.get(name), self.now()
+        known, now = self._admitted.get(name), self.now() + self._ahead_s
         if known is None or now >= known[1] + self._grace_s():
             try:
                 known = self._check(token, key, now)
@@ -267,6 +269,7 @@ class TokenGate:
                 if public != self._public:
                     self._public = public
                     self._admitted.clear()    # a key that was withdrawn admits nobody any more
+                self._set_clock(public.now)
                 self._heard_at = trio.current_time()
             if self.is_lost != was_lost:
                 was_lost = self.is_lost
@@ -277,6 +280,13 @@ class TokenGate:
             pause_s *= random.uniform(0.9, 1.1)  # noqa: S311 - spreads the nodes
             with trio.move_on_after(pause_s - KEYS_AGAIN_S):
                 await self._asked.wait()
+
+    def _set_clock(self, told: float) -> None:
+        """`told`: by the tracker, a moment ago; 0.0: nothing."""
+        before, self._ahead_s = self._ahead_s, told - self.now() if told else 0.0
+        if abs(self._ahead_s) > SKEW_S >= abs(before):
+            _log.warning("peers: this node's clock is %.0f s behind the tracker's: tokens are judged by the tracker's",
+                         self._ahead_s)
 
     async def _tokens_for_ever(self) -> None:
         while True:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import h11
 
-from lazyfs.errors import PeerError
+from lazyfs.errors import FormatError, PeerError, UsageError
+from lazyfs.peers.questions import PREFIX, question_of, status_of
 from lazyfs.peers.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from lazyfs.peers.channel import Channel
+    from lazyfs.peers.questions import Desk
 
 PATH = "/lazyfs-peer"
 _HEADER_BYTES_MAX = 8 * 1024
@@ -49,9 +51,11 @@ async def ask(channel: Channel, host: str) -> None:
 _HINT = "compare [peers] address and advertise of that node, and the versions of both"
 
 
-async def answer(channel: Channel) -> bool:
+async def answer(channel: Channel, desk: Desk | None = None) -> bool:
     """
-    Take a connection's first request: upgrade it (True), or answer as a web server that has one page (False).
+    Take a connection's first request: upgrade it (True), or answer as a web server of few pages (False).
+
+    `desk`: answers small questions (peers.questions); None: there are none.
 
     Raises PeerError: it broke, or is not HTTP.
     """
@@ -69,6 +73,8 @@ async def answer(channel: Channel) -> bool:
         await _reply(channel, http, 405, {"error": "GET only"}, [("Allow", "GET, HEAD")])
     elif path == b"/healthz":
         await _reply(channel, http, 200, {"status": "ok", "protocol": PROTOCOL}, bare=event.method == b"HEAD")
+    elif path.startswith(PREFIX.encode()) and desk is not None:
+        await _reply_to_question(channel, http, desk, question_of(path, headers), bare=event.method == b"HEAD")
     elif path != PATH.encode():
         await _reply(channel, http, 404, {"error": "no such page"}, bare=event.method == b"HEAD")
     elif PROTOCOL.encode() not in [word.strip() for word in headers.get(b"upgrade", b"").split(b",")]:
@@ -85,10 +91,23 @@ async def answer(channel: Channel) -> bool:
     return False
 
 
-async def _reply(channel: Channel, http: h11.Connection, status: int, body: dict[str, str],
+async def _reply_to_question(channel: Channel, http: h11.Connection, desk: Desk, question: tuple[str, str], *,
+                             bare: bool) -> None:
+    try:
+        data = await desk(*question)
+    except PeerError as error:
+        await _reply(channel, http, status_of(error), {"error": str(error)}, bare=bare)
+    except (FormatError, UsageError) as error:
+        await _reply(channel, http, 400, {"error": str(error)}, bare=bare)
+    else:
+        await _reply(channel, http, 200, data, bare=bare)
+
+
+async def _reply(channel: Channel, http: h11.Connection, status: int, body: dict[str, str] | bytes,
                  headers: list[tuple[str, str]] | None = None, *, bare: bool = False) -> None:
-    data = json.dumps(body).encode() + b"\n"
-    said = [("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Cache-Control", "no-store"),
+    data = body if isinstance(body, bytes) else json.dumps(body).encode() + b"\n"
+    kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+    said = [("Content-Type", kind), ("Content-Length", str(len(data))), ("Cache-Control", "no-store"),
             *(headers or [("Connection", "close")])]
     if http.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
         return

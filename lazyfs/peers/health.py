@@ -13,6 +13,8 @@ import enum
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from lazyfs.peers.rates import Rates
+
 LIED_S = 600.0          # a disk that rots does not mend by itself
 GONE_FIRST_S = 1.0      # doubles with each failure in a row,
 GONE_MAX_S = 60.0       # up to this: a node that came back is found again within a minute
@@ -114,6 +116,7 @@ class HealthBook:
         self._of: OrderedDict[str, Health] = OrderedDict()
         self._lacking: dict[tuple[str, str], float] = {}    # (member, resource): not asked for it before
         self._reports: dict[tuple[str, Fault], int] = {}
+        self.rates = Rates()
 
     def of(self, member_id: str) -> Health:
         health = self._of.get(member_id)
@@ -123,6 +126,7 @@ class HealthBook:
                 idle = next((name for name, old in self._of.items() if not old.running and name != member_id), None)
                 if idle is not None:
                     del self._of[idle]
+                    self.rates.forget(idle)
         return health
 
     def known(self) -> list[tuple[str, Health]]:
@@ -136,8 +140,9 @@ class HealthBook:
         return self._lacking.get((member_id, key), 0.0) > now
 
     def is_slow(self, member_id: str, now: float) -> bool:
+        """As it was found, or by its own word beside the others'."""
         health = self._of.get(member_id)
-        return health is not None and health.slow_until > now
+        return health is not None and (health.slow_until > now or self.rates.is_slow(member_id, now))
 
     def delivered(self, member_id: str, size: int, now: float) -> None:
         health = self.of(member_id)

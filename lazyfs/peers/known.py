@@ -18,31 +18,37 @@ if TYPE_CHECKING:
     from lazyfs.peers.model import Member
 
 PROBE_MISSES = 8        # heirs that had nothing, in a row: from then on only every eighth is asked
+PROBE_MISSES_READ = 3   # the same where a read waits for the answer, and with it all that wait for this root; then
+PROBE_READ_EVERY = 32
 LEFT_OUT_S = 5.0        # the first time, then twice as long each time,
 LEFT_OUT_MAX_S = 300.0
 SETTLE_S = 0.1          # many turn out at the same time: the trees are made anew once
 
 
 class Known:
-    """A resource's swarm. `probe_misses`: heirs that had nothing, in a row."""
+    """A resource's swarm. `probe_misses`: heirs that had nothing, in a row; under an older view too."""
 
-    def __init__(self, view: View, topology: Topology) -> None:
+    def __init__(self, view: View, topology: Topology, probe_misses: int = 0) -> None:
         self.view = view
         self.topology = self._trees = topology    # of all; of those that are not left out
-        self.probe_misses = 0
+        self.probe_misses = probe_misses
         self._places: dict[int, Place] = {}
+        self._up_rate: int | None = None
         self._lacking: dict[str, tuple[int, float]] = {}    # member: how often it said so, until when it is left out
         self._left_out: frozenset[str] = frozenset()
         self._look_at = math.inf
         self._by_address: dict[str, Member] | None = None
 
-    def place(self, me: str, key: str, group: int, now: float) -> Place:
-        """Where a member of the view, this node, stands in a group's tree."""
+    def place(self, me: Member, key: str, group: int, now: float) -> Place:
+        """Where a member of the view, this node, stands in a group's tree. `me`: as it counts itself."""
         if now >= self._look_at:
             self._leave_out(now)
+        if me.up_rate != self._up_rate:
+            self._up_rate = me.up_rate
+            self._places.clear()
         place = self._places.get(group)
         if place is None:
-            place = self._places[group] = self._trees.place(me, group_seed(key, group))
+            place = self._places[group] = self._trees.place(me.id, group_seed(key, group), me.up_rate)
         return place
 
     def at(self, address: str) -> Member | None:
@@ -51,12 +57,12 @@ class Known:
             self._by_address = {member.address: member for member in self.topology.members}
         return self._by_address.get(address)
 
-    def probe_pays(self) -> bool:
-        """Whether to ask an heir before the origin."""
-        if self.probe_misses < PROBE_MISSES:
+    def probe_pays(self, *, read: bool) -> bool:
+        """Whether to ask an heir before the origin. `read`: one waits for it."""
+        if self.probe_misses < (PROBE_MISSES_READ if read else PROBE_MISSES):
             return True
         self.probe_misses += 1
-        return self.probe_misses % PROBE_MISSES == 0
+        return self.probe_misses % (PROBE_READ_EVERY if read else PROBE_MISSES) == 0
 
     def lacks(self, member_id: str, now: float) -> None:
         """It was asked, and had nothing and could get nothing."""

@@ -62,6 +62,10 @@ class Membership(Protocol):
         """What `standings` gives has changed: say so soon."""
         ...
 
+    def says(self, me: Member) -> None:
+        """This node has another rate from now on: others are to hear it, where there is who tells them."""
+        ...
+
     def describe(self) -> dict[str, Any]: ...
 
     async def run(self) -> None:
@@ -84,6 +88,9 @@ class ListedMembership:
 
     def news(self) -> None:
         self._news.set()
+
+    def says(self, me: Member) -> None:
+        """Nobody tells the others: they hear it from this node itself, with what it gives them (wire.head)."""
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "members": len(self._view.members), "lost_s": 0.0, "why": ""}

@@ -1,11 +1,16 @@
 """
-Bytes a second: what a host sends and receives, all its peers and resources together.
+Bytes a second: what a host sends and receives, all its peers and resources together; and what it really can give.
 
-Layer: peers. Who calls: swarm (download), server (upload), both on the trio loop. Who may not wait (a read that
-somebody sleeps on) takes at once, and those that can wait pay for it.
+Layer: peers. Who calls: swarm (download), uploads and answering (upload), benchmarks.scale, all on the trio loop. Who
+may not wait (a read that somebody sleeps on) takes at once, and those that can wait pay for it. Rates that nodes tell
+each other are *steps*: the binary logarithm of bytes/s, in a byte; 0: not known.
 """
 
 from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from typing import Final
 
 import trio
 
@@ -38,3 +43,134 @@ class Rate:
             except trio.Cancelled:
                 self._paid_until -= size / self.bytes_s
                 raise
+
+
+STEP_MAX: Final = 63             # of bytes/s
+ASKERS_MIN: Final = 2            # who waits alone may be what is slow
+WINDOW_S: Final = 0.1            # of giving, and
+WINDOW_BYTES: Final = 1 << 20    # so much given, make one measurement;
+WINDOW_BYTES_FAST: Final = 4 << 20    # or so much, however quick it was
+WINDOWS: Final = 8               # the best of so many counts: askers that are slow make some of them small
+PIECES: Final = 32               # of so many, what the second best went with was surely there
+PIECE_BYTES: Final = 128 << 10   # fewer are in some buffer at once
+HYSTERESIS: Final = 0.75         # steps that a rate must be off what was said before another one is
+
+
+class Giving:
+    """
+    What this host gives while more is wanted of it than it can give: by its link, its disk, its processor, its bound.
+
+    Time counts while pieces that are here are wanted, a window of it if half of the time by ASKERS_MIN members at
+    least. `step`: the rate found; 0: it was never asked for so much. The best of the last windows counts, and what
+    single pieces went with if that is more: others' slowness is not to be taken for its own.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._askers: Counter[str] = Counter()
+        self._at = self._busy_s = self._crowded_s = 0.0
+        self._bytes = 0
+        self._best: deque[float] = deque(maxlen=WINDOWS)
+        self._pieces: deque[float] = deque(maxlen=PIECES)
+
+    def begin(self, asker: str) -> None:
+        """A piece that is here is to be sent; from now on it takes time. `end` is called once for it."""
+        self._pass()
+        self._askers[asker] += 1
+
+    def gave(self, size: int, seconds: float) -> None:
+        """Bytes of a piece have left the host (not: entered a buffer) in that time alone; before its `end`."""
+        self._bytes += size
+        if size >= PIECE_BYTES and seconds > 0:
+            self._pieces.append(size / seconds)
+            if self.step and size / seconds > 2 ** (self.step + HYSTERESIS):
+                self._find()
+
+    def end(self, asker: str) -> None:
+        """It has gone, or is not wanted any more."""
+        self._pass()
+        self._askers[asker] -= 1
+        if not self._askers[asker]:
+            del self._askers[asker]
+        if self._bytes < (WINDOW_BYTES if self._busy_s >= WINDOW_S else WINDOW_BYTES_FAST) or not self._busy_s:
+            return
+        rate, crowded = self._bytes / self._busy_s, 2 * self._crowded_s >= self._busy_s
+        self._clear()
+        if not crowded:
+            return
+        self._best.append(rate)
+        self._find()
+
+    def _find(self) -> None:
+        pieces = sorted(self._pieces)[-2:]
+        exact = math.log2(max(2.0, *self._best, *pieces[:-1]))
+        if not self.step or abs(exact - self.step) > HYSTERESIS:
+            self.step = min(STEP_MAX, round(exact))
+
+    def forget(self) -> None:
+        """It is to be found anew."""
+        self.step = 0
+        self._best.clear()
+        self._pieces.clear()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._busy_s, self._crowded_s, self._bytes = 0.0, 0.0, 0
+
+    def _pass(self) -> None:
+        now = trio.current_time()
+        passed, self._at = now - self._at, now
+        if self._askers:
+            self._busy_s += passed
+        if len(self._askers) >= ASKERS_MIN:
+            self._crowded_s += passed
+
+
+class Rates:
+    """
+    What members have said that they can give, as steps, and what is usual among them.
+
+    Usual is what the best quarter gives at least: where half of the nodes have a small link, these are slow.
+    """
+
+    SAID_MIN: Final = 3          # of fewer nothing is usual
+    SLOW_STEPS: Final = 2        # below: a quarter of what is usual
+    BELIEVED_S: Final = 900.0    # who is asked last says nothing new
+
+    def __init__(self) -> None:
+        self.usual = 0           # 0: nobody knows
+        self._of: dict[str, int] = {}
+        self._until: dict[str, float] = {}
+        self._counts: Counter[int] = Counter()
+
+    def say(self, member: str, step: int, now: float) -> bool:
+        """True: it is another one than before, or the first. `step` may be any byte; 0: it knows nothing any more."""
+        step, old = min(step, STEP_MAX), self._of.get(member, 0)
+        self.forget(member)
+        if step:
+            self._of[member], self._until[member] = step, now + self.BELIEVED_S
+            self._counts[step] += 1
+        if step == old:
+            return False
+        beyond = len(self._of) / 4
+        self.usual = 0
+        if len(self._of) >= self.SAID_MIN:
+            for one in sorted((+self._counts).keys(), reverse=True):
+                beyond -= self._counts[one]
+                if beyond <= 0:
+                    self.usual = one
+                    break
+        return True
+
+    def forget(self, member: str) -> None:
+        self._until.pop(member, None)
+        if member in self._of:
+            self._counts[self._of.pop(member)] -= 1
+
+    def steps_below(self, step: int) -> int:
+        """How far a rate is below what is usual; 0: not enough to count, or nobody knows."""
+        below = self.usual - step
+        return below if step and below >= self.SLOW_STEPS else 0
+
+    def is_slow(self, member: str, now: float) -> bool:
+        return self.steps_below(self._of.get(member, 0)) > 0 and self._until[member] > now

@@ -16,15 +16,18 @@ import trio
 
 from lazyfs import requestid
 from lazyfs.errors import FormatError, LazyfsError, PeerBusyError, PeerError
+from lazyfs.guests import GONE, Guests, see_off
 from lazyfs.peers import handshake, wire
 from lazyfs.peers.answering import Answer, Link
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.hop import Hop
+from lazyfs.peers.securestream import SecureStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lazyfs.peers.model import Gate, PieceRequest, Store
+    from lazyfs.peers.questions import Desk
     from lazyfs.peers.tlsfiles import TlsFiles
     from lazyfs.peers.uploads import Uploads
 
@@ -38,7 +41,7 @@ _log = logging.getLogger("lazyfs.peers.server")
 
 async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Gate, uploads: Uploads, *,
                 tls: TlsFiles | None = None, hop: Hop | None = None,
-                better: Callable[[PieceRequest], tuple[str, ...]] | None = None) -> None:
+                better: Callable[[PieceRequest], tuple[str, ...]] | None = None, desk: Desk | None = None) -> None:
     """
     Answer peers until cancelled. The listeners are closed at the end.
 
@@ -50,12 +53,13 @@ async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Ga
         tls: our certificate, and whose are believed; None: plain.
         hop: decides what is compressed; None: one with the usual bounds.
         better: for a request that finds no room here: host:port of members that are known to have it.
+        desk: answers small questions; None: there are none.
 
     """
-    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better)
+    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better, desk=desk)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(server.accept, listener, nursery)
+            nursery.start_soon(server.guests.accept, listener, server.serve, nursery)
 
 
 class _Queued(NamedTuple):
@@ -66,54 +70,31 @@ class _Queued(NamedTuple):
 
 class _Server:
     def __init__(self, store: Store, gate: Gate, uploads: Uploads, *, tls: TlsFiles | None, hop: Hop,
-                 better: Callable[[PieceRequest], tuple[str, ...]] | None) -> None:
+                 better: Callable[[PieceRequest], tuple[str, ...]] | None, desk: Desk | None) -> None:
         self.store = store
         self.uploads = uploads
         self.tls = tls
         self.hop = hop
         self.better = better
-        self.idle: dict[_Connection, None] = {}      # longest first
+        self.desk = desk
+        self.guests = Guests(uploads.limits.connections, _log, "a peer's connection", turn_away=True)   # to others
         self._gate = gate
         self._admitted: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
-        self._count = 0
 
-    async def accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        async with listener:
-            while True:
-                try:
-                    stream = await listener.accept()
-                except OSError as error:     # no descriptor is left, the peer is gone
-                    _log.warning("a peer's connection was not accepted: %s", error)
-                    await trio.sleep(0.1)
-                    continue
-                if self._count >= self.uploads.limits.connections and not self._make_room():
-                    await trio.aclose_forcefully(stream)
-                    continue
-                self._count += 1
-                nursery.start_soon(self._serve, stream)
-
-    def _make_room(self) -> bool:
-        longest = next(iter(self.idle), None)
-        if longest is not None:
-            del self.idle[longest]
-            longest.scope.cancel()
-        return longest is not None
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """One connection, to its end; never raises an Exception."""
         connection = _Connection(self)
         try:
             with connection.scope:
                 await connection.run(stream)
-        except* (PeerError, FormatError, trio.TooSlowError, *_GONE) as group:
+        except* (PeerError, FormatError, trio.TooSlowError, *GONE) as group:
             _log.debug("a peer's connection ended: %s", _first_of(group))
         except* LazyfsError as group:
             _log.warning("a peer's connection was given up: %s", _first_of(group))
         except* Exception:  # noqa: BLE001 - must not end the server
             _log.exception("a peer's connection failed")
         finally:
-            self.idle.pop(connection, None)
-            self._count -= 1
-            await trio.aclose_forcefully(stream)
+            self.guests.busy(connection.scope)
 
     def admit(self, token: str, key: str, where: str) -> str:
         """Who asks: a member's id, or where it comes from. Raises PeerRefusedError."""
@@ -128,9 +109,6 @@ class _Server:
         return known[0] or where
 
 
-_GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
-
-
 class _Connection:
     def __init__(self, server: _Server) -> None:
         self.scope = trio.CancelScope()
@@ -141,25 +119,25 @@ class _Connection:
 
     async def run(self, stream: trio.SocketStream) -> None:
         """Raises PeerError, FormatError and others: it is over."""
-        self._server.idle[self] = None
+        self._server.guests.idle(self.scope)
         with trio.move_on_after(_HANDSHAKE_S) as shaking:
             tls = self._server.tls
-            channel = Channel(stream if tls is None else trio.SSLStream(
-                stream, tls.server(), server_side=True, https_compatible=True))
-            upgraded = await handshake.answer(channel)
+            channel = Channel(stream if tls is None else SecureStream(
+                stream, tls.server(), server_side=True))
+            upgraded = await handshake.answer(channel, self._server.desk)
         if shaking.cancelled_caught or not upgraded:
-            await _say_goodbye(stream)
+            await see_off(stream)
             return
         send, receive = trio.open_memory_channel[_Queued](_QUEUED_MAX)
         async with trio.open_nursery() as nursery, receive:
             nursery.start_soon(self._read, channel, send, nursery.cancel_scope)
             link = Link(channel)
             async for queued in receive:
-                self._server.idle.pop(self, None)
+                self._server.guests.busy(self.scope)
                 await self._take(link, queued)
                 if not link.whole:
                     break
-                self._server.idle[self] = None
+                self._server.guests.idle(self.scope)
             nursery.cancel_scope.cancel()
 
     async def _read(self, channel: Channel, queue: trio.MemorySendChannel[_Queued], whole: trio.CancelScope) -> None:
@@ -169,7 +147,7 @@ class _Connection:
         while await self._first(channel, head):
             with trio.fail_after(_REST_S):
                 await channel.fill(head[1:])
-                kind, number, length = wire.parse_head(head)
+                kind, number, length, _ = wire.parse_head(head)
                 if kind not in {wire.Frame.REQUEST, wire.Frame.CANCEL}:
                     raise FormatError(f"{channel.peer}: a frame {kind.name} from who asks")
                 await channel.fill(room[:length])
@@ -224,14 +202,3 @@ def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-async def _say_goodbye(stream: trio.SocketStream) -> None:
-    """What was answered gets through before the connection is closed: a close with bytes unread cuts it."""
-    with trio.move_on_after(1.0):
-        try:
-            await stream.send_eof()
-            while await stream.receive_some(4096):
-                pass
-        except _GONE:
-            pass

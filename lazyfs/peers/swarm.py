@@ -50,7 +50,7 @@ class SwarmLimits:
 class Swarm:
     """
     :me: this node; it never asks itself.
-    :counters: fetches, requests, hedges, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
+    :counters: fetches, requests, hedges, hurried, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
 
     `make_topology`: of a view; a simulation of many nodes shares them.
     """
@@ -67,6 +67,7 @@ class Swarm:
         self.counters: Counter[str] = Counter()
         self._make_topology = make_topology
         self._known: dict[str, Known] = {}
+        self._running: set[SwarmFetch] = set()
 
     def set_view(self, key: str, view: View) -> None:
         """Who is in the swarm of a resource (Resource.key), from now on; fetches under way keep what they had."""
@@ -77,7 +78,8 @@ class Swarm:
         if not any(member.id == self.me.id for member in members):
             members = (*members, self.me)
         self._known[key] = Known(view, self._make_topology(
-            view if members is view.members else View(members, view.complete)))
+            view if members is view.members else View(members, view.complete)),
+            probe_misses=old.probe_misses if old is not None else 0)
 
     def forget(self, key: str) -> None:
         """The resource is no longer shared."""
@@ -92,7 +94,7 @@ class Swarm:
         known = self._known.get(resource.key)
         if known is None:
             return None
-        return known.place(self.me.id, resource.key, index // group_pieces(resource), trio.current_time())
+        return known.place(self.me, resource.key, index // group_pieces(resource), trio.current_time())
 
     async def fetch(self, resource: Resource, indexes: Sequence[int], *, priority: Priority, deadline: float,
                     hops: int, deliver: Deliver, origin: Origin | None = None, request: str = "") -> list[int]:
@@ -119,8 +121,29 @@ class Swarm:
                 return sorted(indexes)
             origin(sorted(indexes))
             return []
-        return await SwarmFetch(self, known, resource, indexes, priority=priority, deadline=deadline, hops=hops,
-                                deliver=deliver, origin=origin, request=request).run()
+        one = SwarmFetch(self, known, resource, indexes, priority=priority, deadline=deadline, hops=hops,
+                         deliver=deliver, origin=origin, request=request)
+        self._running.add(one)
+        try:
+            return await one.run()
+        finally:
+            self._running.discard(one)
+
+    def told_rate(self, member_id: str, step: int) -> None:
+        """A member has said what it can give (rates): who is slow beside the others is not waited for from now on."""
+        rates = self.health.rates
+        now, usual = trio.current_time(), rates.usual
+        was_slow = rates.is_slow(member_id, now)
+        self.health.of(member_id)    # its bound is the rates' as well
+        if rates.say(member_id, step, now) and (rates.usual != usual or rates.is_slow(member_id, now) != was_slow):
+            for one in self._running:
+                one.stir()
+
+    def urge(self, key: str, index: int) -> None:
+        """A read of this node waits for a piece by now: if it is under way for something less urgent, that hurries."""
+        for one in self._running:
+            if one.key == key:
+                one.urge(index)
 
     def take_reports(self) -> list[Report]:
         """Of bad peers, since the last call: for the tracker."""

@@ -20,7 +20,7 @@ from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError,
 from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
 from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
-from lazyfs.peers.ways import Attempt, Way
+from lazyfs.peers.ways import Attempt, Way, split, way_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +33,8 @@ HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
 HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
 ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
-PATIENCE_EACH = 0.4     # of the delay, for each level of the tree: the first below a slow member asks another, the
-PATIENCE_MAX = 3.0      # others have it from there; were all to ask at once, they would ask the slow one's children
+URGENT_MIN_S, URGENT_MAX_S = 0.15, 2.0    # a read that comes to want what is under way in the background waits so long
+URGENT_TIMES = 1.5      # of what is usual: on a slow link everybody waits, and each hurry brings a chunk twice
 ROOT_LATE_S = 2.0       # a root that has been late for so long, the next in the order no longer waits for
 LOOK_S = 0.5            # so often what is late is worked out anew: the first requests began before anything was usual
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
@@ -48,6 +48,7 @@ class SwarmFetch:
     def __init__(self, swarm: Swarm, known: Known, resource: Resource, indexes: Sequence[int], *, priority: Priority,
                  deadline: float, hops: int, deliver: Deliver, origin: Origin | None, request: str) -> None:
         self._swarm, self._known, self._resource = swarm, known, resource
+        self.key = resource.key
         self._priority, self._deadline, self._hops = priority, deadline, hops
         self._deliver, self._give_origin, self._request = deliver, origin, request
         self._now: Callable[[], float] = trio.current_time
@@ -56,6 +57,7 @@ class SwarmFetch:
         self._all_ways = self._make_ways()
         self._attempts: set[Attempt] = set()
         self._delivering: set[int] = set()
+        self._urgent: dict[int, float] = {}   # reads wait for these: when somebody else is asked as well
         self._origin: list[int] = []
         self._ended = trio.Event()            # nothing is missing, or it has failed
         self._sleep = trio.CancelScope()      # of _work, until something is late
@@ -70,6 +72,10 @@ class SwarmFetch:
         self._to_origin(list(self._missing))
         return [] if self._give_origin is not None else sorted(self._origin)
 
+    def stir(self) -> None:
+        """A peer was found to be slow: look at what is under way."""
+        self._sleep.deadline = -math.inf
+
     async def _work(self) -> None:
         with trio.move_on_at(self._deadline):
             async with trio.open_nursery() as nursery:
@@ -80,6 +86,13 @@ class SwarmFetch:
                         await self._ended.wait()
                     self._look(nursery)
                 nursery.cancel_scope.cancel()
+
+    def urge(self, index: int) -> None:
+        """A read has come to wait for a piece, perhaps one of these."""
+        if index in self._missing and self._priority is not Priority.FOREGROUND and index not in self._urgent:
+            usual_s = URGENT_TIMES * self._swarm.pace.median_s(self._priority)
+            self._urgent[index] = self._now() + min(URGENT_MAX_S, max(URGENT_MIN_S, usual_s))
+            self._sleep.deadline = min(self._sleep.deadline, self._urgent[index])
 
     # --- ways -----------------------------------------------------------------------------------------------------
 
@@ -96,20 +109,10 @@ class SwarmFetch:
         return list(by_group.values())
 
     def _way(self, group: int) -> Way:
-        """
-        Whom to ask for a group: parents, those that have been slow after the others; then who may have it.
-
-        If all parents are slow, this node is as good as the root: only the first of an order has so few.
-        """
-        place = self._known.place(self._swarm.me.id, self._resource.key, group, self._now())
-        slow = {member.id for member in place.parents if self._is_slow(member)}
-        stops = [(member, False) for member in place.parents if member.id not in slow]
-        stops += [(member, False) for member in place.parents if member.id in slow and stops]
-        stops += [(member, True) for member in place.holders]
-        if place.heirs and not place.holders and self._known.probe_pays():
-            stops += [(member, True) for member in place.heirs]
-        return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)),
-                   is_next=len(place.parents) == 1)
+        place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
+        read = self._priority is Priority.FOREGROUND
+        pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
+        return way_of(place, self._is_slow, place.heirs[:1 if read else None] if pays else ())
 
     def _is_slow(self, member: Member) -> bool:
         return self._swarm.health.is_slow(member.id, self._now())
@@ -124,7 +127,7 @@ class SwarmFetch:
             elif not way.running and way.missing:
                 self._out_of_members(way)
         for (_, here_only), (member, together) in chosen.items():
-            for part in self._split(together):
+            for part in split(together, self._swarm.bounds.request_bytes // self._resource.piece_size):
                 self._start(member, here_only, part, nursery)
 
     def _next_stop(self, way: Way) -> tuple[Member, bool] | None:
@@ -171,25 +174,20 @@ class SwarmFetch:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _split(self, ways: list[Way]) -> Iterable[dict[int, Way]]:
-        """Into requests of a bounded size."""
-        most = max(1, self._swarm.bounds.request_bytes // self._resource.piece_size)
-        pieces = sorted((index, position) for position, way in enumerate(ways) for index in way.missing)
-        for first in range(0, len(pieces), most):
-            yield {index: ways[position] for index, position in pieces[first:first + most]}
-
-    def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None) -> None:
+    def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None,
+               priority: Priority | None = None) -> None:
         now = self._now()
-        attempt = Attempt(member, here_only, pieces, now, self._swarm.random.uniform(0.9, 1.2))
+        attempt = Attempt(member, here_only, pieces, now, jitter=self._swarm.random.uniform(0.9, 1.2),
+                          priority=self._priority if priority is None else priority)
         health = self._swarm.health.of(member.id)
         health.running += 1
         health.requests += 1
         self._swarm.counters["requests"] += 1
-        self._swarm.pace.asked(self._priority)
+        self._swarm.pace.asked(attempt.priority)
         self._attempts.add(attempt)
         for way in set(pieces.values()):
             way.running += 1
-        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt, attempt.moved_at))
+        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt))
         if nursery is not None:
             nursery.start_soon(self._ask, attempt, nursery)
 
@@ -211,12 +209,14 @@ class SwarmFetch:
         finally:
             self._close(attempt)
         if self._missing:
+            for index in sorted(attempt.left & self._urgent.keys()):
+                self._hurry(index, nursery)
             self._advance([way for way in self._open_ways(attempt) if not way.running], nursery)
 
     async def _receive(self, attempt: Attempt) -> None:
         swarm, resource = self._swarm, self._resource
         size = sum(resource.piece_bytes(index) for index in attempt.left)
-        if self._priority is Priority.FOREGROUND:
+        if attempt.priority is Priority.FOREGROUND:
             swarm.download.take_now(size)
         else:
             attempt.ours = True
@@ -225,7 +225,7 @@ class SwarmFetch:
             attempt.moved_at = self._now()
         left_s = self._deadline - self._now()
         request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
-                               HERE_ONLY if attempt.here_only else self._hops, self._priority, self._request)
+                               HERE_ONLY if attempt.here_only else self._hops, attempt.priority, self._request)
         async with swarm.exchange.ask(attempt.member, request) as pieces:
             async for piece in pieces:
                 if not await self._take(attempt, piece) or not attempt.left:
@@ -270,7 +270,7 @@ class SwarmFetch:
         health.late -= attempt.late
         attempt.late = False
         self._swarm.health.delivered(attempt.member.id, size, now)
-        self._swarm.pace.add(self._priority, seconds)
+        self._swarm.pace.add(attempt.priority, seconds)
         health.latencies.add(seconds)
         self._judge(attempt, seconds)
 
@@ -283,7 +283,7 @@ class SwarmFetch:
         swarm = self._swarm
         if 2 * swarm.health.of(attempt.member.id).pieces > swarm.counters["pieces"]:
             return
-        health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(self._priority)
+        health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(attempt.priority)
         times = seconds / max(usual, SLOW_MIN_S)
         if came:
             health.times_usual.append(times)
@@ -345,35 +345,48 @@ class SwarmFetch:
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _due_at(self, attempt: Attempt, now: float) -> float:
+    def _due_at(self, attempt: Attempt) -> float:
         """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
         if attempt.ours:
             return math.inf
         health = self._swarm.health.of(attempt.member.id)
-        if health.slow_until > now:
+        if self._is_slow(attempt.member):
             return attempt.moved_at
         since = max(attempt.moved_at, attempt.looked_at)
-        delay = self._swarm.pace.delay_s(self._priority) * attempt.patience
+        delay = self._swarm.pace.delay_s(attempt.priority) * attempt.patience
         if attempt.here_only:
             return since + HERE_TIMES * delay
-        if self._priority is Priority.FOREGROUND:
+        if attempt.priority is Priority.FOREGROUND:
             return since + delay
         return max(since + delay, min(health.moved_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
 
     def _wake_at(self) -> float:
         now = self._now()
-        return min(*(self._due_at(attempt, now) for attempt in self._attempts),
-                   *(way.again_at for way in self._all_ways), now + LOOK_S)
+        return min(*(self._due_at(attempt) for attempt in self._attempts),
+                   *(way.again_at for way in self._all_ways), *self._urgent.values(), now + LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
-        for attempt in [one for one in self._attempts if self._due_at(one, now) <= now]:
+        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
             self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:
             way.again_at = math.inf
         self._advance(late, nursery)
+        for index in [index for index, due_at in self._urgent.items() if due_at <= now]:
+            self._hurry(index, nursery)
+
+    def _hurry(self, index: int, nursery: trio.Nursery) -> None:
+        """A read still waits for that piece: the next one is asked for it alone, in the foreground; and again later."""
+        del self._urgent[index]
+        way = self._ways[index]
+        if index not in self._missing or index in self._delivering or way.next >= len(way.stops):
+            return
+        self.urge(index)
+        if self._swarm.pace.may_hedge(Priority.FOREGROUND, self._now()) and (stop := self._next_stop(way)) is not None:
+            self._swarm.counters["hurried"] += 1
+            self._start(*stop, {index: way}, nursery, Priority.FOREGROUND)
 
     def _hedge(self, attempt: Attempt, nursery: trio.Nursery) -> None:
         """
@@ -393,7 +406,7 @@ class SwarmFetch:
         ways = [way for way in alone if way.next < len(way.stops)]
         given_up = attempt.late and self._now() - attempt.moved_at > ROOT_LATE_S
         roots = [way for way in alone if given_up and way.is_next and way not in ways]
-        if not (ways or roots) or not self._swarm.pace.may_hedge(self._priority, self._now()):
+        if not (ways or roots) or not self._swarm.pace.may_hedge(attempt.priority, self._now()):
             return
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1

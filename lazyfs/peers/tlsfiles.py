@@ -21,7 +21,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 from lazyfs.errors import ConfigError, PeerError
+from lazyfs.peers.securestream import SecureStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -143,6 +146,18 @@ class TlsFiles:
 
     def _stamp(self) -> _Stamp:
         return tuple(_stamp(path) for path in (self.cert_file, self.key_file, self.ca_file) if path)
+
+
+async def secure(stream: trio.SocketStream, tls: TlsFiles, member: Member, host: str) -> SecureStream:
+    """TLS over a connection to a member, with the very one that was meant. Raises PeerError, ConfigError."""
+    secured = SecureStream(stream, tls.client(), server_hostname=host)
+    try:
+        await secured.shake_hands()
+    except (trio.BrokenResourceError, OSError) as error:
+        raise PeerError(f"{member.id} at {member.address}: no TLS: {error.__cause__ or error}",
+                        hint="the nodes' certificates are of one authority, [peers] ca_file") from error
+    check_server(secured.certificate(), member)
+    return secured
 
 
 def check_server(certificate: Mapping[str, Any] | None, member: Member) -> None:

@@ -20,7 +20,7 @@ import hashlib
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import jwt
 import msgspec
@@ -40,6 +40,7 @@ LIFETIME_S_MAX = 600.0
 SKEW_S = 60.0                    # between machines that keep their time; kubelet's tokens allow as much
 KEY_COUNT_MAX = 16               # current and previous ones, of several trackers
 KEYS_BYTES_MAX = 16 * 1024
+_EPOCH_S_MAX = 1e11              # of a clock that tells the time of day
 PUBLIC_KEY_BYTES = 32
 _TYPE: Final = "lazyfs-peer+jwt"
 _ALGORITHM: Final = "EdDSA"
@@ -116,12 +117,13 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True)
 class PublicKeys:
-    """The trackers' public keys, by key id."""
+    """The trackers' public keys, by key id. `now`: the tracker's clock when it gave them; 0.0: it did not say."""
 
     by_id: Mapping[str, Ed25519PublicKey] = field(default_factory=dict)
+    now: float = field(default=0.0, compare=False)
 
     def __or__(self, other: PublicKeys) -> PublicKeys:
-        return PublicKeys({**self.by_id, **other.by_id})
+        return PublicKeys({**self.by_id, **other.by_id}, other.now)
 
 
 class _Jwk(msgspec.Struct):
@@ -131,14 +133,15 @@ class _Jwk(msgspec.Struct):
     x: str
 
 
-class _JwkSet(msgspec.Struct):
+class _JwkSet(msgspec.Struct, omit_defaults=True):
     keys: list[_Jwk]
+    now: Annotated[float, msgspec.Meta(ge=0, le=_EPOCH_S_MAX)] = 0.0
 
 
-def dump_keys(publics: list[bytes]) -> bytes:
-    """A JWK Set (RFC 7517, 8037) of raw public keys."""
+def dump_keys(publics: list[bytes], now: float = 0.0) -> bytes:
+    """A JWK Set (RFC 7517, 8037) of raw public keys, and the clock that tokens are signed by."""
     found = [_Jwk("OKP", "Ed25519", key_id(one), _encode(one)) for one in publics]
-    return msgspec.json.encode(_JwkSet(found))
+    return msgspec.json.encode(_JwkSet(found, now))
 
 
 def parse_keys(data: bytes) -> PublicKeys:
@@ -152,7 +155,8 @@ def parse_keys(data: bytes) -> PublicKeys:
     if len(data) > KEYS_BYTES_MAX:
         raise PeerRefusedError(f"the tracker's keys have {len(data)} bytes, at most {KEYS_BYTES_MAX} are allowed")
     try:
-        listed = shapes.from_json(data, _JwkSet).keys
+        said = shapes.from_json(data, _JwkSet)
+        listed = said.keys
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise PeerRefusedError("the tracker's keys are no JWK Set") from None
     if len(listed) > KEY_COUNT_MAX:
@@ -163,7 +167,7 @@ def parse_keys(data: bytes) -> PublicKeys:
         if one.kty != "OKP" or one.crv != "Ed25519" or raw is None or one.kid != key_id(raw):
             raise PeerRefusedError("the tracker's keys hold one that is not Ed25519, or under another name")
         found[one.kid] = Ed25519PublicKey.from_public_bytes(raw)
-    return PublicKeys(found)
+    return PublicKeys(found, said.now)
 
 
 def key_id(public: bytes) -> str:

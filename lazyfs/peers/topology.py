@@ -3,8 +3,10 @@ Who asks whom, by arithmetic: rendezvous hashing orders the members for each gro
 
 A member's score in a group depends on its id, its up_rate and the group alone, never on who else is there. Each asks
 only members of lower score, so the way of a request ends, whatever the nodes know of each other: two views that
-differ make two trees, but never a ring. A zone's members make a tree of two children each, and the zones' roots make
-another one: one link a group enters a zone, one member a group asks the origin.
+differ make two trees, but never a ring. (Of a rate that changes: a member counts itself with the highest that anybody
+may still see of it. Along a way that own score falls with each step, so rings cannot be.) A zone's members make a tree
+of two children each, and the zones' roots make another one: one link a group enters a zone, one member a group asks
+the origin.
 
 Layer: peers. Who calls: swarm, benchmarks.scale. Pure; no I/O, no clock. State: orders that were asked for lately.
 """
@@ -34,7 +36,7 @@ HEADS = 6                        # first of an order: who stands in for a root t
 HEIRS = 3                        # of a root that has just come: others that came with it have nothing either
 HOLDERS = 2                      # complete members that are asked before the origin
 RATE_TYPICAL = 1 << 27           # bytes/s of who does not say: 1 Gbit/s
-RATE_POWER = 2                   # an eighth of the rate: one of 64 comes before an ordinary node. Slow ones are leaves
+RATE_POWER = 4                   # an eighth of the rate: one of 4096 comes before an ordinary node: a leaf
 ORDERS_BYTES_MAX = 4 * limits.MIB
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))    # splitmix64's finish
@@ -105,12 +107,21 @@ class Topology:
     def __len__(self) -> int:
         return len(self.members)
 
-    def place(self, member_id: str, seed: int) -> Place:
-        """Where a member of the view stands in the group of that seed."""
+    def place(self, member_id: str, seed: int, up_rate: int | None = None) -> Place:
+        """
+        Where a member of the view stands in the group of that seed.
+
+        `up_rate`: that it counts itself with, where that is not what the view says of it: see peers.ownrate.
+        """
         me = self._index[member_id]
         zone = self._zones[self.members[me].zone]
-        order, rank_of = self._order(zone, seed)
-        rank = int(rank_of[me - zone.start])
+        own = None if up_rate is None or up_rate == self.members[me].up_rate else (me, weight_of(up_rate))
+        if own is None:
+            order, rank_of = self._order(zone, seed)
+            rank = int(rank_of[me - zone.start])
+        else:
+            order = np.argsort(self._scores(zone, seed, own)).astype(np.int32)
+            rank = int(np.flatnonzero(order == me - zone.start)[0])
         above = _above(rank)
         depth = len(above)
         if len(above) > ANCESTORS_MAX + 1:
@@ -119,7 +130,7 @@ class Topology:
         chain = [zone.start + int(order[index]) for index in above]
         heirs = [zone.start + int(index) for index in order[1:1 + HEIRS]] if rank == 0 else []
         if rank < HEADS and len(self._zones) > 1:
-            beyond = self._beyond(me, zone, seed)
+            beyond = self._beyond(me, zone, seed, own)
             chain += [index for index in beyond.chain if index not in chain]
             heirs = (heirs + [index for index in beyond.others if index not in heirs])[:HEIRS]
         return Place(
@@ -129,8 +140,12 @@ class Topology:
             depth,
         )
 
-    def _scores(self, part: slice, seed: int) -> NDArray[np.float64]:
-        """The lower, the earlier in the group's order. -ln(u)/weight: how often one comes first goes by weight."""
+    def _scores(self, part: slice, seed: int, own: tuple[int, float] | None = None) -> NDArray[np.float64]:
+        """
+        The lower, the earlier in the group's order. -ln(u)/weight: how often one comes first goes by weight.
+
+        `own`: a member, of the part, that has another weight.
+        """
         mixed = self._hashes[part] ^ np.uint64(seed)
         mixed ^= mixed >> np.uint64(30)
         mixed *= _MIX[0]
@@ -138,7 +153,10 @@ class Topology:
         mixed *= _MIX[1]
         mixed ^= mixed >> np.uint64(31)
         uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        return -np.log(uniform) / self._weights[part]
+        scores: NDArray[np.float64] = -np.log(uniform) / self._weights[part]
+        if own is not None:
+            scores[own[0] - (part.start or 0)] *= self._weights[own[0]] / own[1]
+        return scores
 
     def _order(self, zone: slice, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The zone's members by score, as offsets into it; and each one's rank."""
@@ -153,9 +171,9 @@ class Topology:
                 self._orders.popitem(last=False)
         return found
 
-    def _beyond(self, me: int, zone: slice, seed: int) -> _Beyond:
+    def _beyond(self, me: int, zone: slice, seed: int, own: tuple[int, float] | None) -> _Beyond:
         """Of a zone's root, or who stands in for it: whom to ask in other zones."""
-        scores = self._scores(slice(None), seed)
+        scores = self._scores(slice(None), seed, own)
         roots = sorted((part.start + int(np.argmin(scores[part])) for part in self._zones.values()),
                        key=lambda index: float(scores[index]))
         mine = next(position for position, index in enumerate(roots) if zone.start <= index < zone.stop)
@@ -191,8 +209,12 @@ def _above(rank: int) -> list[int]:
     return above
 
 
-def _weights(members: tuple[Member, ...]) -> NDArray[np.float64]:
+def weight_of(up_rate: int) -> float:
     """By powers of two, so that a rate that is measured anew rarely moves anybody."""
-    steps = {rate: round(math.log2(max(1, rate or RATE_TYPICAL) / RATE_TYPICAL)) * RATE_POWER
-             for rate in {member.up_rate for member in members}}
-    return np.array([2.0 ** steps[member.up_rate] for member in members], np.float64)
+    steps = round(math.log2(max(1, up_rate or RATE_TYPICAL) / RATE_TYPICAL))
+    return 2.0 ** (steps * RATE_POWER)
+
+
+def _weights(members: tuple[Member, ...]) -> NDArray[np.float64]:
+    weights = {rate: weight_of(rate) for rate in {member.up_rate for member in members}}
+    return np.array([weights[member.up_rate] for member in members], np.float64)

@@ -69,6 +69,7 @@ class TrackedMembership:
         self._views: dict[str, View] = {}                 # by version, those in use
         self._versions: dict[str, str] = {}               # by key
         self._isolated: tuple[str, ...] = ()
+        self._cluster_members = 0                         # 0: no tracker has said it
         self._why = "no tracker was asked yet"
         self._lost_at: float | None = None
         self._words: dict[str, tuple[Callable[[], msgspec.Raw | None], Callable[[msgspec.Raw], object]]] = {}
@@ -88,10 +89,16 @@ class TrackedMembership:
     def news(self) -> None:
         self._news.set()
 
+    def says(self, me: Member) -> None:
+        self._me = msgspec.structs.replace(self._me, up_rate=me.up_rate)
+        self._myself = me
+        self.news()
+
     def describe(self) -> dict[str, Any]:
         members = {member.id for view in self._views.values() for member in view.members}
-        return {"kind": "tracker", "cluster": self._cluster, "tracker": self._client.last, "members": len(members),
-                "isolated": list(self._isolated), "lost_s": self.lost_s(), "why": self._why}
+        return {"kind": "tracker", "cluster": self._cluster, "network": self._me.network, "tracker": self._client.last,
+                "members": len(members), "cluster_members": self._cluster_members, "isolated": list(self._isolated),
+                "lost_s": self.lost_s(), "why": self._why}
 
     def lost_s(self) -> float:
         """For how long no tracker has answered; 0.0: one does."""
@@ -164,6 +171,7 @@ class TrackedMembership:
         self._versions = {key: version for key, version in self._versions.items() if key in self._said}
         self._views = {version: known[version] for version in self._versions.values()}
         self._isolate(tuple(answer.isolated))
+        self._cluster_members = answer.members
         for key, phase in answer.release.items():
             if key in self._said:
                 self._participant.release(key, phase)
@@ -246,7 +254,7 @@ def open_membership(settings: config.Peers, me: Member, participant: Participant
     Raises ConfigError: a file that it names cannot be used.
     """
     if settings.tracker:
-        return TrackedMembership(me, participant, tracker_client(settings), settings.cluster)
+        return TrackedMembership(me, participant, tracker_client(settings), settings.cluster, settings.network)
     if settings.static:
         return ListedMembership(me, participant, settings.static)
     return DnsMembership(me, participant, settings.dns)

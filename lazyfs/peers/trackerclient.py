@@ -20,6 +20,7 @@ from lazyfs import __version__, limits, shapes
 from lazyfs.config.secretfile import read_word
 from lazyfs.errors import (
     ConfigError,
+    FormatError,
     LazyfsError,
     NotFoundError,
     PeerBusyError,
@@ -28,6 +29,7 @@ from lazyfs.errors import (
     UsageError,
 )
 from lazyfs.peers.model import Member
+from lazyfs.peers.packed import ENCODING, unpack
 from lazyfs.peers.tlsfiles import check_server
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ class TrackerClient:
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX)
         method, path, body, word = question
         headers = [("Host", f"{place.host}:{place.port}"), ("User-Agent", f"lazyfs/{__version__}"),
-                   ("Content-Length", str(len(body)))]
+                   ("Accept-Encoding", ENCODING), ("Content-Length", str(len(body)))]
         if body:
             headers.append(("Content-Type", "application/json"))
         if word:
@@ -198,7 +200,7 @@ class _ClosedError(PeerError):
 
 
 async def _receive(http: h11.Connection, stream: trio.abc.Stream) -> tuple[int, bytes]:
-    status = 0
+    status, encoding = 0, b""
     body = bytearray()
     while True:
         event = http.next_event()
@@ -208,15 +210,22 @@ async def _receive(http: h11.Connection, stream: trio.abc.Stream) -> tuple[int, 
                 raise _ClosedError("it closed the connection")
             http.receive_data(data)
         elif isinstance(event, h11.Response):
-            status = event.status_code
+            status, encoding = event.status_code, dict(event.headers).get(b"content-encoding", b"")
         elif isinstance(event, h11.Data):
             body += event.data
             if len(body) > _BODY_BYTES_MAX:
                 raise PeerError(f"its answer has more than {_BODY_BYTES_MAX} bytes")
         elif isinstance(event, h11.EndOfMessage):
-            return status, bytes(body)
+            return status, _unpacked(bytes(body)) if encoding == ENCODING.encode() else bytes(body)
         elif isinstance(event, h11.ConnectionClosed):
             raise _ClosedError("it closed the connection")
+
+
+def _unpacked(body: bytes) -> bytes:
+    try:
+        return unpack(body, _BODY_BYTES_MAX)
+    except FormatError as error:
+        raise PeerError(f"its answer cannot be read: {error}") from None
 
 
 def _error(url: str, status: int, body: bytes) -> LazyfsError:

@@ -20,13 +20,16 @@ import trio
 from lazyfs.errors import PeerBusyError
 from lazyfs.limits import MIB
 from lazyfs.peers.model import BEAT_S, Priority
-from lazyfs.peers.rates import Rate
+from lazyfs.peers.rates import Giving, Rate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 _DISK_THREADS = 4          # a slow disk is not asked for sixty places at once
 _HELD_BYTES_MAX = 64 * MIB  # pieces that could not be stored, and wait to be sent
+# Reads' pieces go one after another, nothing else meanwhile: of two that share a link both come as late as the second
+# one would. What takes longer than this (1 MiB at 200 Mbit/s: 42 ms) is slow for reasons that are not this host's link.
+ALONE_S = 0.05
 _RETRY_S = 0.25            # when a place may be free again, nobody knows better
 _RETRY_S_MAX = 10.0
 
@@ -61,32 +64,35 @@ class UploadCounters:
     wire_bytes: int = 0
 
 
-class _Turn:
-    """One who waits to send a piece."""
+class Turn:
+    """One who waits to send a piece, or sends it. `began`: trio's clock."""
 
-    __slots__ = ("event", "gone", "place")
+    __slots__ = ("began", "event", "gone", "place")
 
     def __init__(self, place: tuple[int, int]) -> None:
         self.place = place
         self.event = trio.Event()
         self.gone = False
+        self.began = 0.0
 
-    def __lt__(self, other: _Turn) -> bool:
+    def __lt__(self, other: Turn) -> bool:
         return self.place < other.place
 
 
 class Uploads:
-    """The state of it. `counters` is read by who describes the node."""
+    """The state of it. `counters` is read by who describes the node. `giving`: what it has been found able to give."""
 
     def __init__(self, limits: UploadLimits) -> None:
         self.limits = limits
         self.counters = UploadCounters()
+        self.giving = Giving()
         self._open: Counter[str] = Counter()
         self._promised = 0               # bytes that open requests will still want, were they all here
         self._sending = 0
         self._held = 0
         self.disk = trio.CapacityLimiter(_DISK_THREADS)      # that have the disk read what is to be sent
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
+        self._reads: dict[Turn, None] = {}      # whose pieces are being sent, and somebody sleeps on them
         self._numbers = itertools.count()
         self._rate = Rate(limits.rate)
 
@@ -154,13 +160,13 @@ class Uploads:
         """A piece that was held is not any more."""
         self._held -= size
 
-    async def begin(self, priority: Priority, size: int, meanwhile: Callable[[], Awaitable[None]]) -> None:
+    async def begin(self, priority: Priority, size: int, meanwhile: Callable[[], Awaitable[None]]) -> Turn:
         """
         Wait for the turn to send a piece of `size` bytes; `end` is called after it, whatever happened.
 
         `meanwhile` is called every BEAT_S of waiting.
         """
-        turn = _Turn((priority, next(self._numbers)))
+        turn = Turn((priority, next(self._numbers)))
         heapq.heappush(self._turns, turn)
         try:
             while True:
@@ -179,18 +185,23 @@ class Uploads:
         heapq.heappop(self._turns)
         self._sending += 1
         self._rate.take_now(size)
+        turn.began = trio.current_time()
+        if priority is Priority.FOREGROUND:
+            self._reads[turn] = None
         self._wake_first()
+        return turn
 
-    def end(self, plain_bytes: int, wire_bytes: int) -> None:
+    def end(self, turn: Turn, plain_bytes: int, wire_bytes: int) -> None:
         """A piece of `plain_bytes`, as `begin` was told, was sent as `wire_bytes`; 0: it was not."""
         self._sending -= 1
+        self._reads.pop(turn, None)
         self._rate.take_now(wire_bytes - plain_bytes)
         self.counters.pieces += wire_bytes > 0
         self.counters.plain_bytes += plain_bytes if wire_bytes else 0
         self.counters.wire_bytes += wire_bytes
         self._wake_first()
 
-    def _delay(self, turn: _Turn) -> float:
+    def _delay(self, turn: Turn) -> float:
         """Seconds until it may be this one's turn; infinite: somebody will wake it; 0: now."""
         while self._turns[0].gone:
             heapq.heappop(self._turns)
@@ -198,7 +209,8 @@ class Uploads:
         places = limits.concurrent if turn.place[0] == Priority.FOREGROUND else limits.concurrent * 3 // 4
         if self._turns[0] is not turn or self._sending >= max(places, 1):
             return math.inf
-        return self._rate.wait_s()
+        alone_until = next(reversed(self._reads)).began + ALONE_S if self._reads else -math.inf
+        return max(self._rate.wait_s(), alone_until - trio.current_time())
 
     def _wake_first(self) -> None:
         while self._turns and self._turns[0].gone:

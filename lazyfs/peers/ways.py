@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import trio
 
 if TYPE_CHECKING:
-    from lazyfs.peers.model import Member
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lazyfs.peers.model import Member, Priority
+    from lazyfs.peers.topology import Place
+
+
+PATIENCE_EACH = 0.4     # of the delay, for each level of the tree: the first below a slow member asks another, the
+PATIENCE_MAX = 3.0      # others have it from there; were all to ask at once, they would ask the slow one's children
 
 
 class Way:
@@ -40,6 +47,26 @@ class Way:
         self.again_at = math.inf
 
 
+def way_of(place: Place, is_slow: Callable[[Member], bool], heirs: Sequence[Member]) -> Way:
+    """
+    Whom to ask for a group: parents, those that have been slow after the others; then who may have it.
+
+    If all parents are slow, this node is as good as the root: only the first of an order has so few.
+    """
+    slow = {member.id for member in place.parents if is_slow(member)}
+    stops = [(member, False) for member in place.parents if member.id not in slow]
+    stops += [(member, False) for member in place.parents if member.id in slow and stops]
+    stops += [(member, True) for member in (*place.holders, *heirs)]
+    return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)), is_next=len(place.parents) == 1)
+
+
+def split(ways: list[Way], most: int) -> Iterator[dict[int, Way]]:
+    """What is missing of them, into requests of `most` pieces, or one."""
+    pieces = sorted((index, position) for position, way in enumerate(ways) for index in way.missing)
+    for first in range(0, len(pieces), max(1, most)):
+        yield {index: ways[position] for index, position in pieces[first:first + max(1, most)]}
+
+
 class Attempt:
     """
     A request to a member. `left`: of its pieces, those that are still missing.
@@ -51,11 +78,13 @@ class Attempt:
     """
 
     __slots__ = ("got", "here_only", "late", "left", "looked_at", "member",
-                 "moved_at", "ours", "patience", "scope", "ways")
+                 "moved_at", "ours", "patience", "priority", "scope", "ways")
 
-    def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, jitter: float) -> None:
+    def __init__(self, member: Member, here_only: bool, ways: dict[int, Way], now: float, *, jitter: float,
+                 priority: Priority) -> None:
         self.member = member
         self.here_only = here_only
+        self.priority = priority
         self.ways = ways
         self.left = set(ways)
         self.moved_at = self.looked_at = now

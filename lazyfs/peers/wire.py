@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PROTOCOL = "lazyfs-peer/1"       # the name in the Upgrade header; another number: other frames
 MARK = 0xA7                      # first byte of each frame: what is not a frame is told at once
-HEAD = struct.Struct("!BBHII")   # mark, type, (reserved), number of the request, bytes that follow
+HEAD = struct.Struct("!BBHII")   # mark, type, rate of who is asked, number of the request, bytes that follow
 PIECE = struct.Struct("!IIBxxx")  # index, bytes before compression, encoding; then the bytes
 CONTROL_BYTES_MAX = 64 * limits.KIB   # a request: 1,024 ranges are 20 KiB, a token 2
 PIECE_COUNT_MAX = 4096           # pieces of one request: 1 GiB at 256 KiB
@@ -76,11 +76,12 @@ class Code(StrEnum):
 
 
 class Head(NamedTuple):
-    """A frame's header; `length` is within the bound of its type."""
+    """A frame's header; `length` is within the bound of its type. `rate`: see head()."""
 
     type: Frame
     number: int
     length: int
+    rate: int = 0
 
 
 class PieceHead(NamedTuple):
@@ -131,14 +132,18 @@ _LENGTH_MAX = {
 }
 
 
-def head(frame: Frame, number: int, length: int) -> bytes:
-    """A frame's header; its `length` bytes follow."""
-    return HEAD.pack(MARK, frame, 0, number, length)
+def head(frame: Frame, number: int, length: int, rate: int = 0) -> bytes:
+    """
+    A frame's header; its `length` bytes follow.
+
+    `rate`: that who is asked can give, as a step (peers.rates); 0: not known.
+    """
+    return HEAD.pack(MARK, frame, rate, number, length)
 
 
 def parse_head(data: bytes | bytearray | memoryview) -> Head:
     """Of HEAD.size bytes. Raises FormatError: it is none, or announces too much."""
-    mark, kind, _, number, length = HEAD.unpack(data)
+    mark, kind, rate, number, length = HEAD.unpack(data)
     try:
         frame = Frame(kind)
     except ValueError:
@@ -147,12 +152,12 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
         raise FormatError(f"peer: not a frame: it begins with {bytes(data[:4]).hex()}")
     if length > _LENGTH_MAX[frame]:
         raise FormatError(f"peer: a frame {frame.name} of {length} bytes, at most {_LENGTH_MAX[frame]} are allowed")
-    return Head(frame, number, length)
+    return Head(frame, number, length, rate)
 
 
-def piece_head(number: int, index: int, size: int, encoding: Encoding, stored: int) -> bytes:
+def piece_head(number: int, index: int, size: int, encoding: Encoding, stored: int, *, rate: int = 0) -> bytes:
     """All that stands before a piece's `stored` bytes."""
-    return head(Frame.PIECE, number, PIECE.size + stored) + PIECE.pack(index, size, encoding)
+    return head(Frame.PIECE, number, PIECE.size + stored, rate) + PIECE.pack(index, size, encoding)
 
 
 def parse_piece(data: bytes | bytearray | memoryview, length: int, resource: Resource) -> PieceHead:

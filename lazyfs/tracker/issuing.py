@@ -80,7 +80,7 @@ class Issuing:
 
     async def _public(self, _request: Request) -> Answer:
         await trio.lowlevel.checkpoint()
-        return Answer(200, dump_keys(self._keys.publics()))
+        return Answer(200, dump_keys(self._keys.publics(), self._keys.now()))
 
     async def _issue(self, request: Request) -> Answer:
         self._counters["tokens_asked"] += 1

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric as Family
 
+    from lazyfs.tracker.server import Traffic
     from lazyfs.tracker.service import Service
-    from lazyfs.tracker.web import Traffic
 
 _COUNTERS = {
     "beats": ("lazyfs_tracker_beats_total", "Signs of life of members."),

@@ -3,10 +3,12 @@ The store in Redis: any number of trackers have one state, and each of them all 
 
 Layer: tracker. Who calls: tracker.run makes one. A tracker writes what it is told, and follows the log of what others
 write (redisscripts says what is there); views are made of the replica in memory. Writes and looks go to Redis in
-rounds: all that came in since the last one in one pipeline, in one thread with one connection. So a beat costs Redis
-one entry of a ZADD, and this process a share of a round. A member is answered when Redis has what it said.
+rounds: all that came in since the last one in one pipeline, in one thread with one connection. A member is answered
+when Redis has what it said. A beat that says nothing new waits for no round: that its member was heard of goes with the
+next one, and costs Redis an entry of a ZADD; if that fails, it goes with the one after it.
 
-State: the replicas; operations that wait for the next round, bounded. Every round has a deadline (socket timeouts).
+State: the replicas; operations that wait for the next round, bounded; members heard of since the last one (only such
+as the replicas have). Every round has a deadline (socket timeouts).
 While Redis does not answer, operations fail at once: the tracker says 503, nodes go on with what they know.
 """
 
@@ -57,7 +59,7 @@ _log = logging.getLogger("lazyfs.tracker")
 
 @dataclass(slots=True, eq=False)
 class _Operation:
-    """`script` empty: `args[0]` was heard of. `result` or `error` when `done` is set."""
+    """`result` or `error` when `done` is set."""
 
     cluster: str
     script: str
@@ -76,6 +78,17 @@ class _Replica:
     seq: int
     used_at: float
     heard_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Round:
+    """What one asks Redis: operations, members heard of by cluster, replicas to follow; `now` by Redis' clock."""
+
+    batch: list[_Operation]
+    heard: dict[str, set[str]]
+    follow: dict[str, _Replica]
+    reap: bool
+    now: float
 
 
 @dataclass(slots=True)
@@ -98,6 +111,7 @@ class RedisStore:
         self._where = url
         self._replicas: dict[str, _Replica] = {}
         self._pending: deque[_Operation] = deque()
+        self._heard_of: dict[str, set[str]] = {}     # by cluster, since the last round
         self._wanted = trio.Event()
         self._offset = 0.0               # Redis' clock minus ours
         self._problem = "nobody has asked Redis yet"
@@ -132,7 +146,11 @@ class RedisStore:
             raise PeerBusyError(f"cluster {cluster} has {MEMBER_COUNT_MAX} members", retry_after_s=60.0)
 
     async def heard(self, cluster: str, name: str) -> None:
-        await self._do(cluster, "", [], [name])
+        replica = self._replicas.get(cluster)
+        if self._failing:
+            raise SourceError(self._problem)
+        if replica is not None and name in replica.cluster.members:
+            self._heard_of.setdefault(cluster, set()).add(name)
 
     async def leave(self, cluster: str, name: str) -> None:
         await self._do(cluster, scripts.LEAVE, self._keys(cluster), [name])
@@ -208,14 +226,17 @@ class RedisStore:
     async def _round(self) -> None:
         """Never raises an Exception."""
         batch = [self._pending.popleft() for _ in range(min(_ROUND_COUNT_MAX, len(self._pending)))]
+        heard, self._heard_of = self._heard_of, {}
         if not self._pending:
             self._wanted = trio.Event()
         follow = {name: replica for name, replica in self._replicas.items() if name not in self._loading}
         reap = trio.current_time() >= self._reap_at
         try:
-            found = await trio.to_thread.run_sync(self._ask, batch, follow, reap, self.now())
+            found = await trio.to_thread.run_sync(self._ask, _Round(batch, heard, follow, reap, self.now()))
         except (redis.RedisError, OSError) as error:
             self._failed(batch, error)
+            for name, members in heard.items():
+                self._heard_of.setdefault(name, set()).update(members)
             await trio.sleep(AGAIN_S)
             return
         self._offset = found.time - trio.current_time()
@@ -224,8 +245,8 @@ class RedisStore:
         self._problem, self._failing = "", False
         if reap:
             self._reap_at = trio.current_time() + SWEEP_S
-        for name, (seq, changes, heard) in found.looks.items():
-            self._follow(name, seq, changes, heard)
+        for name, (seq, changes, alive) in found.looks.items():
+            self._follow(name, seq, changes, alive)
         for operation, result in zip(batch, found.results, strict=True):
             self._finish(operation, result)
         if reap:
@@ -241,7 +262,7 @@ class RedisStore:
             operation.error = SourceError(text)
             operation.done.set()
 
-    def _ask(self, batch: list[_Operation], follow: dict[str, _Replica], reap: bool, now: float) -> _Found:
+    def _ask(self, asked: _Round) -> _Found:
         """In the thread: a round. Raises RedisError, OSError."""
         for attempt in range(2):
             if not self._scripts:
@@ -249,27 +270,23 @@ class RedisStore:
                     scripts.UPDATE, scripts.LEAVE, scripts.REAP, scripts.REPORT, scripts.LOAD, scripts.PUT,
                     scripts.GET, scripts.ALL, scripts.DROP)}
             try:
-                return self._pipeline(batch, follow, reap, now)
+                return self._pipeline(asked)
             except redis.exceptions.NoScriptError:   # it was started anew, or told to forget them
                 self._scripts = {}
                 if attempt:
                     raise
         raise AssertionError
 
-    def _pipeline(self, batch: list[_Operation], follow: dict[str, _Replica], reap: bool, now: float) -> _Found:
+    def _pipeline(self, asked: _Round) -> _Found:
         pipe = self._redis.pipeline(transaction=False)
-        heard: dict[str, dict[str, float]] = {}
-        for operation in batch:
-            if operation.script:
-                pipe.evalsha(self._scripts[operation.script], len(operation.keys), *operation.keys, *operation.args)
-            else:
-                heard.setdefault(operation.cluster, {})[str(operation.args[0])] = now
-        for name, members in heard.items():
-            pipe.zadd(scripts.keys_of(name)["alive"], members, xx=True)
+        for operation in asked.batch:
+            pipe.evalsha(self._scripts[operation.script], len(operation.keys), *operation.keys, *operation.args)
+        for name, members in asked.heard.items():
+            pipe.zadd(scripts.keys_of(name)["alive"], dict.fromkeys(members, asked.now), xx=True)
         looked = []
-        for name, replica in follow.items():
+        for name, replica in asked.follow.items():
             keys = scripts.keys_of(name)
-            if reap:
+            if asked.reap:
                 pipe.evalsha(self._scripts[scripts.REAP], 4, *self._keys(name),
                              ttl_s(len(replica.cluster.members)), _REAP_COUNT)
             pipe.get(keys["seq"])
@@ -282,12 +299,10 @@ class RedisStore:
         for answer in answers:
             if isinstance(answer, redis.exceptions.NoScriptError | redis.exceptions.ReadOnlyError):
                 raise answer
-        scripted = sum(bool(operation.script) for operation in batch)
-        results = iter(answers[:scripted])
-        found = _Found(results=[next(results) if operation.script else 1 for operation in batch])
-        rest = iter(answers[scripted + len(heard):])
+        found = _Found(results=answers[: len(asked.batch)])
+        rest = iter(answers[len(asked.batch) + len(asked.heard):])
         for name in looked:
-            if reap:
+            if asked.reap:
                 next(rest)
             seq, changes, alive = next(rest), next(rest), next(rest)
             for one in (seq, changes, alive):

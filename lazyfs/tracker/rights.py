@@ -6,6 +6,10 @@ the wire; the tracker shows just that to the registry (HEAD of the blob, or of t
 devices), and nothing of its own. State: proofs that held, by a keyed hash of everything that they depend on, for
 PROVED_S; and, so that swarms outlive an outage of the registry, that a holder's key has proved its right once.
 
+A cluster that starts an image asks all at once. One credential is shown to the registry once, whoever else shows it
+meanwhile or within PROVED_S: it is the credential that may pull. Nodes with credentials of their own (a token server
+gives each another one) cost a HEAD each, _CONCURRENT_MAX at a time.
+
 Invariants: a credential is in no log, message, record or repr, and is not kept; it goes to the registry that the asker
 names and to no mirror; only registries of `tracker.registries` are asked, and never this machine unless it is listed
 there; what could not be asked is no "no", and no "yes" to whoever has not had one.
@@ -18,7 +22,7 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -44,7 +48,8 @@ OUTAGE_S = 12 * 3600.0           # a registry that is down: who had the right ke
 PROOF_COUNT_MAX = 16_384
 _ASK_S = 10.0                    # a registry, for a HEAD
 _BLOB_COUNT_MAX = 64             # blobs in one question, each of them a HEAD
-_CONCURRENT_MAX = 64             # threads that wait for registries: a cluster that starts one image together
+_CONCURRENT_MAX = 32             # threads that wait for registries: a cluster that starts one image together; more
+                                 # at once is what registries answer with 429
 _HELD: Final = "rights"
 
 
@@ -66,6 +71,31 @@ class _Claim:
         return b"\0".join((*(part.encode() for part in ours), *parts))
 
 
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A question to a registry that is under way. `error`, when `done` is set: what came of it; None: a yes."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: LazyfsError | None = None
+
+
+class _Client:
+    """A client of a registry, made when it is needed: mostly, all is known already."""
+
+    def __init__(self, make: Callable[[], RegistryClient]) -> None:
+        self._make = make
+        self._made: RegistryClient | None = None
+
+    async def get(self) -> RegistryClient:
+        if self._made is None:
+            self._made = await trio.to_thread.run_sync(self._make)
+        return self._made
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+
 class Rights:
     """Asks registries. `options`: how (authorities, plain http); its own credentials are never used."""
 
@@ -77,7 +107,8 @@ class Rights:
         self._seeds = Seeds(items)
         self._clock = clock
         self._secret = secrets.token_bytes(32)
-        self._proved: OrderedDict[bytes, float] = OrderedDict()
+        self._proved: OrderedDict[bytes, float] = OrderedDict()      # by credential, and by credential and holder
+        self._flights: dict[bytes, _Flight] = {}
         self._limit = trio.CapacityLimiter(_CONCURRENT_MAX)
         self.asked_count = 0
 
@@ -98,7 +129,7 @@ class Rights:
         found: frozenset[str] = frozenset()
         if len(blobs) > _BLOB_COUNT_MAX:
             raise UsageError(f"expected at most {_BLOB_COUNT_MAX} blobs in one question, found {len(blobs)}")
-        client = await trio.to_thread.run_sync(self._client, place, authorization)
+        client = _Client(lambda: self._client(place, authorization))
         try:
             if devices:
                 reference = replace(place, digest=Digest(proof.bootstrap))
@@ -112,9 +143,9 @@ class Rights:
             client.close()
         return found
 
-    async def _seeds_of(self, client: RegistryClient, reference: RegistryReference, proof: Proof) -> frozenset[str]:
+    async def _seeds_of(self, client: _Client, reference: RegistryReference, proof: Proof) -> frozenset[str]:
         known = await self._seeds.known(proof.bootstrap)
-        return known if known is not None else await self._seeds.resources(client, reference, proof.size,
+        return known if known is not None else await self._seeds.resources(await client.get(), reference, proof.size,
                                                                            proof.raw_size)
 
     def _place(self, text: str) -> RegistryReference:
@@ -133,31 +164,53 @@ class Rights:
         return RegistryClient(place.host, place.repository, replace(self._options, shown=authorization),
                               through_mirrors=False)
 
-    async def _prove(self, client: RegistryClient, claim: _Claim) -> None:
+    async def _prove(self, client: _Client, claim: _Claim) -> None:
         """Raises PeerRefusedError: it may not pull that. SourceError: the registry could not be asked."""
-        name = hmac.digest(self._secret, claim.name(claim.holder, claim.authorization.reveal().encode()), "sha256")
-        now = self._clock()
-        if self._proved.get(name, 0.0) > now:
+        credential = claim.authorization.reveal().encode()
+        shown = hmac.digest(self._secret, claim.name(credential), "sha256")
+        own = hmac.digest(self._secret, claim.name(claim.holder, credential), "sha256")
+        if self._proved.get(own, 0.0) > self._clock():
             return
         held = hashlib.sha256(claim.name(claim.holder)).hexdigest()
-        try:
-            await trio.to_thread.run_sync(_ask, client, claim, limiter=self._limit)
-        except PeerRefusedError:
-            self._proved.pop(name, None)
+        error: LazyfsError | None = None
+        while error is None and self._proved.get(shown, 0.0) <= self._clock():
+            error = await self._shown_to_registry(shown, client, claim)
+        if isinstance(error, PeerRefusedError):
+            self._proved.pop(own, None)
             await self._items.drop(_HELD, held)
-            raise
-        except SourceError as error:
-            # Only where the registry says nothing: what it does not like, the asker may have made so.
-            if not error.transient or await self._items.get(_HELD, held) is None:
-                raise
-            return
-        finally:
+            raise type(error)(str(error), hint=error.hint)
+        if isinstance(error, SourceError) and error.transient and await self._items.get(_HELD, held) is not None:
+            return     # only where the registry says nothing: what it does not like, the asker may have made so
+        if error is not None:
+            raise error
+        self._note(own, self._proved[shown])
+        await self._items.put(_HELD, held, b"1", OUTAGE_S)
+
+    async def _shown_to_registry(self, shown: bytes, client: _Client, claim: _Claim) -> LazyfsError | None:
+        """Ask it, or wait for who asks the same already; None: nothing is wrong, `_proved` says whether it is a yes."""
+        flight = self._flights.get(shown)
+        if flight is not None:
+            await flight.done.wait()
+            return flight.error
+        flight = self._flights[shown] = _Flight()
+        try:
+            await trio.to_thread.run_sync(_ask, await client.get(), claim, limiter=self._limit)
             self.asked_count += 1
-        self._proved[name] = now + PROVED_S
+            self._note(shown, self._clock() + PROVED_S)
+        except (PeerRefusedError, SourceError) as error:
+            self._proved.pop(shown, None)
+            self.asked_count += 1
+            flight.error = error
+        finally:
+            del self._flights[shown]
+            flight.done.set()
+        return flight.error
+
+    def _note(self, name: bytes, until: float) -> None:
+        self._proved[name] = until
         self._proved.move_to_end(name)
         if len(self._proved) > PROOF_COUNT_MAX:
             self._proved.popitem(last=False)
-        await self._items.put(_HELD, held, b"1", OUTAGE_S)
 
 
 def _host_name(host: str) -> str:

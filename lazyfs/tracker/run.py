@@ -21,9 +21,10 @@ from lazyfs.config.secretfile import read_word
 from lazyfs.errors import AuthError, HostError
 from lazyfs.peers.tlsfiles import TlsFiles
 from lazyfs.tracker import issuing, preheat
+from lazyfs.tracker.server import CONNECTION_COUNT_MAX, Server
 from lazyfs.tracker.service import Service
 from lazyfs.tracker.store import MemoryStore
-from lazyfs.tracker.web import CONNECTION_COUNT_MAX, Answer, Routes, Server
+from lazyfs.tracker.web import Answer, Routes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -17,6 +17,7 @@ import trio
 from lazyfs import shapes
 from lazyfs.errors import FormatError, NotFoundError
 from lazyfs.peers.announce import CLUSTER, REPORT_COUNT_MAX, Announced, Beat, BeatAnswer, Report
+from lazyfs.peers.packed import ENCODING, PACK_BYTES_MIN, pack
 from lazyfs.tracker.release import release
 from lazyfs.tracker.state import MemberState, dump_state, interval_s
 from lazyfs.tracker.views import Views
@@ -25,7 +26,7 @@ from lazyfs.tracker.web import Answer, refusal
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from lazyfs.tracker.state import Cluster, Swarm
+    from lazyfs.tracker.state import Cluster, Entry, Swarm
     from lazyfs.tracker.store import Store
     from lazyfs.tracker.web import Request, Routes
 
@@ -35,6 +36,7 @@ YOUNG_S = 5.0                    # so long after somebody joined, a swarm's memb
 JOIN_WAIT_S = 1.5                # at most: who joins gets a view that those who join with it get too
 _SHOWN_COUNT_MAX = 1000          # swarms, members, in answers for people; more: `?after=NAME`
 _encode = msgspec.json.Encoder().encode
+_HERE = msgspec.Raw(b"null")     # where views are to be
 
 
 class _Skimmed(msgspec.Struct):
@@ -111,12 +113,22 @@ class Service:
             await self.store.heard(name, member.id)
         if said.reports:
             await self._reported(name, member.id, said.reports)
-        answer = self._answer(cluster, member, said.seen)
+        answer, lacks = self._answer(cluster, member, said.seen)
         for word, hook in self._hooks.items():
             told = await hook(name, member.id, said.extra.get(word))
             if told is not None:
                 answer.extra[word] = told
+        if (ENCODING in request.header("accept-encoding") and sum(map(len, answer.views)) >= PACK_BYTES_MIN):
+            return self._packed(answer, lacks)
         return Answer(200, _encode(answer))
+
+    def _packed(self, answer: BeatAnswer, lacks: list[tuple[str, str]]) -> Answer:
+        """Each view as a frame that is made once for all, between frames of the rest."""
+        answer.views = [_HERE]
+        before, _, after = _encode(answer).partition(b'"views":[%b]' % bytes(_HERE))
+        views = pack(b",").join(self._views.packed(version, seen) for version, seen in lacks)
+        body = b"".join((pack(before + b'"views":['), views, pack(b"]" + after)))
+        return Answer(200, body, headers=(("Content-Encoding", ENCODING),))
 
     async def _changed(self, name: str, request: Request, raw: bytes) -> Cluster:
         """Keep what a member says; who joins a swarm waits for others that do."""
@@ -139,6 +151,7 @@ class Service:
         cluster = await self.store.cluster(name)
         if new:
             self.counters["joins"] += len(new)
+        if new and not _is_alone(cluster, known):
             due = max((self._views.due_at(swarm) for key in new
                        if (swarm := cluster.swarm(said.member.network, key)) is not None), default=0.0)
             await trio.sleep(min(JOIN_WAIT_S, max(0.0, due - self.store.now())))
@@ -156,13 +169,14 @@ class Service:
         self.counters["reports"] += len(reports)
         await self.store.report(name, by, sorted({one.id for one in reports}))
 
-    def _answer(self, cluster: Cluster, member: Announced, seen: dict[str, str]) -> BeatAnswer:
-        """Of a member that is known: its views, as far as it does not have them."""
+    def _answer(self, cluster: Cluster, member: Announced,
+                seen: dict[str, str]) -> tuple[BeatAnswer, list[tuple[str, str]]]:
+        """Of a member that is known: its views, as far as it does not have them; and which: version, and since when."""
         now = self.store.now()
-        answer = BeatAnswer(1.0, {}, [], {}, sorted(cluster.isolated), {})
+        answer = BeatAnswer(1.0, {}, [], {}, sorted(cluster.isolated), {}, len(cluster.members))
         entry = cluster.members.get(member.id)
         young = False
-        sent: set[str] = set()
+        sent: dict[str, str] = {}
         for key in entry.state.swarms if entry is not None else ():
             swarm = cluster.swarm(member.network, key)
             if swarm is None:
@@ -170,8 +184,8 @@ class Service:
             version = self._views.version(swarm, member.id, now)
             answer.swarms[key] = version
             if seen.get(key) != version and version not in sent:
-                sent.add(version)
-                part = self._views.part(version, seen.get(key, ""))
+                sent[version] = seen.get(key, "")
+                part = self._views.part(version, sent[version])
                 self.counters["view_bytes"] += len(part)
                 answer.views.append(part)
             young = young or swarm.joined_at > now - YOUNG_S
@@ -180,7 +194,7 @@ class Service:
                 self.counters["releases"] += 1
                 answer.release[key] = told
         answer.seconds = interval_s(self.member_count, young=young)
-        return answer
+        return answer, list(sent.items())
 
     async def _list(self, _request: Request) -> Answer:
         await trio.lowlevel.checkpoint()
@@ -224,6 +238,11 @@ class Service:
         await trio.lowlevel.checkpoint()
         problem = self.store.problem()
         return refusal(503, problem) if problem else Answer(200, b'{"ready":true}\n')
+
+
+def _is_alone(cluster: Cluster, known: Entry | None) -> bool:
+    """Whether nobody can join with it: it is the only member, and has been since before: others begin when it does."""
+    return known is not None and len(cluster.members) == 1
 
 
 def _progress(swarm: Swarm) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import xxhash
 
 from lazyfs import limits
 from lazyfs.peers.announce import ViewPart
+from lazyfs.peers.packed import pack
 from lazyfs.tracker.state import Snapshot, Swarm
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Views:
         self._rows: OrderedDict[str, Rows] = OrderedDict()
         self._row_count = 0
         self._parts: OrderedDict[tuple[str, str], msgspec.Raw] = OrderedDict()
+        self._packed: dict[tuple[str, str], bytes] = {}      # of parts that are kept
         self._part_bytes = 0
 
     def due_at(self, swarm: Swarm) -> float:
@@ -77,7 +79,20 @@ class Views:
             self._parts[version, since] = found
             self._part_bytes += len(found)
             while self._part_bytes > _PART_BYTES_MAX:
-                self._part_bytes -= len(self._parts.popitem(last=False)[1])
+                place, old = self._parts.popitem(last=False)
+                self._part_bytes -= len(old) + len(self._packed.pop(place, b""))
+        return found
+
+    def packed(self, version: str, seen: str) -> bytes:
+        """The same as `part` gives, as a zstd frame (peers.packed)."""
+        part = self.part(version, seen)
+        place = version, seen if seen in self._rows else ""
+        found = self._packed.get(place)
+        if found is None:
+            found = pack(part)
+            if place in self._parts:
+                self._packed[place] = found
+                self._part_bytes += len(found)
         return found
 
     def _make(self, swarm: Swarm, cell: int, of: int) -> str:

@@ -53,7 +53,7 @@ def options(directory: Path, proxies: list[FaultProxy]) -> RegistryOptions:
     place = directory / "certs.d" / proxies[0].host
     place.mkdir(parents=True)
     (place / "hosts.toml").write_text("".join(f'[host."http://{proxy.host}"]\n' for proxy in proxies[1:]))
-    return RegistryOptions(hosts_dir=directory / "certs.d", io_timeout_s=0.5)
+    return RegistryOptions(hosts_dir=directory / "certs.d", io_timeout_s=1.0)
 
 
 def blob_requests(proxy: FaultProxy) -> int:

@@ -16,7 +16,8 @@ from lazyfs.node import protocol
 from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, running_daemon
 from tests.mountkit import Machine, require_mounting
-from tests.node.test_profile_upload import free_port, write_token
+from tests.node.test_profile_upload import write_token
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

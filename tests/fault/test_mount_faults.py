@@ -70,7 +70,7 @@ def worker_pid(machine: Machine) -> int:
 def kill_worker(machine: Machine) -> None:
     pid = worker_pid(machine)
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while machine.worker() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

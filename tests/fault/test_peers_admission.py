@@ -195,6 +195,17 @@ async def test_a_private_image_is_given_to_who_may_pull_it_and_to_nobody_else(wo
             assert kim.disk.asked == given
 
 
+async def refused_with(token: str, thief: Node, owner: Node, image: Image) -> None:
+    """Somebody shows a token that is not for it, or not for this: the owner refuses, and reads nothing for it."""
+    async def shown(key: str, to: str) -> str:
+        return token
+
+    thief.client._gate = SimpleNamespace(token=shown)   # type: ignore[assignment]
+    with pytest.raises(PeerRefusedError):
+        await thief.get(owner, image)
+    assert owner.disk.asked == 0
+
+
 @pytest.mark.trio
 async def test_a_member_cannot_use_what_another_one_has_shown_it(world: World) -> None:
     """It is a member, announces that it has the image, is asked, and takes the token that it is shown to the owner."""
@@ -205,13 +216,7 @@ async def test_a_member_cannot_use_what_another_one_has_shown_it(world: World) -
             shown = await other.gate.token(world.secret.resource.key, "thief")
             assert thief.gate.admit(shown, world.secret.resource.key)[0] == "kim-2"
 
-            async def stolen(key: str, to: str) -> str:
-                return shown
-
-            thief.client._gate = SimpleNamespace(token=stolen)   # type: ignore[assignment]
-            with pytest.raises(PeerRefusedError):
-                await thief.get(kim, world.secret)
-            assert kim.disk.asked == 0
+            await refused_with(shown, thief, kim, world.secret)
 
 
 @pytest.mark.trio
@@ -223,15 +228,7 @@ async def test_a_token_of_another_image_or_cluster_opens_nothing(world: World) -
         async with running(kim, joe, foreign):
             with pytest.raises(PeerRefusedError):
                 await foreign.get(kim, world.secret)     # she may pull it, but is not of this cluster
-            mine = await joe.gate.token(world.open.resource.key, "kim")
-
-            async def other(key: str, to: str) -> str:
-                return mine
-
-            joe.client._gate = SimpleNamespace(token=other)   # type: ignore[assignment]
-            with pytest.raises(PeerRefusedError):
-                await joe.get(kim, world.secret)
-            assert kim.disk.asked == 0
+            await refused_with(await joe.gate.token(world.open.resource.key, "kim"), joe, kim, world.secret)
 
 
 @pytest.mark.trio

@@ -12,6 +12,7 @@ import trio.testing
 from lazyfs.cache.space import Limits
 from lazyfs.errors import SourceError
 from lazyfs.fetch.copying import CopyTerms
+from lazyfs.fetch.peering import FIRST_VIEW_S
 from lazyfs.peers.model import PieceRequest, Priority
 from tests.peernodekit import SAMPLE, peer_nodes
 
@@ -31,6 +32,12 @@ async def one_has_all(cluster: PeerCluster) -> list[PeerNode]:
     await cluster.nodes[0].settled()
     cluster.set_view()
     return cluster.nodes
+
+
+def parents(node: PeerNode, index: int) -> tuple[object, ...]:
+    assert node.device is not None
+    place = node.swarm.place(node.device.resource, index)
+    return place.parents if place is not None else ()
 
 
 async def test_all_read_all_at_once_and_the_registry_sends_it_once(tmp_path: Path) -> None:
@@ -150,6 +157,26 @@ async def test_a_peer_that_is_there_and_gives_nothing_leaves_a_read_its_time(tmp
         assert sum(size for _, size in other.source.requests) == len(SAMPLE.stored)
 
 
+async def test_a_read_of_what_is_fetched_ahead_hurries_it(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 4) as cluster:
+        node, index = next((node, index) for node in cluster.nodes for index in range(SAMPLE.table.chunk_count)
+                           if len(parents(node, index)) > 1)
+        for other in cluster.nodes:
+            other.source.gate.clear()
+        assert node.device is not None
+        handle = node.fetcher.prefetch([(node.device, index)])
+        async with trio.open_nursery() as nursery:
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(node.read, index * SAMPLE.table.chunk_size, 1, 60.0)
+            with trio.fail_after(20):
+                while not node.swarm.counters["hurried"]:    # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            for other in cluster.nodes:
+                other.source.gate.set()
+        with trio.fail_after(20):
+            await handle.wait()
+
+
 async def test_a_first_view_that_does_not_come_is_not_waited_for_long(tmp_path: Path) -> None:
     async with peer_nodes(tmp_path, 2) as cluster:
         other = cluster.nodes[1]
@@ -164,6 +191,19 @@ async def test_a_first_view_that_does_not_come_is_not_waited_for_long(tmp_path: 
             await trio.testing.wait_all_tasks_blocked()
             other.fetcher.peering.view_came(key, others=True)
         assert not other.fetcher.peering.awaited
+
+
+async def test_a_view_is_waited_for_from_the_mount_on_and_not_by_each_read_anew(tmp_path: Path) -> None:
+    async with peer_nodes(tmp_path, 2) as cluster:
+        other = cluster.nodes[1]
+        assert other.device is not None
+        key = other.device.resource.key
+        other.swarm.forget(key)
+        other.fetcher.peering.await_view(key, 0.1)
+        await other.read(0, 1, 20.0)
+        other.fetcher.peering.await_view(key)    # of another image with that layer: nothing new is waited for
+        with trio.fail_after(FIRST_VIEW_S / 2):
+            await other.read(SAMPLE.table.chunk_size, 1, 20.0)
 
 
 async def test_a_full_disk_ends_what_is_fetched_ahead_and_no_read(tmp_path: Path) -> None:

@@ -261,6 +261,25 @@ async def test_silence_is_an_error_and_beats_are_not(monkeypatch: pytest.MonkeyP
             await anext(pieces)
 
 
+async def test_a_piece_that_trickles_is_no_silence_and_one_that_stops_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little comes at a time, and however seldom somebody wakes up for it."""
+    monkeypatch.setattr(peerclient, "SILENCE_S", 0.6)
+    part = len(GOOD) // 12
+
+    async def trickle(stream: trio.SocketStream) -> None:
+        for start in range(0, len(GOOD), part):
+            await stream.send_all(GOOD[start:start + part])
+            await trio.sleep(0.1)
+        await stream.send_all(piece_frame(1, wire.Encoding.RAW, NOISE[:PIECE])[:PIECE // 2])
+        await trio.sleep_forever()
+
+    async with scripted(trickle) as (client, member), client.ask(member, asking(RESOURCE, range(2))) as pieces:
+        piece = await anext(pieces)
+        assert bytes(piece.data) == GOOD[-len(piece.data):]
+        with pytest.raises(PeerError, match="silent"), trio.fail_after(10):
+            await anext(pieces)
+
+
 async def test_who_cannot_be_reached_costs_no_more_than_the_bound() -> None:
     """A port that nobody listens on; and one whose queue is full, so that not even TCP answers."""
     client = PeerClient(OpenGate(), connect_s=0.3)

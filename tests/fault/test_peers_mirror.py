@@ -15,7 +15,8 @@ import pytest
 from lazyfs.image.digest import Digest
 from tests.faultproxy import FaultProxy
 from tests.mirrorkit import RunningMirror, image_of, push, running_mirror
-from tests.registrykit import Registry, free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import Registry, running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

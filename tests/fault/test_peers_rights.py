@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from lazyfs.errors import FormatError, LazyfsError, NotFoundError, PeerRefusedError, SourceError
 from lazyfs.image.bootstrap import Bootstrap, Device, compress_layer, pack_bootstrap
@@ -176,11 +177,66 @@ async def test_the_registry_is_asked_once_a_minute_for_each_credential(world: Wo
     for _ in range(5):
         await granted(rights, world.secret.keys, proof)
     assert rights.asked_count == 1
-    await granted(rights, world.secret.keys, proof, b"i" * 32)       # another node asks for itself
+    await granted(rights, world.secret.keys, proof, b"i" * 32)       # it is the credential that may pull
+    assert rights.asked_count == 1
+    other = world.secret.shown_by(KIM)
+    assert other.authorization != proof.authorization
+    await granted(rights, world.secret.keys, other)
     assert rights.asked_count == 2
     now[0] += rights_module.PROVED_S + 1
-    await granted(rights, world.secret.keys, proof)
+    await granted(rights, world.secret.keys, proof, b"i" * 32)
     assert rights.asked_count == 3
+
+
+async def test_a_cluster_that_asks_at_once_costs_the_registry_one_question_a_credential(world: World) -> None:
+    rights = world.rights()
+    good = world.secret.shown_by(KIM)
+    bad = msgspec.structs.replace(good, authorization=good.authorization[:-4] + "AAAA")
+    outcomes: Counter[tuple[bool, object]] = Counter()
+
+    async def ask(number: int) -> None:
+        proof = good if number % 2 else bad
+        try:
+            found: object = tuple(await granted(rights, world.secret.keys, proof, bytes([number]) * 32))
+        except PeerRefusedError as error:
+            found = str(error)
+        outcomes[proof is good, found] += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(ask, number)
+    assert rights.asked_count == 2
+    assert outcomes[True, tuple(sorted(world.secret.keys))] == 50
+    assert [count for (was_good, _), count in outcomes.items() if not was_good] == [50]
+    await granted(rights, world.secret.keys, good, b"x" * 32)
+    assert rights.asked_count == 2
+
+
+async def test_who_waits_for_anothers_question_asks_itself_when_that_one_is_given_up(world: World) -> None:
+    rights = world.rights()
+    proof = world.secret.shown_by(KIM)
+    rights._limit = trio.CapacityLimiter(1)
+    await rights._limit.acquire_on_behalf_of(world)
+    found: list[list[str]] = []
+    given_up = trio.CancelScope()
+
+    async def first() -> None:
+        with given_up:
+            await granted(rights, world.secret.keys, proof)
+
+    async def second() -> None:
+        found.append(await granted(rights, world.secret.keys, proof, b"2" * 32))
+
+    async with trio.open_nursery() as nursery:
+        for one in (first, second):
+            nursery.start_soon(one)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        given_up.cancel()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        rights._limit.release_on_behalf_of(world)
+    assert given_up.cancelled_caught
+    assert found == [sorted(world.secret.keys)]
+    assert rights.asked_count == 1
 
 
 async def test_the_trackers_own_credentials_are_never_shown(world: World) -> None:

@@ -224,3 +224,44 @@ async def test_a_slow_disk_is_read_in_threads_while_beats_are_sent(files: FileSt
         assert await pair.get(request) == pair.content(request)
     assert len(threads) == 2
     assert threading.main_thread() not in threads
+
+
+async def test_a_receiver_that_is_cancelled_loses_nothing() -> None:
+    """Whenever that is: a look at the clock in the middle of a piece is such a cancellation."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    sender = await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1])
+    receiver = channel.Channel(await listeners[0].accept())
+    data, found, room = random.Random(3).randbytes(200_000), bytearray(), memoryview(bytearray(1000))
+
+    async def cancel(scope: trio.CancelScope) -> None:
+        scope.cancel()
+
+    async with listeners[0], sender, trio.open_nursery() as nursery:
+        nursery.start_soon(sender.send_all, data)
+        with trio.fail_after(30):
+            while len(found) < len(data):
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(cancel, scope)
+                    count = 0
+                    count = await receiver.receive(room, all_comes=len(found) % 3 > 0)
+                found += room[:count]
+        await receiver.close()
+    assert found == data
+
+
+async def test_who_is_asked_says_what_it_can_give_with_all_that_it_sends(files: FileStore) -> None:
+    """Before its first piece, for who asks may have others to ask; and again when it is another rate."""
+    told: list[tuple[str, int]] = []
+    files.late = {3}
+    async with pair_of(files) as pair:
+        pair.client.told_rate = lambda member, step: told.append((member, step))
+        await pair.get(asking(RESOURCE, [1, 2]))
+        assert told == []
+        pair.uploads.giving.step = 24
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.get, asking(RESOURCE, [3]))
+            await until(lambda: told)
+            files.gate.set()
+        pair.uploads.giving.step = 200       # any byte is taken, none beyond what a rate can be is passed on
+        await pair.get(asking(RESOURCE, [4]))
+        assert told == [(pair.member.id, 24), (pair.member.id, 63)]

@@ -62,7 +62,8 @@ class World:
 def world(stored: tuple[Registry, SmallImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("HOME", str(tmp_path))
     HEALTH.__init__()  # type: ignore[misc]  # what earlier tests taught it
-    monkeypatch.setattr(mirrors, "HEDGE_S_MIN", 0.75)    # beside other tests an answer may take a while
+    monkeypatch.setattr(mirrors, "HEDGE_S_MIN", 0.75)      # beside other tests an answer may take a while
+    monkeypatch.setattr(mirrors, "HEDGE_FIRST_S", 5.0)
     registry, image = stored
     with FaultProxy(registry.host) as upstream, FaultProxy(registry.host) as first, FaultProxy(registry.host) as second:
         place = tmp_path / upstream.host

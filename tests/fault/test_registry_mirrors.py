@@ -14,7 +14,7 @@ import trustme
 
 from lazyfs.errors import AuthError, NotFoundError, SourceError, UsageError
 from lazyfs.image.digest import Digest
-from lazyfs.registry import RegistryOptions, open_destination, open_source
+from lazyfs.registry import RegistryOptions, mirrors, open_destination, open_source
 from lazyfs.registry import client as client_module
 from lazyfs.registry.mirrors import HEALTH
 from lazyfs.registry.streams import distrust, read_exactly
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tests.registrykit import Registry
 
 LAYER = bytes(range(256)) * 500
-LIMITS = {"request_deadline_s": 6.0, "io_timeout_s": 1.0, "connect_timeout_s": 1.0, "retry_count": 1}
+LIMITS = {"request_deadline_s": 10.0, "io_timeout_s": 2.0, "connect_timeout_s": 2.0, "retry_count": 1}
+READ_S = 10.0                    # beside other tests an answer may take a while
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ class World:
         source = open_source(self.text, options or self.options())
         try:
             for _ in range(times):
-                with source.read_range(self.image.digest, 10, 100, time.monotonic() + 4) as stream:
+                with source.read_range(self.image.digest, 10, 100, time.monotonic() + READ_S) as stream:
                     assert read_exactly(stream, 100) == LAYER[10:110]
         finally:
             source.close()
@@ -80,6 +81,7 @@ class World:
 def world(servers: tuple[Registry, SmallImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("HOME", str(tmp_path))
     HEALTH.__init__()  # type: ignore[misc]  # what earlier tests taught it
+    monkeypatch.setattr(mirrors, "HEDGE_FIRST_S", READ_S)     # who is asked is counted: test_registry_hedges has these
     registry, image = servers
     certificates = tmp_path / "certs.d"
     certificates.mkdir()
@@ -210,12 +212,12 @@ def test_ranges_can_be_distrusted(world: World) -> None:
     source = open_source(world.text, world.options())
     found = []
     for _ in range(2):
-        with source.read_range(world.image.digest, 10, 100, time.monotonic() + 4) as stream:
+        with source.read_range(world.image.digest, 10, 100, time.monotonic() + READ_S) as stream:
             data = read_exactly(stream, 100)
             found.append(data == LAYER[10:110] or distrust(stream, SourceError("wrong bytes")))
     assert found == [True, True]
     assert world.blobs(world.upstream) == 1
-    with source.read_range(world.image.digest, 10, 100, time.monotonic() + 4) as stream:
+    with source.read_range(world.image.digest, 10, 100, time.monotonic() + READ_S) as stream:
         assert not distrust(stream, SourceError("wrong bytes")), "of the registry itself there is no other"
     source.close()
 
@@ -246,7 +248,7 @@ def test_a_change_of_the_file_needs_no_restart(world: World, monkeypatch: pytest
     source = open_source(world.text, world.options())
 
     def read() -> None:
-        with source.read_range(world.image.digest, 10, 100, time.monotonic() + 4) as stream:
+        with source.read_range(world.image.digest, 10, 100, time.monotonic() + READ_S) as stream:
             assert read_exactly(stream, 100) == LAYER[10:110]
 
     read()
@@ -307,7 +309,7 @@ class Authority:
 def read_over_tls(text: str, image: SmallImage, options: RegistryOptions) -> None:
     source = open_source(text, options)
     try:
-        with source.read_range(image.digest, 10, 100, time.monotonic() + 4) as stream:
+        with source.read_range(image.digest, 10, 100, time.monotonic() + READ_S) as stream:
             assert read_exactly(stream, 100) == LAYER[10:110]
     finally:
         source.close()

@@ -13,7 +13,8 @@ from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.addresses import Reach, origin_of
 from lazyfs.registry.proxies import Proxies
 from lazyfs.registry.transport import Call, Transport
-from tests.registrykit import free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import running_registry
 from tests.smallimage import SmallImage, write_image
 from tests.webproxy import WebProxy
 

@@ -23,7 +23,8 @@ from lazyfs.errors import (
 from lazyfs.registry import RegistryOptions, open_destination, open_source
 from lazyfs.registry.status import parse_retry_after
 from tests.faultproxy import Fault, FaultProxy, Kind
-from tests.registrykit import Registry, free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import Registry, running_registry
 from tests.smallimage import SmallImage, write_image
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from lazyfs.registry.place import ByteStream
 
 LAYER = random.Random(3).randbytes(512_000)
-OPTIONS = RegistryOptions(request_deadline_s=3.0, io_timeout_s=0.4, connect_timeout_s=1.0)
-SLACK_S = 1.5  # this machine is shared
+OPTIONS = RegistryOptions(request_deadline_s=4.0, io_timeout_s=0.8, connect_timeout_s=2.0)
+SLACK_S = 4.0                    # this machine is shared
 BLOBS = "/blobs/"
 OFFSET, SIZE = 1000, 300_000
 
@@ -83,7 +84,7 @@ def read_blob_stream(proxy: FaultProxy, image: SmallImage, options: RegistryOpti
     Fault(Kind.CUT, at=0), Fault(Kind.CUT, at=100_000), Fault(Kind.RESET, at=-1), Fault(Kind.RESET, at=100_000),
     Fault(Kind.GARBAGE), Fault(Kind.STALL, at=100_000), Fault(Kind.BLACK_HOLE), Fault(Kind.DRIP, seconds=0.05),
     Fault(Kind.STATUS, status=500), Fault(Kind.STATUS, status=502), Fault(Kind.STATUS, status=503),
-    Fault(Kind.STATUS, status=408), Fault(Kind.DELAY, seconds=5.0),
+    Fault(Kind.STATUS, status=408), Fault(Kind.DELAY, seconds=12.0),
 ], ids=lambda fault: f"{fault.kind.name}-{fault.at or fault.size or fault.status}")
 def test_a_range_fails_as_transient_and_in_time(
     served: tuple[Registry, SmallImage], proxy: FaultProxy, fault: Fault

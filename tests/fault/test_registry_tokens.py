@@ -46,7 +46,7 @@ class World:
         source = open_source(self.text, options or kim())
         try:
             for _ in range(times):
-                with source.read_range(self.image.digest, 10, 100, time.monotonic() + 4) as stream:
+                with source.read_range(self.image.digest, 10, 100, time.monotonic() + 10) as stream:
                     assert stream.read(100) == LAYER[10:110]
         finally:
             source.close()
@@ -140,7 +140,7 @@ def test_a_token_is_renewed_before_it_expires(world: World) -> None:
     source = open_source(world.text, kim())
     until = time.monotonic() + 3.5
     while time.monotonic() < until:
-        with source.read_range(world.image.digest, 0, 10, time.monotonic() + 4) as stream:
+        with source.read_range(world.image.digest, 0, 10, time.monotonic() + 10) as stream:
             assert stream.read(10) == LAYER[:10]
         time.sleep(0.05)
     source.close()
@@ -184,7 +184,7 @@ def test_a_401_in_the_middle_is_answered_once(world: World) -> None:
     source = open_source(world.text, kim())
     world.proxy.add(Fault(Kind.STATUS, path="/blobs/", status=401, skip=3, times=1, headers=bearer(world.tokens.realm)))
     for _ in range(6):
-        with source.read_range(world.image.digest, 0, 10, time.monotonic() + 4) as stream:
+        with source.read_range(world.image.digest, 0, 10, time.monotonic() + 10) as stream:
             assert stream.read(10) == LAYER[:10]
     assert len(world.tokens.requests) == 2
     world.proxy.add(Fault(Kind.CUT, path="/blobs/", at=1000, times=1))

@@ -128,11 +128,10 @@ def test_unmounting_in_a_loop_under_readers(machine: Machine, registry: str, dri
         assert problems == []
         deadline = time.monotonic() + WAIT_S
         while True:                # the detached ones are taken away when their last reader is gone
-            status = daemon.status()
-            assert status is not None
-            if status["health"]["detached"] == status["health"]["mounts"] == 0:
+            health = daemon.health()
+            if health["detached"] == health["mounts"] == 0:
                 break
-            assert time.monotonic() < deadline, status
+            assert time.monotonic() < deadline, health
             time.sleep(0.1)
         assert daemon.worker() == worker
         daemon.stop()

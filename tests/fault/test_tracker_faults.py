@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import stat
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from lazyfs import config
 from lazyfs.errors import ConfigError, NotFoundError, PeerError, PeerRefusedError
 from lazyfs.peers import tracked, trackerclient
 from lazyfs.peers.announce import Report, Standing
 from lazyfs.peers.membership import DnsMembership, ListedMembership
 from lazyfs.peers.model import Member
-from lazyfs.peers.tracked import TrackedMembership
+from lazyfs.peers.tracked import TrackedMembership, open_membership
 from lazyfs.peers.trackerclient import TrackerClient
-from lazyfs.tracker import redisstore, web
-from tests.trackerkit import KEY, OTHER, START_S, Node, environment, free_port, redis_server, tracker, until
+from lazyfs.tracker import conversation, redisstore, server, service
+from tests.ports import free_port
+from tests.trackerkit import KEY, OTHER, START_S, Node, environment, redis_server, tracker, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -70,6 +73,49 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
         a[0].has = {KEY: Standing(done=1000)}
         a[1].news()
         await until(lambda: c[0].views[KEY].complete == {"a"})
+
+
+@pytest.mark.trio
+async def test_a_node_that_says_another_rate_is_seen_with_it_by_all_and_by_itself(redis: Redis) -> None:
+    async with (tracker(redis.url) as one, tracker(redis.url) as two, joined([one.url], "a") as (a,),
+                joined([two.url], "b") as (b,)):
+        await until(lambda: a[0].sees() == b[0].sees() == ["a", "b"])
+        a[1].says(Member("a", "a.example:9451", up_rate=1 << 20))
+        for node, _ in (a, b):
+            await until(lambda node=node: {one.id: one.up_rate for one in node.views[KEY].members}
+                        == {"a": 1 << 20, "b": 0})
+
+
+@pytest.mark.trio
+async def test_views_that_are_packed_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "PACK_BYTES_MIN", 1)
+    async with tracker() as one, joined([one.url], "a", "b", "c") as nodes:
+        for node, _ in nodes:
+            await until(lambda node=node: node.sees() == ["a", "b", "c"])
+        nodes[0][0].has = {KEY: Standing(done=1000), OTHER: Standing()}
+        nodes[0][1].news()
+        await until(lambda: nodes[1][0].views[KEY].complete == {"a"} and nodes[0][0].sees(OTHER) == ["a"])
+    monkeypatch.setattr(trackerclient, "_BODY_BYTES_MAX", 1)
+    async with tracker() as one, joined([one.url], "a") as ((_, membership),):
+        await until(lambda: "its answer" in membership.describe()["why"])
+
+
+@pytest.mark.trio
+async def test_nodes_of_networks_that_do_not_reach_each_other_never_hear_of_each_other(redis: Redis) -> None:
+    async with tracker(redis.url) as one, tracker(redis.url) as two, trio.open_nursery() as nursery:
+        nodes = {}
+        for name, network, where in (("a", "east", one), ("b", "east", two), ("c", "west", one), ("d", "", two)):
+            settings = config.Peers(cluster="prod", tracker=(where.url,), network=network)
+            membership = open_membership(settings, Member(name, f"{name}.example:9451"), nodes.setdefault(name, Node()))
+            assert membership.describe()["network"] == network
+            nursery.start_soon(membership.run)
+        await until(lambda: nodes["a"].sees() == nodes["b"].sees() == ["a", "b"])
+        await until(lambda: (nodes["c"].sees(), nodes["d"].sees()) == (["c"], ["d"]))
+        client = TrackerClient([one.url])
+        told = json.loads((await client.request("GET", "/v1/clusters/prod")).body)
+        assert [(swarm["network"], swarm["members"]) for swarm in told["swarms"]] == [("", 1), ("east", 2), ("west", 1)]
+        await client.aclose()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
@@ -236,19 +282,34 @@ async def test_bytes_that_are_no_request_get_one_line(data: bytes, status: bytes
 
 
 @pytest.mark.trio
+async def test_requests_that_come_in_one_piece_or_in_many_are_answered_in_order() -> None:
+    requests = [b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n",
+                b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}",
+                b"GET /readyz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"]
+    whole = b"".join(requests)
+    async with tracker() as one:
+        for pieces in ([whole], [bytes([byte]) for byte in whole], [whole[:150], whole[150:]], requests):
+            answer = await talk(one.tracker.addresses[0], *pieces)
+            assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"404", b"400", b"200"], pieces
+
+
+@pytest.mark.trio
 async def test_silent_and_slow_clients_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "CONNECTION_COUNT_MAX", 8)
-    monkeypatch.setattr(web, "_REQUEST_S", 0.5)
+    monkeypatch.setattr(server, "CONNECTION_COUNT_MAX", 8)
+    monkeypatch.setattr(conversation, "REQUEST_S", 0.5)
     async with tracker() as one, contextlib.AsyncExitStack() as stack:
         host, _, port = one.tracker.addresses[0].rpartition(":")
         for _ in range(30):
             await stack.enter_async_context(await trio.open_tcp_stream(host, int(port)))
-        slow = await stack.enter_async_context(await trio.open_tcp_stream(host, int(port)))
-        await slow.send_all(b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\n")
+        half = b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\n"
+        slow = [await stack.enter_async_context(await trio.open_tcp_stream(host, int(port))) for _ in range(3)]
+        for stream, sent in zip(slow, (half, half + b"Content-Length: 9\r\n\r\n{", b"P"), strict=True):
+            await stream.send_all(sent)
         client = TrackerClient([one.url])
         await client.request("GET", "/readyz")
         with trio.fail_after(20.0):
-            assert await slow.receive_some(1) == b"", "who never ends its request is cut off"
+            for stream in slow:
+                assert await stream.receive_some(1) == b"", "who never ends its request is cut off"
         await client.aclose()
 
 

@@ -17,7 +17,8 @@ import pytest
 from lazyfs.registry import RegistryOptions
 from tests.convertkit import Layout, Lazy, tar_of
 from tests.mountkit import Machine
-from tests.registrykit import Registry, free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import Registry, running_registry
 from tests.runnerkit import BUSYBOX, Profiler, require_runc
 from tests.tarbuilder import TarBuilder
 

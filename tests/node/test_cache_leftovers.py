@@ -30,6 +30,6 @@ def test_what_cannot_be_removed_from_a_device_does_not_matter(tmp_path: Path) ->
             device = cache.device(digest, CHUNK, CHUNK)
             assert device.read(0, CHUNK) == data
             device.release()
-            assert len(list(Path("/proc/self/fd").iterdir())) == before
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before
         finally:
             mountapi.unmount(str(junk))

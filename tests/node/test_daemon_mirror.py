@@ -13,7 +13,7 @@ import pytest
 
 from tests.daemonkit import end_daemon, start_daemon
 from tests.mirrorkit import ask
-from tests.registrykit import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.mountkit import Machine

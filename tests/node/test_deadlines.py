@@ -92,9 +92,7 @@ def wait_for(what: Callable[[], object], text: str) -> None:
 
 def waiting(daemon: Daemon) -> int:
     """Requests that wait in the kernel, as the keeper sees them."""
-    status = daemon.status()
-    assert status is not None
-    return int(status["waiting"])
+    return int(daemon.keeper()["waiting"])
 
 
 def kill_and_wait(process: subprocess.Popen[str]) -> None:

@@ -16,6 +16,7 @@ import trio
 from lazyfs.node import health
 from tests.daemonkit import WAIT_S, running_daemon
 from tests.mountkit import Machine, require_mounting
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,12 +40,6 @@ async def server(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Asyn
                 await trio.sleep(0.02)
     yield port, state
     nursery.cancel_scope.cancel()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def ask(port: int, data: bytes) -> bytes:

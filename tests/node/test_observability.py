@@ -20,7 +20,7 @@ from tests.convertkit import registry_with, tar_of
 from tests.daemonkit import WAIT_S, Daemon, running_daemon
 from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mountkit import LAZYFS, Machine, require_mounting
-from tests.registrykit import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,7 +22,7 @@ from tests import daemonkit
 from tests.convertkit import registry_with, tar_of
 from tests.faultproxy import FaultProxy
 from tests.mountkit import LAZYFS, Machine, require_mounting
-from tests.registrykit import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

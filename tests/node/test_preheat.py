@@ -28,7 +28,8 @@ from tests.convertkit import registry_with, tar_of
 from tests.faultproxy import FaultProxy
 from tests.mirrorkit import image_of, push
 from tests.mountkit import LAZYFS
-from tests.registrykit import free_port, running_registry
+from tests.ports import free_port
+from tests.registrykit import running_registry
 from tests.trackerkit import Running, tracker, until
 from tests.urlkit import web_server
 

@@ -25,6 +25,7 @@ from lazyfs.node.uploads import Uploads
 from lazyfs.profile.recording import to_json
 from tests.daemonkit import WAIT_S, running_daemon
 from tests.mountkit import Machine, require_mounting
+from tests.ports import free_port
 from tests.profilekit import recording
 from tests.runnerkit import profiled_image
 
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOKEN = "a-token-for-tests-of-32-characters"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_token(directory: Path, text: str = TOKEN) -> Path:

@@ -61,9 +61,7 @@ class World:
 
     def sources(self) -> list[dict[str, Any]]:
         """Those that are not well."""
-        status = self.daemon.status()
-        assert status is not None
-        found: list[dict[str, Any]] = status["health"]["sources"]
+        found: list[dict[str, Any]] = self.daemon.health()["sources"]
         return found
 
     def blob(self) -> Path:

@@ -260,8 +260,21 @@ def test_warn_says_what_enforce_would_refuse_and_rules_are_by_repository(
     signer.write("warn", signer.public, more=rule)
     with running_daemon(machine):
         mount(machine, f"{registry.host}/app:lazy")
-        assert "mounted all the same" in (machine.directory / "daemon.log").read_text()
+        assert "used all the same" in (machine.directory / "daemon.log").read_text()
         mount(machine, f"{registry.host}/other:lazy", code=SignatureError.exit_code)
+
+
+def test_what_is_fetched_on_request_must_be_signed_too(machine: Machine, registry: Registry, signer: Signer) -> None:
+    """By the command itself, and by the daemon."""
+    words = ("cache", "--cache-dir", machine.cache, "fetch", f"{registry.host}/app:lazy", "--insecure")
+    said = machine.lazyfs(*words, code=SignatureError.exit_code)
+    assert "nobody has signed sha256:" in said
+    with running_daemon(machine):
+        assert "nobody has signed sha256:" in machine.lazyfs(*words, code=SignatureError.exit_code)
+        assert not list(machine.cache.rglob("data.*"))
+        sign(machine, f"{registry.host}/app:lazy", signer.private)
+        machine.lazyfs(*words)
+    machine.lazyfs(*words)
 
 
 def test_an_index_vouches_for_its_images(machine: Machine, registry: Registry, signer: Signer) -> None:

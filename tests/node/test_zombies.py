@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.mount
 READ_TIMEOUT_S = 3.0
 HANG_S = 4.0
-KILLABLE_S = READ_TIMEOUT_S + 5.0
+KILLABLE_S = READ_TIMEOUT_S + 12.0          # beside other tests
 QUIET_S = 1.0                    # no byte, no request, no connection for so long
 COUNT, PAIR_COUNT = 20, 6        # containers a round; pairs with fewer: starting them is most of this test
 DISK_BYTES = 160 << 20

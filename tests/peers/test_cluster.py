@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.kit.cluster import TRACKER_PORTS
 from tests.peerskit import SIZE, reading, right, small_cluster, wait_for, wait_received
 
 if TYPE_CHECKING:
@@ -102,12 +105,29 @@ def test_swarms_go_on_without_trackers(session: Session) -> None:
         assert cluster.origin_bytes() - before <= 2 * SIZE       # each alone from the middle on: 2.3
 
 
-def test_swarms_go_on_without_redis(session: Session) -> None:
+def test_swarms_go_on_without_redis_and_with_one_tracker_and_both_are_told_and_made_good(session: Session) -> None:
     with small_cluster(session, 3) as cluster:
         assert cluster.redis is not None
         before = cluster.origin_bytes()
         with reading(cluster.nodes) as digests:
             wait_received(cluster, cluster.nodes[0], MIDDLE)
-            os.kill(cluster.redis.pid, signal.SIGSTOP)
+            for server in (cluster.redis, cluster.trackers[0]):
+                os.kill(server.pid, signal.SIGKILL)
+            wait_for(lambda: "does not answer" in told(cluster, "/readyz"), "the tracker says that Redis is gone")
             assert digests.of(cluster.nodes) == {right(session)}
         assert cluster.origin_bytes() - before <= 2 * SIZE
+        cluster.redis.close()
+        cluster.start_redis()                                    # with nothing in it
+        wait_for(lambda: '"ready":true' in told(cluster, "/readyz"), "the tracker says that Redis is back")
+        wait_for(lambda: '"members":3' in told(cluster, "/v1/clusters/bench"), "all nodes have told it again")
+
+
+def told(cluster: Cluster, path: str) -> str:
+    """What the second tracker answers, error or not."""
+    def ask() -> str:
+        connection = http.client.HTTPConnection(cluster.control.address, TRACKER_PORTS[1], timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+
+    return cluster.control.reach(ask)

@@ -274,14 +274,14 @@ def test_one_object_a_device_and_files_closed_with_the_last_reference(path):
         for _ in range(3):
             assert first.fd >= 0
             first.release()
-        assert open_files() == before
+        assert open_files() <= before
         assert not first.try_retain()
         third = device(cache)
         assert third is not first
         with pytest.raises(BugError):
             cache.device(DIGEST, CHUNK, SIZE + 4096)
         third.release()
-        assert open_files() == before
+        assert open_files() <= before
 
 
 def test_the_directory_checkpoints_all_open_devices(path):

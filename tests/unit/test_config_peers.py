@@ -44,6 +44,8 @@ def test_without_a_cluster_there_are_none(tmp_path: Path) -> None:
     ('cluster = "a"\ntracker = ["https://user:pw@host/"]', "peers.tracker: expected a list of URLs"),
     ('cluster = "a"\ndns = "name"', 'peers.dns: expected "host:port"'),
     ('cluster = "a"\nstatic = ["h:1"]\ncert_file = "/c"', "found no key_file and no ca_file"),
+    ('cluster = "a"\nstatic = ["h:1"]\nnetwork = "edge"', 'peers.network = "edge": expected peers.tracker'),
+    ('cluster = "a"\ntracker = ["http://h:1"]\nnetwork = "a b"', "peers.network: expected a name"),
 ])
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, word: str) -> None:
     _, problems = check(tmp_path, f"[peers]\n{text}\n")

@@ -58,7 +58,7 @@ def test_no_children_and_no_descriptors_stay():
         isolate.call_isolated(add, 1, 1, timeout_s=10)
         with pytest.raises(DeadlineError):
             isolate.call_isolated(time.sleep, 1000, timeout_s=0.02)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

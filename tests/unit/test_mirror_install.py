@@ -12,7 +12,7 @@ from lazyfs.errors import ConfigError, FormatError, HostError, TargetError
 from lazyfs.mirror import runtimes
 from lazyfs.mirror.installing import Installation, check_answers, for_docker, for_hosts_dir, for_podman
 from lazyfs.registry.hosts import find_hosts
-from tests.registrykit import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -37,6 +37,7 @@ class Tracker:
         self.asked: list[tuple[str, ...]] = []
         self.is_away = False
         self.delay_s = 0.0
+        self.tells_time = True
         self.refused: set[str] = set()
 
     def of(self, member: str) -> Asker:
@@ -56,7 +57,7 @@ class Asker:
 
     async def keys(self) -> PublicKeys:
         await self.tracker.answer()
-        return parse_keys(dump_keys([self.tracker.signing.public]))
+        return parse_keys(dump_keys([self.tracker.signing.public], now() if self.tracker.tells_time else 0.0))
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -97,6 +98,26 @@ async def test_one_is_shown_and_admits(autojump_clock: MockClock) -> None:
         with pytest.raises(PeerRefusedError, match="no token"):
             b.admit("", A)
         assert (b.counts.admitted, b.counts.refused) == (2, 2)
+
+
+@pytest.mark.parametrize("off_s", [-86_400.0, 86_400.0])
+async def test_a_node_whose_clock_is_wrong_takes_part_by_the_trackers(
+        off_s: float, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker()
+    async with running(tracker, "a", "b") as (a, b):
+        b.now = lambda: now() + off_s
+        await trio.sleep(2 * gates.KEYS_EVERY_S)
+        assert b.admit(await a.token(A, "b"), A)[0] == "a"
+        assert a.admit(await b.token(A, "a"), A)[0] == "b"
+        shown = await a.token(A, "b")
+        await trio.sleep(600 + gates.SKEW_S + 1)               # and a token ends when the tracker says
+        with pytest.raises(PeerRefusedError, match="ended"):
+            b.admit(shown, A)
+        assert sum("tokens are judged by the tracker's" in record.getMessage() for record in caplog.records) == 1
+        tracker.tells_time = False                       # one of an older version
+        await trio.sleep(2 * gates.KEYS_EVERY_S)
+        with pytest.raises(PeerRefusedError, match="of the future" if off_s < 0 else "ended"):
+            b.admit(await a.token(A, "b"), A)
 
 
 async def test_many_readers_of_one_resource_ask_once(autojump_clock: MockClock) -> None:

@@ -37,6 +37,11 @@ def test_a_tracker_that_is_lost_is_said() -> None:
     assert "lost for 30 s: no tracker answers" in "\n".join(peers.lines_of(told(membership=lost), None))
 
 
+def test_the_network_of_a_node_is_said() -> None:
+    membership = {**SNAPSHOT["peers"]["membership"], "network": "east"}
+    assert "members of network east" in "\n".join(peers.lines_of(told(membership=membership), None))
+
+
 def test_peers_that_could_not_begin_say_why() -> None:
     found = list(peers.lines_of({"cluster": "prod", "why": "peers.cert_file /x: not there", "given": {}}, None))
     assert found == ["cluster prod: without peers: peers.cert_file /x: not there"]

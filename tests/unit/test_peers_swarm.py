@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from lazyfs.errors import DiskFullError, PeerLacksError
 from lazyfs.peers.health import Fault
-from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES
+from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES, PROBE_MISSES_READ, PROBE_READ_EVERY
 from lazyfs.peers.model import HOPS_MAX, Member, Piece, Priority, View
 from lazyfs.peers.swarm import SwarmLimits
+from lazyfs.peers.swarmfetch import URGENT_MIN_S
 from tests.swarmkit import Cluster, Node, members, resource
 
 if TYPE_CHECKING:
@@ -118,6 +121,22 @@ async def test_heirs_are_not_asked_for_ever_by_the_first_of_all(autojump_clock: 
 
 
 @pytest.mark.trio
+async def test_reads_of_the_first_of_all_hardly_wait_for_heirs(autojump_clock: MockClock) -> None:
+    """Whoever waits for this root waits as well; and that others have become complete, or came, is no reason anew."""
+    net = cluster(4, pieces=200)
+    net.set_view(View(members(3)))
+    first = net.nodes["n0000"]
+    own = [index for index in range(200) if not chain(net, "n0000", index)]
+    assert len(own) > 50
+    for index in own[:25]:
+        await read(net, first, index)
+    net.set_view(View(members(4)))
+    for index in [index for index in own[25:] if not chain(net, "n0000", index)]:
+        await read(net, first, index)
+    assert sum(net.asked.values()) <= PROBE_MISSES_READ + len(own) // PROBE_READ_EVERY + 1
+
+
+@pytest.mark.trio
 async def test_a_reader_whose_parent_is_killed_goes_on_at_once(autojump_clock: MockClock) -> None:
     net = cluster(12)
     net.origin_delay_s = 0.3
@@ -134,6 +153,57 @@ async def test_a_reader_whose_parent_is_killed_goes_on_at_once(autojump_clock: M
     assert took[0] < 0.5
     assert len(net.origin_pieces) == 1
     assert child.swarm.take_reports()[0].fault is Fault.GONE
+
+
+@pytest.mark.trio
+async def test_a_read_that_comes_to_wait_for_what_is_fetched_ahead_waits_less_than_a_second(
+        autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    child, parent = child_and_parent(net)
+    took: list[float] = []
+
+    async def fetch_ahead() -> None:
+        began = trio.current_time()
+        await net.want(child, [0], deadline=began + 30, priority=Priority.BACKGROUND)
+        took.append(trio.current_time() - began)
+
+    net.freeze(parent.member.id)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch_ahead)
+        await trio.sleep(0.1)
+        child.swarm.urge(net.what.key, 0)
+        child.swarm.urge(net.what.key, 1)    # nobody fetches that
+    assert took[0] < 0.1 + URGENT_MIN_S + 0.3
+    assert child.swarm.counters["hurried"] == 1
+    assert len(net.origin_pieces) == 1
+
+
+@pytest.mark.trio
+async def test_a_read_that_waits_goes_on_in_the_foreground_when_who_was_asked_dies(autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    net.origin_delay_s = 0.1
+    child, parent = child_and_parent(net)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(net.want, child, [0], deadline=30.0, priority=Priority.BACKGROUND))
+        await trio.sleep(URGENT_MIN_S / 2)
+        child.swarm.urge(net.what.key, 0)
+        net.kill(parent.member.id)
+    assert child.swarm.counters["hurried"] == 1
+    assert child.swarm.counters["requests"] == 2
+
+
+@pytest.mark.trio
+async def test_reads_that_wait_for_what_is_about_to_come_ask_for_nothing_twice(autojump_clock: MockClock) -> None:
+    net = cluster(8)
+    node = net.nodes["n0004"]
+    async with trio.open_nursery() as nursery:
+        for other in net.nodes.values():
+            nursery.start_soon(partial(net.want, other, range(4), deadline=30.0, priority=Priority.BACKGROUND))
+        await trio.testing.wait_all_tasks_blocked()
+        for index in range(4):
+            node.swarm.urge(net.what.key, index)
+    assert node.have == set(range(4))
+    assert not node.swarm.counters["hurried"]
 
 
 @pytest.mark.trio

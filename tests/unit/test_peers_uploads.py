@@ -12,7 +12,7 @@ from lazyfs.errors import PeerBusyError
 from lazyfs.peers.hop import Hop
 from lazyfs.peers.model import BEAT_S, Priority
 from lazyfs.peers.rates import BURST_S
-from lazyfs.peers.uploads import UploadLimits, Uploads
+from lazyfs.peers.uploads import ALONE_S, UploadLimits, Uploads
 from lazyfs.peers.wire import Encoding
 
 pytestmark = pytest.mark.trio
@@ -38,9 +38,9 @@ class Sender:
         await trio.lowlevel.checkpoint()
 
     async def send(self, name: str, priority: Priority, size: int = MIB, wire: int | None = None) -> None:
-        await self.uploads.begin(priority, size, self.beat)
+        turn = await self.uploads.begin(priority, size, self.beat)
         self.order.append((name, trio.current_time()))
-        self.uploads.end(size, size if wire is None else wire)
+        self.uploads.end(turn, size, size if wire is None else wire)
 
 
 async def test_foreground_passes_what_waits(autojump_clock: trio.testing.MockClock) -> None:
@@ -67,8 +67,7 @@ async def test_what_compresses_costs_what_goes_over_the_wire(autojump_clock: tri
 
 async def test_places_are_kept_for_foreground_and_given_on(autojump_clock: trio.testing.MockClock) -> None:
     uploads = Uploads(UploadLimits(concurrent=4))
-    for _ in range(3):
-        await uploads.begin(Priority.COPY, MIB, nothing)
+    first, second, _ = [await uploads.begin(Priority.COPY, MIB, nothing) for _ in range(3)]
     began: list[Priority] = []
 
     async def begin(priority: Priority) -> None:
@@ -81,23 +80,43 @@ async def test_places_are_kept_for_foreground_and_given_on(autojump_clock: trio.
         nursery.start_soon(begin, Priority.FOREGROUND)
         await trio.testing.wait_all_tasks_blocked()
         assert began == [Priority.FOREGROUND]
-        uploads.end(MIB, MIB)
+        uploads.end(first, MIB, MIB)
         await trio.testing.wait_all_tasks_blocked()
         assert began == [Priority.FOREGROUND], "three are sending still"
-        uploads.end(MIB, 0)
+        uploads.end(second, MIB, 0)
     assert began == [Priority.FOREGROUND, Priority.COPY]
+
+
+async def test_pieces_that_reads_wait_for_go_one_after_another(autojump_clock: trio.testing.MockClock) -> None:
+    uploads = Uploads(UploadLimits())
+    began: list[tuple[str, float]] = []
+
+    async def send(name: str, priority: Priority, seconds: float) -> None:
+        turn = await uploads.begin(priority, MIB, nothing)
+        began.append((name, trio.current_time()))
+        await trio.sleep(seconds)
+        uploads.end(turn, MIB, MIB)
+
+    async with trio.open_nursery() as nursery:
+        for name, priority, seconds in (("quick", Priority.FOREGROUND, ALONE_S / 2), ("copy", Priority.COPY, 1.0),
+                                        ("stuck", Priority.FOREGROUND, 60.0), ("next", Priority.FOREGROUND, 0.0)):
+            nursery.start_soon(send, name, priority, seconds)
+            await trio.testing.wait_all_tasks_blocked()
+    names, times = zip(*began, strict=True)
+    assert names == ("quick", "stuck", "next", "copy")
+    assert times == pytest.approx([0, ALONE_S / 2, 1.5 * ALONE_S, 1.5 * ALONE_S]), "nobody waits long for who is stuck"
 
 
 async def test_who_leaves_the_queue_holds_up_nobody(autojump_clock: trio.testing.MockClock) -> None:
     uploads = Uploads(UploadLimits(concurrent=1))
     sender = Sender(uploads)
-    await uploads.begin(Priority.FOREGROUND, MIB, nothing)
+    turn = await uploads.begin(Priority.FOREGROUND, MIB, nothing)
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(3.3):
             await sender.send("leaves", Priority.FOREGROUND)
         nursery.start_soon(sender.send, "stays", Priority.COPY)
         await trio.testing.wait_all_tasks_blocked()
-        uploads.end(MIB, MIB)
+        uploads.end(turn, MIB, MIB)
     assert [name for name, _ in sender.order] == ["stays"]
     assert uploads.sending == 0
 

@@ -12,15 +12,17 @@ import pytest
 import trio
 
 from lazyfs.errors import PeerBusyError
-from lazyfs.peers.announce import SWARM_COUNT_MAX
+from lazyfs.peers.announce import SWARM_COUNT_MAX, Announced, Standing
+from lazyfs.peers.packed import unpack
 from lazyfs.tracker import release as releasing
 from lazyfs.tracker import store as storing
 from lazyfs.tracker import views as viewing
 from lazyfs.tracker.metrics import page
+from lazyfs.tracker.server import Traffic
 from lazyfs.tracker.service import YOUNG_S, Service
-from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, interval_s, ttl_s
+from lazyfs.tracker.state import INTERVAL_S, TTL_S, YOUNG_INTERVAL_S, MemberState, dump_state, interval_s, ttl_s
 from lazyfs.tracker.store import ISOLATE_S, REPORT_WINDOW_S, MemoryStore
-from lazyfs.tracker.web import Request, Routes, Traffic
+from lazyfs.tracker.web import Request, Routes
 from tests.trackerkit import KEY, OTHER
 
 if TYPE_CHECKING:
@@ -81,6 +83,44 @@ async def test_who_joins_together_gets_the_same_view(autojump_clock: MockClock) 
     assert len({one["swarms"][KEY] for one in told.values()}) == 1
     assert [row[0] for row in whole(told["n00"])["add"]] == sorted(told)
     assert trio.current_time() < 1.0
+
+
+async def test_who_is_alone_in_its_cluster_need_not_wait_for_others(autojump_clock: MockClock) -> None:
+    rig = Rig()
+    await rig.beat("a", {})
+    began = trio.current_time()
+    told = await rig.beat("a")
+    assert trio.current_time() == began
+    assert told["members"] == 1
+    assert [row[0] for row in whole(told)["add"]] == ["a"]
+    await rig.beat("b", {})
+    assert (await rig.beat("b", {OTHER: {}}))["members"] == 2
+    assert trio.current_time() > began
+
+
+async def test_a_large_view_is_packed_once_for_all_who_can_read_that(autojump_clock: MockClock) -> None:
+    rig = Rig()
+    for number in range(400):
+        state = MemberState(Announced(f"node-{number}", f"10.0.{number >> 8}.{number & 255}:9451"), {KEY: Standing()})
+        await rig.store.update("prod", f"node-{number}", dump_state(state))
+    await trio.sleep(1.0)
+    sizes = []
+    for number in (0, 1):
+        said = json.dumps({"member": {"id": f"node-{number}", "address": f"10.0.0.{number}:9451"}, "swarms": {KEY: {}}})
+        answers = [await rig.routes.answer(Request("POST", "/v1/clusters/prod/beat", "", headers, said.encode(), "::1"))
+                   for headers in ({}, {b"accept-encoding": b"gzip, zstd"})]
+        plain, packed = answers
+        assert plain.headers == ()
+        assert packed.headers == (("Content-Encoding", "zstd"),)
+        assert unpack(packed.body, len(plain.body)) == plain.body
+        assert len(json.loads(plain.body)["views"][0]["add"]) == 400
+        sizes.append(len(packed.body))
+    assert max(sizes) < len(plain.body) / 3
+    said = json.dumps({"member": {"id": "node-0", "address": "10.0.0.0:9451"}, "swarms": {KEY: {}},
+                       "seen": json.loads(plain.body)["swarms"]})
+    small = await rig.routes.answer(Request("POST", "/v1/clusters/prod/beat", "", {b"accept-encoding": b"zstd"},
+                                            said.encode(), "::1"))
+    assert small.headers == ()
 
 
 async def test_what_has_changed_is_sent_once(autojump_clock: MockClock) -> None:
@@ -353,7 +393,7 @@ async def test_small_things_are_kept_for_their_time(autojump_clock: MockClock) -
 async def test_the_document_names_all_metrics(autojump_clock: MockClock) -> None:
     rig = Rig()
     await rig.beat("a", {KEY: {"origin": 500}})
-    text = page(rig.service, Traffic(1, 0, {200: 3})).decode()
+    text = page(rig.service, Traffic(1, {200: 3})).decode()
     names = set(re.findall(r"^(lazyfs_tracker_\w+)", text, re.MULTILINE))
     assert 'lazyfs_tracker_origin_copies{cluster="prod"} 0.5' in text
     assert {name for name in names if f"`{name}" not in DOCUMENT} == set()
