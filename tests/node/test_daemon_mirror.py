@@ -83,3 +83,27 @@ def test_a_keeper_that_is_killed_takes_it_along(machine: Machine) -> None:
         wait_until_answers(host, wanted=False)
     finally:
         end_daemon(daemon)
+
+
+def test_an_upgrade_starts_it_anew_with_the_settings_of_then(machine: Machine) -> None:
+    hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    path = machine.directory / "config.toml"
+
+    def configure(host: str) -> None:
+        path.write_text(f"[mirror]\naddress = '{host}'\ndir = '{machine.directory / 'mirror'}'\ncontainerd_root = ''\n")
+        path.chmod(0o600)
+
+    configure(hosts[0])
+    daemon = start_daemon(machine, "--config", str(path))
+    try:
+        daemon.wait_ready()
+        wait_until_answers(hosts[0])
+        first, worker = child_of(daemon.process.pid), daemon.worker()
+        configure(hosts[1])
+        machine.lazyfs("daemon", "--config", str(path), "upgrade")
+        daemon.wait_ready(not_worker=worker)
+        wait_until_answers(hosts[1])
+        assert child_of(daemon.process.pid) != first
+        assert not answers(hosts[0])
+    finally:
+        end_daemon(daemon)
