@@ -65,10 +65,16 @@ def read_hot(target: Path) -> None:
         os.close(descriptor)
 
 
-def bdi(machine: Machine) -> str:
+def bdis(machine: Machine) -> list[str]:
+    """The mount's; where nothing depends on it, also of one that was made beside us at the same moment."""
     (record,) = machine.run_dir.glob("*/mounts/*.json")
-    (name,) = json.loads(record.read_text())["bdi_names"]
-    return str(name)
+    names: list[str] = json.loads(record.read_text())["bdi_names"]
+    return names
+
+
+def bdi(machine: Machine) -> str:
+    (name,) = bdis(machine)
+    return name
 
 
 def read_ahead_kib(name: str) -> int:
@@ -107,7 +113,7 @@ def test_read_ahead_is_raised_when_the_program_reads_what_is_not_hot(machine: Ma
 def test_without_prefetch_read_ahead_is_the_ordinary_one(machine: Machine, image: str) -> None:
     target = machine.target()
     machine.mount(image, target, "--driver", "erofs", "--no-prefetch")
-    assert read_ahead_kib(bdi(machine)) == drivers.READ_AHEAD_STARTING_KIB
+    assert drivers.READ_AHEAD_STARTING_KIB in map(read_ahead_kib, bdis(machine))
     read_hot(target)
     assert (target / "cold").read_bytes() == FILES["cold"]
     machine.umount(target)
