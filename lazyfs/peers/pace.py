@@ -19,6 +19,8 @@ ANEW = 4                     # pieces: so often it is worked out anew
 SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
+URGENT_S = (0.15, 2.0)       # a read that comes to want what is under way for something less urgent waits so long,
+URGENT_TIMES = 1.5           # by what is usual for that: on a slow link all wait, and each hurry brings a piece twice
 CREDIT_EACH = 0.2            # hedges by requests: one in five,
 CREDIT_MAX = 16.0            # and some at once;
 CREDIT_EACH_S = 2.0          # a second: the last requests of a window have no more after them
@@ -61,6 +63,11 @@ class Pace:
     def median_s(self, priority: Priority) -> float:
         """Half of the pieces take less; 0.0 until some have come."""
         return self._of(priority).median_s
+
+    def urgent_s(self, priority: Priority) -> float:
+        """How long a read waits for what is under way with that priority before it asks for it itself."""
+        usual_s = URGENT_TIMES * self.median_s(priority) or self.delay_s(Priority.FOREGROUND)
+        return min(URGENT_S[1], max(URGENT_S[0], usual_s))
 
     def asked(self, priority: Priority) -> None:
         """A request was made: some of a hedge is allowed by it."""

@@ -33,8 +33,6 @@ HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
 HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
 ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
-URGENT_MIN_S, URGENT_MAX_S = 0.15, 2.0    # a read that comes to want what is under way in the background waits so long
-URGENT_TIMES = 1.5      # of what is usual: on a slow link everybody waits, and each hurry brings a chunk twice
 ROOT_LATE_S = 2.0       # a root that has been late for so long, the next in the order no longer waits for
 LOOK_S = 0.5            # so often what is late is worked out anew: the first requests began before anything was usual
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
@@ -90,8 +88,7 @@ class SwarmFetch:
     def urge(self, index: int) -> None:
         """A read has come to wait for a piece, perhaps one of these."""
         if index in self._missing and self._priority is not Priority.FOREGROUND and index not in self._urgent:
-            usual_s = URGENT_TIMES * self._swarm.pace.median_s(self._priority)
-            self._urgent[index] = self._now() + min(URGENT_MAX_S, max(URGENT_MIN_S, usual_s))
+            self._urgent[index] = self._now() + self._swarm.pace.urgent_s(self._priority)
             self._sleep.deadline = min(self._sleep.deadline, self._urgent[index])
 
     # --- ways -----------------------------------------------------------------------------------------------------
