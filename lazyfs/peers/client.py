@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING
 import lz4.block
 import trio
 
-from lazyfs.config import split_address
 from lazyfs.errors import FormatError, PeerBusyError, PeerError, PeerLacksError
 from lazyfs.peers import handshake, wire
-from lazyfs.peers.channel import Channel
 from lazyfs.peers.model import SILENCE_S, Piece
 from lazyfs.peers.rates import STEP_MAX
-from lazyfs.peers.tlsfiles import secure
+from lazyfs.peers.reaching import reach
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+    from lazyfs.peers.channel import Channel
     from lazyfs.peers.model import Gate, Member, PieceRequest, Resource
     from lazyfs.peers.tlsfiles import TlsFiles
 
@@ -100,17 +99,11 @@ class PeerClient:
                         hint="is it running, and may this node reach its port? lazyfs doctor looks")
 
     async def _connect(self, member: Member) -> _Connection:
+        channel = await reach(member, self._tls)
         try:
-            host, port = split_address(member.address)
-            stream = await trio.open_tcp_stream(host, port)
-        except (OSError, ValueError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PeerError(f"{member.id} at {member.address}: {reason}") from error
-        try:
-            channel = Channel(stream if self._tls is None else await secure(stream, self._tls, member, host))
             await handshake.ask(channel, member.address)
         except BaseException:
-            await trio.aclose_forcefully(stream)
+            await channel.close()
             raise
         self.connections += 1
         return _Connection(member.address, channel)

@@ -14,17 +14,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 import h11
-import trio
 
-from lazyfs.config import split_address
 from lazyfs.errors import PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
 from lazyfs.limits import KIB, MANIFEST_BYTES_MAX, MIB
-from lazyfs.peers.channel import Channel
-from lazyfs.peers.tlsfiles import secure
+from lazyfs.peers.reaching import reach
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lazyfs.peers.channel import Channel
     from lazyfs.peers.model import Member
     from lazyfs.peers.tlsfiles import TlsFiles
 
@@ -72,13 +70,8 @@ async def ask(member: Member, words: str, *, token: str, tls: TlsFiles | None) -
 
     """
     who = f"{member.id} at {member.address}"
+    channel = await reach(member, tls)
     try:
-        host, port = split_address(member.address)
-        stream = await trio.open_tcp_stream(host, port)
-    except (OSError, ValueError, OverflowError) as error:
-        raise PeerError(f"{who}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        channel = Channel(stream if tls is None else await secure(stream, tls, member, host))
         headers = [("Host", member.address), ("Connection", "close")]
         if token:
             headers.append(("Authorization", _BEARER + token))
@@ -89,7 +82,7 @@ async def ask(member: Member, words: str, *, token: str, tls: TlsFiles | None) -
     except h11.RemoteProtocolError as error:
         raise PeerError(f"{who}: its answer is no HTTP") from error
     finally:
-        await trio.aclose_forcefully(stream)
+        await channel.close()
 
 
 async def _answer(channel: Channel, http: h11.Connection, who: str) -> bytes:
