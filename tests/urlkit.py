@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ import trio
 from lazyfs.config import Config
 from lazyfs.mirror import web
 from lazyfs.mirror.serving import opened
+from tests.served import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -101,14 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def web_server() -> Iterator[WebServer]:
-    with WebServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    server = WebServer()
+    with served(server):
+        yield server
 
 
 @asynccontextmanager

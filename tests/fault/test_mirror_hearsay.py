@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from tests.faultproxy import Fault, FaultProxy, Kind
 from tests.mirrorkit import OCI_MANIFEST, PushedImage, RunningMirror, ask, descriptor, image_of, push, running_mirror
 from tests.ports import free_port
 from tests.registrykit import Registry, running_registry
+from tests.served import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,15 +180,8 @@ class _Liar(BaseHTTPRequestHandler):
 def lying(address: str, body: bytes) -> Iterator[type[_Liar]]:
     handler = type("Handler", (_Liar,), {"body": body, "asked": 0})
     host, _, port = address.rpartition(":")
-    server = ThreadingHTTPServer((host, int(port)), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with served(ThreadingHTTPServer((host, int(port)), handler)):
         yield handler
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.parametrize("body", [
