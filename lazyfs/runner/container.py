@@ -84,10 +84,11 @@ class Container:
         self.rootfs = self._bundle / "rootfs"
         self._pid_file = folder / "pid"
         self._log = folder / "runc.log"
-        self._lines = Lines()
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        self._output_ended = False
+        # Lines by descriptor, while it is open. Two pipes: runc copies the program's output and its errors side by
+        # side, and in one pipe they would be cut into each other within a line.
+        self._streams: dict[int, Lines] = {}
         self._begin = 0.0
 
     # --- making ------------------------------------------------------------------------------------------------------
@@ -122,12 +123,14 @@ class Container:
         self._begin = time.monotonic()
         try:
             self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 start_new_session=True)   # a terminal's ^C is for us: we stop it in order
         except OSError as error:
             raise HostError(f"cannot run runc: {error.strerror}", hint="install it: apt-get install runc") from error
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+            self._streams[pipe.fileno()] = Lines()
         self._pidfd = os.pidfd_open(self._process.pid)
 
     # --- watching ----------------------------------------------------------------------------------------------------
@@ -189,8 +192,10 @@ class Container:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-        if self._process is not None and self._process.stdout is not None:
-            self._process.stdout.close()
+        self._streams.clear()
+        for pipe in () if self._process is None else (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
         if (self._place.runc_state / self.name).exists():
             run_runc(self._place, "delete", "--force", self.name)
         for path in (self.rootfs, self._folder / "writable"):
@@ -221,12 +226,8 @@ class Container:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return False
-            poll = select.poll()   # of at most three; made anew because the output may end before the program
-            for descriptor in (self._pidfd, *wake, *(() if self._output_ended else (self._stdout(),))):
-                poll.register(descriptor, select.POLLIN)
-            ready = {descriptor for descriptor, _ in poll.poll(left_s * 1000)}
-            if not self._output_ended and self._stdout() in ready:
-                self._take(on_line)
+            ready = _ready((self._pidfd, *wake, *self._streams), left_s)
+            self._take(ready, on_line)
             if done() or ready.intersection(wake):
                 return False
             if self._pidfd in ready:
@@ -234,25 +235,23 @@ class Container:
                 return not done()
         return False
 
-    def _stdout(self) -> int:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        return self._process.stdout.fileno()
-
-    def _take(self, on_line: Callable[[bytes], None]) -> None:
-        try:
-            data = os.read(self._stdout(), _READ_BYTES)
-        except BlockingIOError:
-            return
-        self._output_ended = not data
-        for line in self._lines.feed(data) if data else self._lines.finish():
-            on_line(line)
+    def _take(self, ready: set[int], on_line: Callable[[bytes], None]) -> None:
+        """Read those of the program's pipes that are `ready`."""
+        for descriptor in [one for one in self._streams if one in ready]:
+            try:
+                data = os.read(descriptor, _READ_BYTES)
+            except BlockingIOError:
+                continue
+            lines = self._streams[descriptor]
+            if not data:
+                del self._streams[descriptor]
+            for line in lines.feed(data) if data else lines.finish():
+                on_line(line)
 
     def _take_rest(self, on_line: Callable[[bytes], None]) -> None:
         deadline = time.monotonic() + _DRAIN_S
-        while not self._output_ended and time.monotonic() < deadline:
-            if select.select([self._stdout()], [], [], _DRAIN_S)[0]:
-                self._take(on_line)
+        while self._streams and (left_s := deadline - time.monotonic()) > 0:
+            self._take(_ready(tuple(self._streams), left_s), on_line)
 
     def _exit_code(self) -> int:
         """Of the program. Raises ProgramError: runc could not start it."""
@@ -273,3 +272,11 @@ class Container:
                     if entry.get("level") == "error":
                         return str(entry.get("msg", ""))[:500]
         return ""
+
+
+def _ready(descriptors: tuple[int, ...], timeout_s: float) -> set[int]:
+    """Those that can be read, or have ended. `descriptors`: at most four; they change from call to call."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(timeout_s * 1000)}

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import FormatError
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _SYS_OPENAT2 = 437               # on all architectures
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+# Something was mounted or renamed, anywhere on the machine, while the kernel walked over a `..`: it cannot tell whether
+# the walk left the root, and wants to be asked again (openat2(2), EAGAIN). A busy node does that all the time.
+_DISTURBED_S = 5.0
+_AGAIN_S = 0.001
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -60,11 +65,20 @@ def read_inside(root: Path, path: str, size_bytes_max: int) -> bytes | None:
 def _open_in_root(directory: int, path: str) -> int | None:
     how = struct.pack("QQQ", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0,
                       _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-    number = _libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(directory), ctypes.c_char_p(os.fsencode(path)),
-                           ctypes.c_char_p(how), ctypes.c_long(len(how)))
-    if number >= 0:
-        return int(number)
-    code = ctypes.get_errno()
+    deadline = time.monotonic() + _DISTURBED_S
+    while (number := openat2(directory, os.fsencode(path), how)) < 0:
+        code = ctypes.get_errno()
+        if code != errno.EAGAIN or time.monotonic() >= deadline:
+            break
+        time.sleep(_AGAIN_S)
+    else:
+        return number
     if code in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR}:
         return None
     raise OSError(code, os.strerror(code), path)
+
+
+def openat2(directory: int, path: bytes, how: bytes) -> int:
+    """Make the system call: a descriptor, or -1 with `ctypes.get_errno()` set."""
+    return int(_libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(directory), ctypes.c_char_p(path),
+                             ctypes.c_char_p(how), ctypes.c_long(len(how))))

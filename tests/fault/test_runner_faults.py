@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import select
 import signal
@@ -17,7 +19,7 @@ import pytest
 from lazyfs.errors import FormatError
 from lazyfs.fs import mountapi
 from lazyfs.node.rundir import ProcessIdentity, WorkerDir
-from lazyfs.runner import workspace
+from lazyfs.runner import rootfs, workspace
 from lazyfs.runner.probe import Probe
 from lazyfs.runner.rootfs import read_inside
 from lazyfs.runner.rules import StopRules, parse_http
@@ -201,6 +203,29 @@ def test_files_that_are_none_are_not_read(tmp_path: Path) -> None:
         assert read_inside(root, f"/etc/{name}", 100) is None
     with pytest.raises(FormatError):
         read_inside(root, "/etc/file", 3)
+
+
+def test_a_walk_that_a_mount_elsewhere_disturbed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says EAGAIN when anything is mounted or renamed on the machine while it walks over a `..`."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "file").write_text("inside")
+    real, calls = rootfs.openat2, []
+
+    def disturbed(directory: int, path: bytes, how: bytes) -> int:
+        calls.append(path)
+        if len(calls) < 3:
+            ctypes.set_errno(errno.EAGAIN)
+            return -1
+        return real(directory, path, how)
+
+    monkeypatch.setattr(rootfs, "openat2", disturbed)
+    assert read_inside(tmp_path, "/etc/file", 100) == b"inside"
+    monkeypatch.setattr(rootfs, "_DISTURBED_S", 0.0)
+    calls.clear()
+    with pytest.raises(BlockingIOError):
+        read_inside(tmp_path, "/etc/file", 100)
 
 
 def test_only_our_own_directories_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,12 @@ def test_how_the_program_sees_its_container(profiler: Profiler) -> None:
     assert done.said.count("from here") == 1, "a secret is shown by nobody but the program"
 
 
+def test_lines_of_the_output_and_of_the_errors_stay_whole(profiler: Profiler) -> None:
+    script = "printf 'an error ' >&2; echo a word; sleep 0.2; echo in two pieces >&2; printf 'no end'"
+    program = profiler.run("--", "sh", "-c", script).program
+    assert sorted(program) == ["a word", "an error in two pieces", "no end"]
+
+
 def test_host_network(profiler: Profiler) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = str(server.getsockname()[1])
