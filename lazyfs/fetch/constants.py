@@ -25,7 +25,7 @@ class FetchLimits:
     prefetch_streams: int = 4          # windows under way: of one image as few as keep the link full, the rest others'
     prefetch_rate: int = 0             # bytes/s of all windows together; 0: no bound
     prefetch_bytes_max: int = 0        # stored bytes fetched ahead of one image; 0: no bound
-    background_streams: int = 2        # read-ahead of sequential readers
+    background_streams: int = 1        # read-ahead of sequential readers
     copy_streams: int = 2              # windows of background copies: one to receive, one that is about to answer
     merge_bytes_max: int = 4 * MIB     # one range request of queued chunks that are neighbours, stored bytes
     # One range request of the hot blob. The first one is small, for nothing is known of the link; each is twice as
@@ -86,7 +86,7 @@ READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read i
 # Of what peers give: a chunk passes a tree's levels one after another, so more must be under way. 8 nodes, 200 Mbit/s,
 # simulated (benchmarks.scale --window): 4 MiB 1.32 times the ideal time, 8 MiB 1.17, 16 MiB 1.12, 32 MiB 1.18. And
 # it begins so much sooner: chunk by chunk the first 8 MiB of 8 real nodes took 2.6 s, now 1.7.
-READAHEAD_PEERED_TIMES = 4
+READAHEAD_PEERED_TIMES = 6
 READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often
 VERIFY_DEADLINE_SHARE = 0.25     # of a read's time, for the disk to give a chunk that the read takes a sample of
 CLOSE_GRACE_S = 1.0              # transfers may finish before their threads are left behind (they are daemons)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -56,21 +57,42 @@ PIECE_BYTES: Final = 128 << 10   # fewer are in some buffer at once
 HYSTERESIS: Final = 0.75         # steps that a rate must be off what was said before another one is
 
 
+@dataclass(slots=True)
+class _Window:
+    """A measurement; times are of the busy clock. `crowded_s`: of it, with ASKERS_MIN members."""
+
+    begin: float
+    end: float
+    crowded_s: float = 0.0
+    bytes: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.bytes / (self.end - self.begin) if self.end > self.begin else 0.0
+
+    def take(self, size: int, begin: float, end: float) -> None:
+        """Of bytes that left in that time its share."""
+        overlap = min(end, self.end) - max(begin, self.begin)
+        if overlap > 0:
+            self.bytes += size * overlap / (end - begin)
+
+
 class Giving:
     """
     What this host gives while more is wanted of it than it can give: by its link, its disk, its processor, its bound.
 
-    Time counts while pieces that are here are wanted, a window of it if half of the time by ASKERS_MIN members at
-    least. `step`: the rate found; 0: it was never asked for so much. The best of the last windows counts, and what
-    single pieces went with if that is more: others' slowness is not to be taken for its own.
+    The busy clock runs while pieces that are here are wanted; a window of it counts if half of it was so by ASKERS_MIN
+    members at least. Pieces that went side by side share the windows that they passed through, so one that has just
+    ended says nothing before the next has. `step`: the rate found; 0: it was never asked for so much. The best of the
+    last windows counts, and what single pieces went with if that is more: others' slowness is not its own.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self._askers: Counter[str] = Counter()
-        self._at = self._busy_s = self._crowded_s = 0.0
-        self._bytes = 0
-        self._best: deque[float] = deque(maxlen=WINDOWS)
+        self._at = 0.0
+        self._now = _Window(0.0, 0.0)
+        self._done: deque[_Window] = deque(maxlen=WINDOWS + 1)
         self._pieces: deque[float] = deque(maxlen=PIECES)
 
     def begin(self, asker: str) -> None:
@@ -80,7 +102,10 @@ class Giving:
 
     def gave(self, size: int, seconds: float) -> None:
         """Bytes of a piece have left the host (not: entered a buffer) in that time alone; before its `end`."""
-        self._bytes += size
+        self._pass()
+        end = self._now.end
+        for window in (*self._done, self._now):
+            window.take(size, end - max(seconds, 1e-9), end)
         if size >= PIECE_BYTES and seconds > 0:
             self._pieces.append(size / seconds)
             if self.step and size / seconds > 2 ** (self.step + HYSTERESIS):
@@ -92,38 +117,38 @@ class Giving:
         self._askers[asker] -= 1
         if not self._askers[asker]:
             del self._askers[asker]
-        if self._bytes < (WINDOW_BYTES if self._busy_s >= WINDOW_S else WINDOW_BYTES_FAST) or not self._busy_s:
+        window = self._now
+        busy_s = window.end - window.begin
+        if window.bytes < (WINDOW_BYTES if busy_s >= WINDOW_S else WINDOW_BYTES_FAST) or not busy_s:
             return
-        rate, crowded = self._bytes / self._busy_s, 2 * self._crowded_s >= self._busy_s
-        self._clear()
-        if not crowded:
-            return
-        self._best.append(rate)
-        self._find()
+        self._now = _Window(window.end, window.end)
+        if 2 * window.crowded_s >= busy_s:
+            self._done.append(window)
+            self._find()
 
     def _find(self) -> None:
         pieces = sorted(self._pieces)[-2:]
-        exact = math.log2(max(2.0, *self._best, *pieces[:-1]))
+        whole = list(self._done)[:-1] if self._askers else self._done    # others may yet say what they had of the last
+        if not whole and not self.step:
+            return
+        exact = math.log2(max(2.0, *(window.rate for window in whole), *pieces[:-1]))
         if not self.step or abs(exact - self.step) > HYSTERESIS:
             self.step = min(STEP_MAX, round(exact))
 
     def forget(self) -> None:
         """It is to be found anew."""
         self.step = 0
-        self._best.clear()
+        self._done.clear()
         self._pieces.clear()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._busy_s, self._crowded_s, self._bytes = 0.0, 0.0, 0
+        self._now = _Window(self._now.end, self._now.end)
 
     def _pass(self) -> None:
         now = trio.current_time()
         passed, self._at = now - self._at, now
         if self._askers:
-            self._busy_s += passed
+            self._now.end += passed
         if len(self._askers) >= ASKERS_MIN:
-            self._crowded_s += passed
+            self._now.crowded_s += passed
 
 
 class Rates:

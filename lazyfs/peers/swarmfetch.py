@@ -109,10 +109,18 @@ class SwarmFetch:
         place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         read = self._priority is Priority.FOREGROUND
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
-        return way_of(place, self._is_slow, place.heirs[:1 if read else None] if pays else ())
+        return way_of(place, self._is_slow, self._says_slow, place.heirs[:1 if read else None] if pays else ())
 
     def _is_slow(self, member: Member) -> bool:
         return self._swarm.health.is_slow(member.id, self._now())
+
+    def _says_slow(self, member: Member) -> bool:
+        return self._swarm.health.rates.is_slow(member.id, self._now())
+
+    def _is_left(self, attempt: Attempt) -> bool:
+        """Slow, and not waited for: it says so itself, or all that it was asked for can be had elsewhere."""
+        return self._is_slow(attempt.member) and (self._says_slow(attempt.member) or all(
+            way.next < len(way.stops) for way in self._open_ways(attempt)))
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
@@ -337,8 +345,7 @@ class SwarmFetch:
         self._swarm.health.busy(attempt.member.id, self._now() + pause, str(error))
         named = [self._known.at(address) for address in error.better[:BETTER_MAX]]
         for way in self._open_ways(attempt):
-            way.retry_after = min(way.retry_after, pause)
-            way.stops[way.next:way.next] = [(member, True) for member in named if member is not None]
+            way.busy(pause, [member for member in named if member is not None])
 
     # --- time -----------------------------------------------------------------------------------------------------
 
@@ -347,7 +354,7 @@ class SwarmFetch:
         if attempt.ours:
             return math.inf
         health = self._swarm.health.of(attempt.member.id)
-        if self._is_slow(attempt.member):
+        if self._is_left(attempt):
             return attempt.moved_at
         since = max(attempt.moved_at, attempt.looked_at)
         delay = self._swarm.pace.delay_s(attempt.priority) * attempt.patience
@@ -394,22 +401,22 @@ class SwarmFetch:
         That is rare, so it asks no leave of Pace; what is merely late does, or a full network would be asked twice.
         """
         attempt.looked_at = self._now()
-        if not attempt.here_only and not self._is_slow(attempt.member):
-            self._judge(attempt, self._now() - attempt.moved_at, came=False)
-        if attempt.here_only or self._is_slow(attempt.member):
+        late_s, was_slow = self._now() - attempt.moved_at, self._is_slow(attempt.member)
+        if not attempt.here_only:
+            self._judge(attempt, late_s, came=False)
+        if attempt.here_only or self._is_left(attempt):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
         alone = [way for way in self._open_ways(attempt) if way.running == 1]    # else another one is asked already
         ways = [way for way in alone if way.next < len(way.stops)]
-        given_up = attempt.late and self._now() - attempt.moved_at > ROOT_LATE_S
+        given_up = attempt.late and (was_slow or late_s > ROOT_LATE_S)
         roots = [way for way in alone if given_up and way.is_next and way not in ways]
         if not (ways or roots) or not self._swarm.pace.may_hedge(attempt.priority, self._now()):
             return
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1
         for way in ways:    # not to one that others wait for in vain
-            way.stops[way.next:] = sorted(way.stops[way.next:], key=lambda stop: (
-                stop[1], self._swarm.health.of(stop[0].id).late > 0))
+            way.put_last(lambda member: self._swarm.health.of(member.id).late > 0)
         self._advance(ways, nursery)
         self._to_origin([index for way in roots for index in way.missing])
         attempt.left &= self._missing

@@ -95,6 +95,25 @@ async def test_what_is_found_does_not_move_with_each_measurement(autojump_clock:
     assert giving.step == 25
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 6])
+@pytest.mark.trio
+async def test_pieces_that_share_the_link_and_end_together_are_not_taken_for_speed(
+        at_once: int, autojump_clock: MockClock) -> None:
+    """Most of their bytes left before the measurement began that the first of them had ended."""
+    giving, steps = Giving(), set()
+    size, rate = MIB, 2.0**22.6
+    for _ in range(40):
+        for number in range(at_once):
+            giving.begin(f"a{number}")
+        for number in range(at_once):
+            await trio.sleep(at_once * size / rate if number == 0 else 0.01)
+            giving.gave(size, at_once * size / rate + 0.01 * number)
+            giving.end(f"a{number}")
+            if giving.step:
+                steps.add(giving.step)
+    assert steps <= {22, 23}, steps
+
+
 @pytest.mark.trio
 async def test_pieces_that_are_wanted_side_by_side_for_a_moment_are_not_taken_for_speed(
         autojump_clock: MockClock) -> None:
