@@ -84,6 +84,7 @@ class Host(Protocol):
     down: Link
     work: Link | None                # its processor, where that is simulated
     alive: bool
+    died_s: float                    # when, of one that is not alive
     silent: bool                     # dead so that nobody says so: the machine is gone, not the process
 
     def asked(self, answer: Answer) -> None: ...
@@ -191,3 +192,8 @@ class Port:
 
     def ask(self, member: Member, request: PieceRequest) -> Answer:
         return Answer(self.fabric, self.name, member.id, request)
+
+    def heard_at(self, member: Member) -> float:
+        """Beats come between the pieces: of who lives, something has just come."""
+        host = self.fabric.hosts[member.id]
+        return trio.current_time() if host.alive else host.died_s + self.fabric.half_rtt_s(self.name, member.id)

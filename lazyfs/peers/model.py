@@ -25,6 +25,7 @@ TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
 HERE_ONLY = HOPS_MAX             # `hops` of a request that wants what is there already, see PieceRequest
 BEAT_S = 0.5                     # an answerer that has nothing to send yet says so that often,
+BEAT_READ_S = 0.15               # if it was asked for a read,
 SILENCE_S = 2.0                  # and one that says nothing for so long is gone: PeerError (Exchange.ask)
 
 
@@ -48,6 +49,11 @@ class Priority(enum.IntEnum):
     PREFETCH = 1
     BACKGROUND = 2
     COPY = 3
+
+
+def beat_s(priority: Priority) -> float:
+    """How often an answerer says that it is there, while it has nothing to send. A read's asker looks sooner."""
+    return BEAT_READ_S if priority is Priority.FOREGROUND else BEAT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,10 @@ class Exchange(Protocol):
             silent. All are lazyfs.errors.
 
         """
+        ...
+
+    def heard_at(self, member: Member) -> float:
+        """When the last byte of it came, over any connection, a beat too (trio's clock); 0.0: not lately."""
         ...
 
 

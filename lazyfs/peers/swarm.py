@@ -50,6 +50,7 @@ class SwarmLimits:
 class Swarm:
     """
     :me: this node; it never asks itself.
+    :deaf_at: when this loop was found to have been late: what peers said until then may not have been taken.
     :counters: fetches, requests, hedges, hurried, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
 
     `make_topology`: of a view; a simulation of many nodes shares them.
@@ -62,6 +63,7 @@ class Swarm:
         self.bounds = bounds or SwarmLimits()
         self.health = HealthBook()
         self.pace = Pace()
+        self.deaf_at = 0.0
         self.download = Rate(self.bounds.download_rate)
         self.random = rng or random.Random()    # noqa: S311 - spreads waits
         self.counters: Counter[str] = Counter()
@@ -128,6 +130,10 @@ class Swarm:
             return await one.run()
         finally:
             self._running.discard(one)
+
+    def is_slow(self, member: Member) -> bool:
+        """As it was found, or says."""
+        return self.health.is_slow(member.id, trio.current_time())
 
     def told_rate(self, member_id: str, step: int) -> None:
         """A member has said what it can give (rates): who is slow beside the others is not waited for from now on."""

@@ -18,6 +18,7 @@ import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
 from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
+from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, quiet
 from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
 from lazyfs.peers.ways import Attempt, Way, split, way_of
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
-HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
-ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
 ROOT_LATE_S = 2.0       # a root that has been late for so long, the next in the order no longer waits for
 LOOK_S = 0.5            # so often what is late is worked out anew: the first requests began before anything was usual
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
@@ -80,8 +79,11 @@ class SwarmFetch:
                 for attempt in self._attempts:
                     nursery.start_soon(self._ask, attempt, nursery)
                 while not self._ended.is_set():
-                    with trio.CancelScope(deadline=self._wake_at()) as self._sleep:
+                    wake_at = self._wake_at()
+                    with trio.CancelScope(deadline=wake_at) as self._sleep:
                         await self._ended.wait()
+                    if self._now() > wake_at + DEAF_S:
+                        self._swarm.deaf_at = self._now()
                     self._look(nursery)
                 nursery.cancel_scope.cancel()
 
@@ -109,10 +111,7 @@ class SwarmFetch:
         place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         read = self._priority is Priority.FOREGROUND
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
-        return way_of(place, self._is_slow, place.heirs[:1 if read else None] if pays else ())
-
-    def _is_slow(self, member: Member) -> bool:
-        return self._swarm.health.is_slow(member.id, self._now())
+        return way_of(place, self._swarm.is_slow, place.heirs[:1 if read else None] if pays else ())
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
@@ -184,7 +183,7 @@ class SwarmFetch:
         self._attempts.add(attempt)
         for way in set(pieces.values()):
             way.running += 1
-        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt))
+        self._sleep.deadline = min(self._sleep.deadline, due_at(self._swarm, attempt))
         if nursery is not None:
             nursery.start_soon(self._ask, attempt, nursery)
 
@@ -213,17 +212,17 @@ class SwarmFetch:
     async def _receive(self, attempt: Attempt) -> None:
         swarm, resource = self._swarm, self._resource
         size = sum(resource.piece_bytes(index) for index in attempt.left)
+        attempt.ours = True
         if attempt.priority is Priority.FOREGROUND:
             swarm.download.take_now(size)
         else:
-            attempt.ours = True
             await swarm.download.take(size)
-            attempt.ours = False
-            attempt.moved_at = self._now()
         left_s = self._deadline - self._now()
         request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
                                HERE_ONLY if attempt.here_only else self._hops, attempt.priority, self._request)
-        async with swarm.exchange.ask(attempt.member, request) as pieces:
+        async with swarm.exchange.ask(attempt.member, request) as pieces:    # with a token: that was waited for
+            attempt.ours = False
+            attempt.moved_at = self._now()
             async for piece in pieces:
                 if not await self._take(attempt, piece) or not attempt.left:
                     return
@@ -315,8 +314,9 @@ class SwarmFetch:
         self._attempts.discard(attempt)
         for way in set(attempt.ways.values()):
             way.running -= 1
-        if attempt.scope.cancelled_caught and not attempt.got:    # another one was faster
-            self._judge(attempt, self._now() - attempt.moved_at)
+        now = self._now()
+        if attempt.scope.cancelled_caught and not attempt.got and health.away_until <= now:    # another one was faster
+            self._judge(attempt, now - attempt.moved_at)
 
     # --- what went wrong ------------------------------------------------------------------------------------------
 
@@ -342,36 +342,21 @@ class SwarmFetch:
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _due_at(self, attempt: Attempt) -> float:
-        """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
-        if attempt.ours:
-            return math.inf
-        health = self._swarm.health.of(attempt.member.id)
-        if self._is_slow(attempt.member):
-            return attempt.moved_at
-        since = max(attempt.moved_at, attempt.looked_at)
-        delay = self._swarm.pace.delay_s(attempt.priority) * attempt.patience
-        if attempt.here_only:
-            return since + HERE_TIMES * delay
-        if attempt.priority is Priority.FOREGROUND:
-            return since + delay
-        return max(since + delay, min(health.moved_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
-
     def _wake_at(self) -> float:
         now = self._now()
-        return min(*(self._due_at(attempt) for attempt in self._attempts),
+        return min(*(due_at(self._swarm, attempt) for attempt in self._attempts),
                    *(way.again_at for way in self._all_ways), *self._urgent.values(), now + LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
-        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
+        for attempt in [one for one in self._attempts if due_at(self._swarm, one) <= now]:
             self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:
             way.again_at = math.inf
         self._advance(late, nursery)
-        for index in [index for index, due_at in self._urgent.items() if due_at <= now]:
+        for index in [index for index, urgent_at in self._urgent.items() if urgent_at <= now]:
             self._hurry(index, nursery)
 
     def _hurry(self, index: int, nursery: trio.Nursery) -> None:
@@ -389,21 +374,25 @@ class SwarmFetch:
         """
         Ask the others as well; one that has been slow all the time is not waited for at all.
 
-        A root that is much later than others usually are is given up by the one that comes next, which asks the
-        origin: nobody else does, so two copies of a group are the most; a slow origin makes all roots late alike.
+        A root that is much later than others usually are, or was gone and is silent again, is given up by the one that
+        comes next, which asks the origin: nobody else does, so two copies of a group are the most; a slow origin makes
+        all roots late alike, and they say that they wait.
         That is rare, so it asks no leave of Pace; what is merely late does, or a full network would be asked twice.
         """
-        attempt.looked_at = self._now()
-        if not attempt.here_only and not self._is_slow(attempt.member):
-            self._judge(attempt, self._now() - attempt.moved_at, came=False)
-        if attempt.here_only or self._is_slow(attempt.member):
+        attempt.looked_at = now = self._now()
+        silent, before = quiet(self._swarm, attempt, now), self._swarm.health.of(attempt.member.id).gone_in_a_row
+        if silent:
+            self._swarm.health.quiet(attempt.member.id, now - self._swarm.exchange.heard_at(attempt.member), now)
+        elif not attempt.here_only and not self._swarm.is_slow(attempt.member):
+            self._judge(attempt, now - attempt.moved_at, came=False)
+        if attempt.here_only or silent is Quiet.GONE or self._swarm.is_slow(attempt.member):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
         alone = [way for way in self._open_ways(attempt) if way.running == 1]    # else another one is asked already
         ways = [way for way in alone if way.next < len(way.stops)]
-        given_up = attempt.late and self._now() - attempt.moved_at > ROOT_LATE_S
+        given_up = (silent and before) or (attempt.late and now - attempt.moved_at > ROOT_LATE_S)
         roots = [way for way in alone if given_up and way.is_next and way not in ways]
-        if not (ways or roots) or not self._swarm.pace.may_hedge(attempt.priority, self._now()):
+        if not (ways or roots) or not (silent or self._swarm.pace.may_hedge(attempt.priority, now)):
             return
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1
