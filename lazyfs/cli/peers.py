@@ -92,6 +92,9 @@ def _traffic(told: dict[str, Any]) -> Iterator[str]:
     if tokens:
         yield (f"tokens: {tokens['held']} held, {tokens['failed']} times none to be had; "
                f"of others {tokens['refused']} refused")
+        for word, last in (("no token", tokens.get("last_failed")), ("refused", tokens.get("last_refused"))):
+            if last:
+                yield f"  {word}, {last['seconds_ago']:.0f} s ago: {last['why']}"
 
 
 def _table(peers: list[dict[str, Any]], most: int | None) -> Iterator[str]:

@@ -37,6 +37,14 @@ def test_a_tracker_that_is_lost_is_said() -> None:
     assert "lost for 30 s: no tracker answers" in "\n".join(peers.lines_of(told(membership=lost), None))
 
 
+def test_why_there_are_no_tokens_is_said() -> None:
+    tokens = {**SNAPSHOT["peers"]["tokens"], "last_failed": {"why": "the registry's password is not shown",
+                                                             "seconds_ago": 3.2}, "last_refused": {}}
+    lines = list(peers.lines_of(told(tokens=tokens), None))
+    assert "  no token, 3 s ago: the registry's password is not shown" in lines
+    assert not any("  refused, " in line for line in lines)
+
+
 def test_the_network_of_a_node_is_said() -> None:
     membership = {**SNAPSHOT["peers"]["membership"], "network": "east"}
     assert "members of network east" in "\n".join(peers.lines_of(told(membership=membership), None))
