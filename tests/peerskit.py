@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from benchmarks.kit.cluster import Node
     from benchmarks.session import Session
+    from tests.pullkit import PullNode
 
 SIZE = 16 << 20
 RATE_BIT_S = 80_000_000          # a node needs 1.7 s for the image: a fault hits the middle of it
@@ -98,7 +99,7 @@ def reading(nodes: Sequence[Node]) -> Iterator[Digests]:
         digests.close(nodes)
 
 
-def wait_received(cluster: Cluster, node: Node, size: int) -> None:
+def wait_received(cluster: Cluster, node: Node | PullNode, size: int) -> None:
     """Until so many bytes have come over its link."""
     wait_for(lambda: cluster.rack.counted()[node.name].received >= size, f"{node.name} receives {size} bytes")
 
