@@ -16,6 +16,7 @@ from lazyfs.errors import LazyfsError
 
 if TYPE_CHECKING:
     from lazyfs.config import Config
+    from lazyfs.image.digest import Digest
 
 _EPILOG = """\b
 Examples:
@@ -82,11 +83,17 @@ def _serve(settings: Config) -> None:
         print(f"mirror: http://{where}", file=sys.stderr, flush=True)
         notify.notify(f"READY=1\nSTATUS=mirror at {where}")
 
+    def drop(digest: Digest) -> int:
+        from snapshotter.containerd import Containerd, drop_writes  # noqa: PLC0415 - gRPC: for who was lied to only
+
+        with Containerd(settings.snapshotter.containerd_address) as containerd:
+            return drop_writes(containerd, digest)
+
     errors: list[LazyfsError] = []
 
     async def main() -> None:
         try:
-            await run(settings, address, ready)
+            await run(settings, address, ready, drop if settings.mirror.containerd_root else None)
         except* LazyfsError as group:
             errors.append(_first(group))
 

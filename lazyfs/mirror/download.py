@@ -30,7 +30,7 @@ from lazyfs.mirror.fromorigin import Run, fetch_run, runs_of
 from lazyfs.peers.model import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
     from lazyfs.mirror.fromorigin import Origin
     from lazyfs.mirror.piecedir import PieceDirectory
@@ -109,10 +109,12 @@ class Download:
 
     def __init__(self, file: PieceFile, directory: PieceDirectory, threads: Threads, counted: Counted, *,
                  sums: bytes = b"", verify: bool = True,
-                 blame: Callable[[str, Download], None] | None = None) -> None:
+                 blame: Callable[[str, Download], None] | None = None,
+                 recall: Callable[[Resource], Awaitable[None]] | None = None) -> None:
         """
         `counted`: is added to. `sums`: BLAKE3 of all pieces, where somebody vouches for them. `verify`: the resource's
         digest is that of its bytes (else: of what names it). `blame`: is told who gave wrong bytes (a member's id).
+        `recall`: is told that readers may have been given wrong bytes, before any gets more.
         """
         if sums and len(sums) != CHUNK_DIGEST_BYTES * file.resource.piece_count:
             raise BugError(f"{file.resource.key}: {len(sums)} bytes of digests")
@@ -125,7 +127,7 @@ class Download:
         self.origin_pieces = 0
         self._directory, self._threads = directory, threads
         self._swarm: Fetching | None = None
-        self._sums, self._verify, self._blame = sums, verify, blame
+        self._sums, self._verify, self._blame, self._recall = sums, verify, blame, recall
         self._flying: set[int] = set()
         self._given_by: dict[int, str] = {}       # by whom, of pieces that peers gave since the start
         self._readers: set[_Reader] = set()
@@ -346,7 +348,10 @@ class Download:
         try:
             if self._verify and await self._digest() != self.resource.digest:
                 await self._replace_lies()
-                if await self._digest() != self.resource.digest:
+                is_right = await self._digest() == self.resource.digest
+                if self._recall is not None:
+                    await self._recall(self.resource)
+                if not is_right:
                     await trio.to_thread.run_sync(self._directory.drop, self.resource)
                     self.file.present[:] = bytes(self.resource.piece_count)
                     raise IntegrityError(f"{self.resource.key}: what the origin gives has another digest",

@@ -26,7 +26,7 @@ from lazyfs.mirror.piecefile import file_name, resource_of
 from lazyfs.peers.model import HERE_ONLY, FileRange, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from lazyfs.mirror.contentstore import ContentStore
     from lazyfs.mirror.download import Fetching
@@ -65,6 +65,7 @@ class Blobs:
         counted: bytes since the start, by source.
         on_open, on_close: told, on the loop, when this node begins and ends to take part in a resource.
         blame: told the id of a member that gave wrong bytes, and of what, once a piece.
+        recall: told of what readers may have been given wrong bytes, when those are gone from here.
 
     """
 
@@ -75,6 +76,7 @@ class Blobs:
         self.on_open: Callable[[Resource], None] | None = None
         self.on_close: Callable[[Resource], None] | None = None
         self.blame: Callable[[str, Download], None] | None = None
+        self.recall: Callable[[Resource], Awaitable[None]] | None = None
         self.counted = Counted()
         self._threads = Threads()
         self._entries: dict[str, _Entry] = {}
@@ -141,7 +143,7 @@ class Blobs:
                     file = await self._find(resource, make=origin is not None)
                     if file is not None:
                         entry.download = Download(file, self.directory, self._threads, self.counted, sums=sums,
-                                                  verify=verify, blame=self._blame)
+                                                  verify=verify, blame=self._blame, recall=self.recall)
                 if entry.download is not None and origin is not None:
                     self._start(resource, entry, entry.download, origin, shared=shared)
             yield entry

@@ -78,3 +78,18 @@ def test_other_nodes_mirrors_that_fail_in_mid_pull_do_not_end_the_pull(session: 
                 harm(rig, victim)
             assert pull.ended() == ""
         assert node.has(image)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_another_nodes_mirror_that_gives_wrong_bytes_costs_a_retry_at_most(session: Session, tmp_path: Path,
+                                                                           version: str) -> None:
+    with pull_nodes(session, tmp_path, [version, ""]) as rig:
+        node, liar = rig.nodes
+        name, image = rig.push(f"wrong{version[0]}", [SIZE])
+        liar.fetch(name, image)
+        liar.spoil(SIZE // 2)
+        with node.pulling(name) as pull:
+            assert "unexpected commit digest" in pull.ended()    # they had been passed on before all of them were there
+        assert node.mirror.figure("lazyfs_mirror_wrong_pieces_total") > 0
+        assert rig.pull_all(name, [node]) == [""]
+        assert node.has(image)
