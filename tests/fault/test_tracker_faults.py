@@ -264,7 +264,7 @@ async def talk(address: str, *pieces: bytes) -> bytes:
     (b"\x16\x03\x01\x00\xa5" + b"\0" * 100 + b"\r\n\r\n", b"400"),
     (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000, b"431"),
     (b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n" + b"[" * 1_000_000, b"413"),
-    (b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12345", b"413"),
+    (b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12345", b"404"),
     (b"GET /..%2f..%2fetc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"404"),
     (b"HEAD /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"200"),
     (b"BREW /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"404"),
