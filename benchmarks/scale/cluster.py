@@ -20,6 +20,7 @@ from benchmarks.scale.node import Node, Origin
 from benchmarks.scale.result import Result
 from benchmarks.scale.setting import MBIT
 from lazyfs.image.digest import Digest
+from lazyfs.peers.announce import COMPLETE, PARTIAL
 from lazyfs.peers.model import Kind, Member, Resource, View
 from lazyfs.peers.ownrate import OwnRate
 from lazyfs.peers.swarm import Swarm
@@ -121,7 +122,8 @@ class _Cluster:
                 if node.own_rate.look(now):
                     node.swarm.me = node.own_rate.own
             found = View(tuple(node.own_rate.said for node in there),
-                         frozenset(node.member.id for node in there if node.complete))
+                         frozenset(node.member.id for node in there if node.complete),
+                         frozenset(node.member.id for node in there if node.share >= PARTIAL / COMPLETE))
             if found != self._view:
                 self._view = found
                 self._topology = Topology(self._view, _ORDERS_BYTES_MAX)

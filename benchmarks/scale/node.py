@@ -91,6 +91,7 @@ class Node:
         self._batch = max(1, min(FETCH_BATCH, window // 4))
         self._flights: dict[int, list[Answer]] = {}
         self._own: set[int] = set()
+        self._at_origin: set[int] = set()
         self._queues: tuple[deque[tuple[Answer, int]], ...] = tuple(deque() for _ in Priority)
         self._sending = False
         self._open: dict[int, tuple[Answer, AbstractContextManager[None]]] = {}
@@ -105,6 +106,11 @@ class Node:
         """Say that it takes part. It reads as soon as it knows who else does."""
         self.has_begun = True
         self.began_s = trio.current_time()
+
+    @property
+    def share(self) -> float:
+        """Of it that is here."""
+        return self._held / self.resource.piece_count
 
     @property
     def complete(self) -> bool:
@@ -148,6 +154,7 @@ class Node:
 
     def _ask_origin(self, indexes: list[int]) -> None:
         for index in indexes:
+            self._at_origin.add(index)
             self._origin.ask(self, index)
 
     async def _deliver(self, piece: Piece, member: Member) -> bool:
@@ -200,10 +207,10 @@ class Node:
         for index in request.indexes:
             if self.depth[index]:
                 self._give(answer, index)
+            elif index in self._flights and (request.hops < HERE_ONLY or index in self._at_origin):
+                self._flights[index].append(answer)
             elif request.hops == HERE_ONLY:
                 answer.outstanding -= 1
-            elif index in self._flights:
-                self._flights[index].append(answer)
             else:
                 missing.append(index)
         if missing:

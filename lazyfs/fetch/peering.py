@@ -295,6 +295,12 @@ class Peering:
             self.scheduler.courtesy.end(job.priority)
             self.scheduler.dispatch()
 
+    def is_at_origin(self, device: FetchDevice, index: int) -> bool:
+        """Whether a chunk is on its way, and not from a peer: nobody else is waited for."""
+        flight = self.scheduler.flights.get((device.cached, index))
+        return flight is not None and not any(job.flights.get(index) is flight for job in self.jobs) and not any(
+            flight in flights for flights in self._pending.values())
+
     # --- for a peer ---------------------------------------------------------------------------------------------------
 
     async def pass_on(self, device: FetchDevice, index: int, *, deadline: float, hops: int, priority: Priority,

@@ -114,7 +114,7 @@ class PeerStore:
             here = await self._here(device.cached, request.resource, index)
             if here is not None:
                 return here
-            if request.hops >= HERE_ONLY:
+            if request.hops >= HERE_ONLY and not self.peering.is_at_origin(device, index):
                 self.counts.lacking += 1
                 raise PeerLacksError(f"{request.resource.key}: piece {index} is not here")
             try:

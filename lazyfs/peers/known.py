@@ -77,5 +77,5 @@ class Known:
             self._left_out = out
             self._places.clear()
             rest = tuple(member for member in self.topology.members if member.id not in out)
-            self._trees = Topology(View(rest, self.view.complete - out)) if out else self.topology
+            self._trees = Topology(View(rest, self.view.complete - out, self.view.partial)) if out else self.topology
         self._look_at = min((self._lacking[name][1] for name in out), default=math.inf)

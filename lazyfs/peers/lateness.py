@@ -52,7 +52,7 @@ def due_at(swarm: Swarm, attempt: Attempt) -> float:
     if attempt.ours:
         return math.inf
     health = swarm.health.of(attempt.member.id)
-    if swarm.is_slow(attempt.member):
+    if is_left(swarm, attempt):
         return attempt.moved_at
     heard_at = _heard_at(swarm, attempt)
     quiet_at = min((heard_at + bound for bound in _bounds(swarm, attempt) if heard_at + bound > attempt.looked_at),
@@ -66,6 +66,16 @@ def due_at(swarm: Swarm, attempt: Attempt) -> float:
     else:
         late_at = max(since + delay, min(health.moved_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
     return min(quiet_at, late_at)
+
+
+def is_left(swarm: Swarm, attempt: Attempt) -> bool:
+    """
+    Slow, and not waited for: it says so itself, or all that it was asked for can be had elsewhere.
+
+    Who was only found slow may be the one that has it, and that all others ask.
+    """
+    return swarm.is_slow(attempt.member) and (swarm.says_slow(attempt.member) or (not attempt.here_only and all(
+        attempt.ways[index].next < len(attempt.ways[index].stops) for index in attempt.left)))
 
 
 def _heard_at(swarm: Swarm, attempt: Attempt) -> float:

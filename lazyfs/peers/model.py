@@ -102,10 +102,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Who is in a resource's swarm, as this node knows it: in order of id, itself included. Views of nodes differ."""
+    """
+    Who is in a resource's swarm, as this node knows it: in order of id, itself included. Views of nodes differ.
+
+    :complete: ids of those that have all of it, as they said; partial: of those that have some of it, and no little.
+    """
 
     members: tuple[Member, ...] = ()
-    complete: frozenset[str] = field(default_factory=frozenset)    # ids of those that have all of it, as they said
+    complete: frozenset[str] = field(default_factory=frozenset)
+    partial: frozenset[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +120,9 @@ class PieceRequest:
 
     Attributes:
         seconds: that the asker will wait, from now; the answerer's own fetching ends before.
-        hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here, and PeerLacksError at once for
-            the rest; nothing is fetched for it, and no flight under way is waited for. More is refused.
+        hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here or just coming from the origin, and
+            PeerLacksError at once for the rest; nothing is fetched for it, and no flight is waited for that has gone
+            to a peer, who may be waiting for the asker. More is refused.
         request: the id of the read that it is for (lazyfs.requestid), or empty.
 
     """

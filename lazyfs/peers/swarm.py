@@ -80,7 +80,7 @@ class Swarm:
         if not any(member.id == self.me.id for member in members):
             members = (*members, self.me)
         self._known[key] = Known(view, self._make_topology(
-            view if members is view.members else View(members, view.complete)),
+            view if members is view.members else View(members, view.complete, view.partial)),
             probe_misses=old.probe_misses if old is not None else 0)
 
     def forget(self, key: str) -> None:
@@ -134,6 +134,10 @@ class Swarm:
     def is_slow(self, member: Member) -> bool:
         """As it was found, or says."""
         return self.health.is_slow(member.id, trio.current_time())
+
+    def says_slow(self, member: Member) -> bool:
+        """By its own word, beside the others'."""
+        return self.health.rates.is_slow(member.id, trio.current_time())
 
     def told_rate(self, member_id: str, step: int) -> None:
         """A member has said what it can give (rates): who is slow beside the others is not waited for from now on."""

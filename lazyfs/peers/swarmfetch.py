@@ -18,7 +18,7 @@ import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
 from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
-from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, quiet
+from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, quiet
 from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
 from lazyfs.peers.ways import Attempt, Way, split, way_of
@@ -111,7 +111,8 @@ class SwarmFetch:
         place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         read = self._priority is Priority.FOREGROUND
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
-        return way_of(place, self._swarm.is_slow, place.heirs[:1 if read else None] if pays else ())
+        return way_of(place, self._swarm.is_slow, self._swarm.says_slow,
+                      place.heirs[:1 if read else None] if pays else ())
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
@@ -337,8 +338,7 @@ class SwarmFetch:
         self._swarm.health.busy(attempt.member.id, self._now() + pause, str(error))
         named = [self._known.at(address) for address in error.better[:BETTER_MAX]]
         for way in self._open_ways(attempt):
-            way.retry_after = min(way.retry_after, pause)
-            way.stops[way.next:way.next] = [(member, True) for member in named if member is not None]
+            way.busy(pause, [member for member in named if member is not None])
 
     # --- time -----------------------------------------------------------------------------------------------------
 
@@ -383,22 +383,22 @@ class SwarmFetch:
         silent, before = quiet(self._swarm, attempt, now), self._swarm.health.of(attempt.member.id).gone_in_a_row
         if silent:
             self._swarm.health.quiet(attempt.member.id, now - self._swarm.exchange.heard_at(attempt.member), now)
-        elif not attempt.here_only and not self._swarm.is_slow(attempt.member):
-            self._judge(attempt, now - attempt.moved_at, came=False)
-        if attempt.here_only or silent is Quiet.GONE or self._swarm.is_slow(attempt.member):
+        late_s, was_slow = now - attempt.moved_at, self._swarm.is_slow(attempt.member)
+        if not (silent or attempt.here_only):
+            self._judge(attempt, late_s, came=False)
+        if attempt.here_only or silent is Quiet.GONE or is_left(self._swarm, attempt):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
         alone = [way for way in self._open_ways(attempt) if way.running == 1]    # else another one is asked already
         ways = [way for way in alone if way.next < len(way.stops)]
-        given_up = (silent and before) or (attempt.late and now - attempt.moved_at > ROOT_LATE_S)
+        given_up = (silent and before) or (attempt.late and (was_slow or late_s > ROOT_LATE_S))
         roots = [way for way in alone if given_up and way.is_next and way not in ways]
         if not (ways or roots) or not (silent or self._swarm.pace.may_hedge(attempt.priority, now)):
             return
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1
         for way in ways:    # not to one that others wait for in vain
-            way.stops[way.next:] = sorted(way.stops[way.next:], key=lambda stop: (
-                stop[1], self._swarm.health.of(stop[0].id).late > 0))
+            way.put_last(lambda member: self._swarm.health.of(member.id).late > 0)
         self._advance(ways, nursery)
         self._to_origin([index for way in roots for index in way.missing])
         attempt.left &= self._missing

@@ -46,16 +46,28 @@ class Way:
         self.retry_after = math.inf
         self.again_at = math.inf
 
+    def put_last(self, is_late: Callable[[Member], bool]) -> None:
+        """Of those still to be asked, and not only for what they have."""
+        self.stops[self.next:] = sorted(self.stops[self.next:], key=lambda stop: (stop[1], is_late(stop[0])))
 
-def way_of(place: Place, is_slow: Callable[[Member], bool], heirs: Sequence[Member]) -> Way:
+    def busy(self, pause_s: float, named: Sequence[Member]) -> None:
+        """Who was asked may be again after that; it has `named` others, which are next."""
+        self.retry_after = min(self.retry_after, pause_s)
+        self.stops[self.next:self.next] = [(member, True) for member in named]
+
+
+def way_of(place: Place, is_slow: Callable[[Member], bool], says_so: Callable[[Member], bool],
+           heirs: Sequence[Member]) -> Way:
     """
     Whom to ask for a group: parents, those that have been slow after the others; then who may have it.
 
-    If all parents are slow, this node is as good as the root: only the first of an order has so few.
+    If all parents are slow by their own word, this node is as good as the root: only the first of an order has so
+    few. Who was merely found slow is waited for where nobody else is left: the origin has no more to give than it.
     """
     slow = {member.id for member in place.parents if is_slow(member)}
     stops = [(member, False) for member in place.parents if member.id not in slow]
-    stops += [(member, False) for member in place.parents if member.id in slow and stops]
+    if stops or not all(says_so(member) for member in place.parents):
+        stops += [(member, False) for member in place.parents if member.id in slow]
     stops += [(member, True) for member in (*place.holders, *heirs)]
     return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)), is_next=len(place.parents) == 1)
 

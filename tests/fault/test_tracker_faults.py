@@ -72,7 +72,10 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
             await until(lambda node=node: node.sees() == ["a", "b", "c"])
         a[0].has = {KEY: Standing(done=1000)}
         a[1].news()
-        await until(lambda: c[0].views[KEY].complete == {"a"})
+        await until(lambda: c[0].views[KEY].complete == c[0].views[KEY].partial == {"a"})
+        a[0].has = {KEY: Standing(done=500)}
+        a[1].news()
+        await until(lambda: (c[0].views[KEY].complete, c[0].views[KEY].partial) == (set(), {"a"}))
 
 
 @pytest.mark.trio

@@ -402,6 +402,20 @@ async def test_a_slow_member_is_asked_last_after_a_while(autojump_clock: MockClo
                    for node in net.nodes.values() for name in net.nodes if name != "n0002")
 
 
+@pytest.mark.parametrize("position", [1, 2, 4])
+@pytest.mark.trio
+async def test_a_root_that_was_found_slow_is_waited_for_not_doubled_by_the_origin(
+    position: int, autojump_clock: MockClock
+) -> None:
+    net = cluster(8)
+    order = sorted(net.nodes, key=lambda name: len(chain(net, name, 0)))
+    root, asker = order[0], net.nodes[order[position]]
+    for node in net.nodes.values():
+        node.swarm.health.was_slow(root, trio.current_time(), "test")
+    await net.want(asker, [0], deadline=trio.current_time() + 30)
+    assert [name for name, index in net.origin_pieces] == [root]
+
+
 @pytest.mark.trio
 async def test_a_busy_peer_names_a_better_one_and_only_members_are_asked(autojump_clock: MockClock) -> None:
     net = cluster(12)

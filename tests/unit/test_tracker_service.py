@@ -133,8 +133,13 @@ async def test_what_has_changed_is_sent_once(autojump_clock: MockClock) -> None:
     await rig.beat("e", {KEY: {"done": 1000}})
     await trio.sleep(1.0)
     part = whole(await rig.beat("a"))
-    assert part["add"] == [["e", "e.example:9451", "", 0, True]]
+    assert part["add"] == [["e", "e.example:9451", "", 0, True, True]]
     assert part["since"]
+    for done, rows in ((99, []), (100, [["b", "b.example:9451", "", 0, False, True]]), (300, [])):
+        await rig.beat("b", {KEY: {"done": done}})    # who has some of it is told once
+        await trio.sleep(1.0)
+        told = await rig.beat("a")
+        assert (whole(told)["add"] if "views" in told else []) == rows
     await rig.beat("b", leave=True)
     await trio.sleep(1.0)
     assert whole(await rig.beat("a"))["gone"] == ["b"]
