@@ -136,7 +136,8 @@ class Reply:
         if self.has_begun:
             raise BugError("a second answer to one request")
         self.has_begun, self.status = True, status
-        return self._encode(h11.Response(status_code=status, headers=list(headers.items())))
+        encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+        return self._encode(h11.Response(status_code=status, headers=encoded))
 
     def _encode(self, event: h11.Event) -> bytes:
         return self._http.send(event) or b""
