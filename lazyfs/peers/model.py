@@ -24,6 +24,7 @@ PIECE_BYTES_MAX = 4 * limits.MIB
 TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
 HERE_ONLY = HOPS_MAX             # `hops` of a request that wants what is there already, see PieceRequest
+COMING = HOPS_MAX - 1            # likewise, of one that wants what is there or on its way there
 BEAT_S = 0.5                     # an answerer that has nothing to send yet says so that often,
 BEAT_READ_S = 0.15               # if it was asked for a read,
 SILENCE_S = 2.0                  # and one that says nothing for so long is gone: PeerError (Exchange.ask)
@@ -122,7 +123,9 @@ class PieceRequest:
         seconds: that the asker will wait, from now; the answerer's own fetching ends before.
         hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here or just coming from the origin, and
             PeerLacksError at once for the rest; nothing is fetched for it, and no flight is waited for that has gone
-            to a peer, who may be waiting for the asker. More is refused.
+            to a peer, who may be waiting for the asker. More is refused. COMING: likewise, but every flight under way
+            is waited for (referrals says why that ends).
+        asker: who asks, if another member may be named instead (referrals): of a read of one piece; else empty.
         request: the id of the read that it is for (lazyfs.requestid), or empty.
 
     """
@@ -133,6 +136,7 @@ class PieceRequest:
     hops: int
     priority: Priority
     request: str = ""
+    asker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ import trio
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
 from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
 from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, quiet
-from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
+from lazyfs.peers.model import PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
-from lazyfs.peers.ways import Attempt, Way, split, way_of
+from lazyfs.peers.ways import Attempt, Manner, Way, split, way_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lazyfs.peers.known import Known
     from lazyfs.peers.model import Deliver, Member, Origin, Piece, Resource
     from lazyfs.peers.swarm import Swarm
+    from lazyfs.peers.ways import Stop
 
 HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
@@ -105,6 +106,8 @@ class SwarmFetch:
                 way = by_group[group] = self._way(group)
             way.missing.add(index)
             self._ways[index] = way
+            if way.is_root and self._priority is Priority.FOREGROUND:
+                way.ask_first(self._swarm.refer_own(self.key, index))
         return list(by_group.values())
 
     def _way(self, group: int) -> Way:
@@ -112,22 +115,23 @@ class SwarmFetch:
         read = self._priority is Priority.FOREGROUND
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
         return way_of(place, self._swarm.is_slow, self._swarm.says_slow,
-                      place.heirs[:1 if read else None] if pays else ())
+                      place.heirs[:1 if read else None] if pays else (),
+                      refers=read and self._swarm.coming is not None)
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
-        chosen: dict[tuple[str, bool], tuple[Member, list[Way]]] = {}
+        chosen: dict[tuple[str, Manner], tuple[Member, list[Way]]] = {}
         for way in ways:
             stop = self._next_stop(way)
             if stop is not None:
                 chosen.setdefault((stop[0].id, stop[1]), (stop[0], []))[1].append(way)
             elif not way.running and way.missing:
                 self._out_of_members(way)
-        for (_, here_only), (member, together) in chosen.items():
+        for (_, manner), (member, together) in chosen.items():
             for part in split(together, self._swarm.bounds.request_bytes // self._resource.piece_size):
-                self._start(member, here_only, part, nursery)
+                self._start(member, manner, part, nursery)
 
-    def _next_stop(self, way: Way) -> tuple[Member, bool] | None:
+    def _next_stop(self, way: Way) -> Stop | None:
         now, swarm = self._now(), self._swarm
         while way.missing and way.next < len(way.stops):
             stop = way.stops[way.next]
@@ -171,10 +175,10 @@ class SwarmFetch:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None,
+    def _start(self, member: Member, manner: Manner, pieces: dict[int, Way], nursery: trio.Nursery | None,
                priority: Priority | None = None) -> None:
         now = self._now()
-        attempt = Attempt(member, here_only, pieces, now, jitter=self._swarm.random.uniform(0.9, 1.2),
+        attempt = Attempt(member, manner, pieces, now, jitter=self._swarm.random.uniform(0.9, 1.2),
                           priority=self._priority if priority is None else priority)
         health = self._swarm.health.of(member.id)
         health.running += 1
@@ -220,7 +224,8 @@ class SwarmFetch:
             await swarm.download.take(size)
         left_s = self._deadline - self._now()
         request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
-                               HERE_ONLY if attempt.here_only else self._hops, attempt.priority, self._request)
+                               attempt.hops(self._hops), attempt.priority, self._request,
+                               swarm.me.id if attempt.manner is Manner.WHO and len(attempt.left) == 1 else "")
         async with swarm.exchange.ask(attempt.member, request) as pieces:    # with a token: that was waited for
             attempt.ours = False
             attempt.moved_at = self._now()
@@ -327,13 +332,18 @@ class SwarmFetch:
     def _lacked(self, attempt: Attempt) -> None:
         if attempt.here_only:
             self._known.probe_misses += not attempt.got
-        else:
+        elif attempt.manner is not Manner.COMING:
             self._swarm.health.lacks(attempt.member.id, self._resource.key, self._now())
             if not attempt.got:
                 self._known.lacks(attempt.member.id, self._now())
 
     def _was_busy(self, attempt: Attempt, error: PeerBusyError) -> None:
         """It is left alone for a while; members that it names, if we know them, may have it."""
+        if attempt.manner is Manner.WHO and error.better and not error.retry_after_s:
+            self._swarm.counters["referred"] += 1
+            for way in self._open_ways(attempt):
+                way.refer(self._known.at(error.better[0]), self._swarm.me)
+            return
         pause = min(BUSY_MAX_S, max(BUSY_MIN_S, error.retry_after_s))
         self._swarm.health.busy(attempt.member.id, self._now() + pause, str(error))
         named = [self._known.at(address) for address in error.better[:BETTER_MAX]]

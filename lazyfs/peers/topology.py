@@ -106,6 +106,10 @@ class Topology:
     def __contains__(self, member_id: object) -> bool:
         return member_id in self._index
 
+    def member(self, member_id: str) -> Member | None:
+        index = self._index.get(member_id)
+        return None if index is None else self.members[index]
+
     def __len__(self) -> int:
         return len(self.members)
 

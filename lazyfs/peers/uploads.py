@@ -149,6 +149,10 @@ class Uploads:
         share = self.limits.rate / max(self._sending, 1)
         return min(link_rate, share) if link_rate else share
 
+    def has_room(self, size: int) -> bool:
+        """For a piece that would be in memory, and need not be: half of the room is for those that must be."""
+        return self._held + size <= _HELD_BYTES_MAX // 2
+
     def hold(self, size: int) -> bool:
         """Whether there is room for a piece that is in memory, not in a file; `drop` gives it back."""
         if self._held + size > _HELD_BYTES_MAX:
