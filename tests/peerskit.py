@@ -45,10 +45,16 @@ def require_cluster() -> None:
 
 
 @contextlib.contextmanager
-def small_cluster(session: Session, count: int, *, discovery: str = "tracker", **peers: str) -> Iterator[Cluster]:
-    """Running, all nodes know each other, the image is mounted on all, nothing of its data was read."""
+def small_cluster(session: Session, count: int, *, discovery: str = "tracker", hang_s: float = 0.0,
+                  **peers: str) -> Iterator[Cluster]:
+    """
+    Running, all nodes know each other, the image is mounted on all, nothing of its data was read. `hang_s`: of
+    [daemon], where another than the default.
+    """
     with Cluster(session, count, rate_bit_s=RATE_BIT_S, discovery=discovery) as cluster:
         image = cluster.image(IMAGE, SIZE)
+        for node in cluster.nodes if hang_s else ():
+            (node.place.top / "lazyfs.toml").write_text(f"[daemon]\nhang_s = {hang_s}\n")
         cluster.start(**peers)
         cluster.mount(image, prefetch=False)
         yield cluster
@@ -109,3 +115,14 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def spoil(node: Node) -> None:
+    """Other bytes in all that it has of the image in its cache."""
+    found = [path for path in (node.place.top / "cache").rglob("*") if path.is_file() and path.stat().st_size >= SIZE]
+    assert found
+    for path in found:
+        with path.open("r+b") as file:
+            for at in range(0, path.stat().st_size, 64 << 10):
+                file.seek(at)
+                file.write(b"\xa5")
