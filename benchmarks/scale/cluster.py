@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 from trio.testing import MockClock
 
+from benchmarks.scale.loss import Loss
 from benchmarks.scale.network import Fabric
 from benchmarks.scale.node import Node, Origin
 from benchmarks.scale.result import Result
@@ -46,7 +47,8 @@ class _Cluster:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._draw = random.Random(setting.seed)
-        self._fabric = Fabric(setting.rtt_ms / 1e3, setting.zone_rtt_ms / 1e3)
+        self._fabric = Fabric(setting.rtt_ms / 1e3, setting.zone_rtt_ms / 1e3,
+                              Loss(setting.loss, random.Random(setting.seed)))
         self._origin = Origin(self._fabric, setting.origin_mbit * MBIT, setting.origin_ms / 1e3)
         self._resource = Resource(Kind.DEVICE, Digest.of(b"scale %d" % setting.seed), setting.image_mib << 20,
                                   setting.piece_kib << 10)

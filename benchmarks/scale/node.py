@@ -56,8 +56,10 @@ class Origin:
         self._fabric.timeline.at(self.up.carry(trio.current_time(), size), self._sent, node, index, size)
 
     def _sent(self, node: Node, index: int, size: int) -> None:
-        """At the far end: who sends slowly keeps nobody else's bytes from it."""
-        self._fabric.timeline.at(node.down.deliver(trio.current_time(), size), node.landed, index, 1)
+        """At the far end: who sends slowly keeps nobody else's bytes from it. Each piece is a connection's."""
+        now, loss, rtt_s = trio.current_time(), self._fabric.loss, self._fabric.rtt_s
+        carried = now + size / loss.rate(rtt_s) + loss.timer_s(rtt_s)
+        self._fabric.timeline.at(max(node.down.deliver(now, size), carried), node.landed, index, 1)
 
 
 class Node:
@@ -266,8 +268,8 @@ class Node:
         now = trio.current_time()
         arrived = self.fabric.hosts[answer.asker].down.deliver(now, size)
         piece = Piece(index, self._piece[:size] if size < len(self._piece) else self._piece)
-        self.fabric.timeline.at(arrived + self.fabric.half_rtt_s(answer.asker, self.member.id),
-                                self._received, answer, piece)
+        began = now - size / self.up.rate
+        self.fabric.timeline.at(answer.carry(began, arrived, size), self._received, answer, piece)
         before = self.giving.step
         self.giving.gave(size, size / self.up.rate + size / self._disk.rate)
         self.giving.end(answer.asker)
