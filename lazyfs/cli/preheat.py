@@ -58,7 +58,7 @@ def preheat_command(source: str, *, nodes: int | None, percent: float | None, zo
     found = trio.run(_run, settings, order, wait, as_json)
     if as_json:
         print_json(found)
-    elif not wait:
+    elif not wait and found["count"]:
         note(f"job {found['id']}: {found['count']} nodes; lazyfs preheat ... --wait shows how it goes")
     if found["state"] == "FAILURE":
         _tell_failed(found, quiet=as_json)
@@ -114,8 +114,12 @@ def _with(settings: Config, cluster: str | None, trackers: tuple[str, ...]) -> C
     """Raises UsageError: nobody says which cluster, or whom to ask."""
     import dataclasses  # noqa: PLC0415
 
+    from lazyfs.peers.announce import CLUSTER  # noqa: PLC0415 - start-up time of --help
+
     peers = dataclasses.replace(settings.peers, cluster=cluster or settings.peers.cluster,
                                 tracker=trackers or settings.peers.tracker)
+    if cluster is not None and CLUSTER.fullmatch(cluster) is None:
+        raise UsageError(f"--cluster {cluster!r:.140}: expected letters, digits, dot, dash, underscore")
     if not peers.cluster or not peers.tracker:
         raise UsageError("which cluster, and which tracker?",
                          hint="[peers] cluster and tracker in the configuration, or --cluster and --tracker")

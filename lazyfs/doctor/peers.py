@@ -18,6 +18,7 @@ from lazyfs.errors import ConfigError, LazyfsError, NotFoundError, PeerRefusedEr
 from lazyfs.node.protocol import STATUS, ControlClient, WorkerGoneError
 from lazyfs.node.rundir import WorkerDir
 from lazyfs.peers.announce import PREFIX
+from lazyfs.peers.reaching import why_not
 from lazyfs.peers.tlsfiles import TlsFiles
 from lazyfs.peers.tokenwire import KEYS_PATH
 from lazyfs.peers.trackerclient import TrackerClient
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S, _CONNECT_S = 5.0, 2.0
 _TRIED_MAX = 8                   # other members
+_STORE = "it runs, and its store does not: start Redis there, look at tracker.redis; nodes go on with what they know"
 _RULE = "let the other nodes reach that port (firewall, security group), or set peers.advertise"
 
 
@@ -41,7 +43,7 @@ def check_trackers(subject: Subject) -> Iterator[Result]:
     for url, (problem, hint) in problems.items():
         if not problem:
             yield ok("tracker", f"{url} is ready")
-        elif hint or all(text for text, _ in problems.values()):
+        elif (hint and hint != _STORE) or all(text for text, _ in problems.values()):
             yield failed("tracker", problem, hint or "start lazyfs tracker there; nodes go on with the members they "
                                                      "know")
         else:
@@ -66,7 +68,7 @@ async def _ask_trackers(peers: config.Peers) -> dict[str, tuple[str, str]]:
         except (PeerRefusedError, ConfigError) as error:
             found[url] = str(error), error.hint or "docs/tracker.md, Who may use it"
         except LazyfsError as error:
-            found[url] = str(error), ""
+            found[url] = str(error), _STORE if "(status 503)" in str(error) else ""
         finally:
             await client.aclose()
 
@@ -148,7 +150,7 @@ async def _connect_all(places: Sequence[str]) -> dict[str, str]:
         except trio.TooSlowError:
             found[place] = f"no connection within {_CONNECT_S:g} s"
         except OSError as error:
-            found[place] = str(error.strerror or error)
+            found[place] = why_not(error)
 
     async with trio.open_nursery() as nursery:
         for place in found:

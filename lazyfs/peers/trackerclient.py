@@ -30,6 +30,7 @@ from lazyfs.errors import (
 )
 from lazyfs.peers.model import Member
 from lazyfs.peers.packed import ENCODING, unpack
+from lazyfs.peers.reaching import why_not
 from lazyfs.peers.tlsfiles import check_server
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ class TrackerClient:
             except (PeerError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError,
                     h11.ProtocolError) as error:
                 place.away_until = trio.current_time() + AWAY_S
-                said = f"no answer within {share_s:.1f} s" if isinstance(error, trio.TooSlowError) else str(error)
-                problems.append(f"{place.url}: {said or type(error).__name__}")
+                said = f"no answer within {share_s:.1f} s" if isinstance(error, trio.TooSlowError) else why_not(error)
+                problems.append(f"{place.url}: {said}")
                 continue
             place.away_until = 0.0
             self.last = place.url

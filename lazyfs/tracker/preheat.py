@@ -166,7 +166,8 @@ class Preheat:
                   now + order.seconds, order.platform)
         if not job.nodes:
             job.state, job.ended_at = FAILURE, now
-            job.problems = {"": f"no node of {', '.join(nodes) or 'any cluster'} takes preheat tasks"}
+            where = f"{', '.join(nodes) or 'any cluster'}{f' in zone {order.zone}' if order.zone else ''}"
+            job.problems = {"": f"no node of {where} takes preheat tasks"}
         elif order.authorization:
             await self._store.put(_KEYS, str(number), order.authorization.encode(), order.seconds)
         await self._keep(job)

@@ -335,13 +335,15 @@ def test_the_command_says_where_it_listens_and_ends_in_order(redis: Redis) -> No
 
 
 def test_the_command_refuses_what_cannot_be(tmp_path: Path) -> None:
-    for words, expected in ((["--redis", "redis://user:secret@host"], b"LAZYFS_TRACKER_REDIS"),
+    for words, expected in ((["--redis", "redis://user:secret@host"], b"--redis: expected"),
+                            (["--address", "nowhere:port"], b"--address: expected"),
                             (["--address", "nowhere.invalid:1"], b"tracker.address nowhere.invalid:1 cannot be used")):
         process = subprocess.run([sys.executable, "-m", "lazyfs", "tracker", *words], env=environment(), check=False,
                                  capture_output=True, timeout=60)
         assert process.returncode != 0
         assert expected in process.stderr
         assert b"Traceback" not in process.stderr
+        assert b"secret" not in process.stderr
 
 
 @pytest.mark.trio
