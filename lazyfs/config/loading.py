@@ -284,8 +284,8 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
 
 def describe(value: object) -> str:
     """A value in a message: short, on one line. No key takes a secret; the user part of a URL may hold one."""
-    if isinstance(value, dict | list):
-        return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, dict):
+        return "a table"
     return f"{_USER_PART.sub('//***@', repr(value)):.60}"
 
 

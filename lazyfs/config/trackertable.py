@@ -15,6 +15,7 @@ from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Name,
 CLUSTER_COUNT_MAX = 256          # of `preheat_clusters`
 REGISTRY_COUNT_MAX = 256         # of `registries`
 _REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
+_REGISTRY = r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"    # no URL: it would never match
 
 
 class RedisUrl(Kind):
@@ -28,6 +29,21 @@ class RedisUrl(Kind):
         text = Kind.accept(self, value)
         assert isinstance(text, str)
         if text and re.fullmatch(_REDIS_URL, text) is None:
+            raise ValueError(value)
+        return text
+
+
+class RegistryName(Kind):
+    """A registry as image references name it: host, or host:port."""
+
+    @property
+    def expected(self) -> str:
+        return "a host, or host:port"
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if re.fullmatch(_REGISTRY, text) is None:
             raise ValueError(value)
         return text
 
@@ -55,7 +71,7 @@ class Tracker:
                       "Tokens that nodes show to each other (docs/tokens.md): none; one for all of the cluster, for "
                       "whoever may use the tracker; or one for each image's data, for whoever has shown its registry a "
                       "credential that may pull it. The same as `peers.tokens`.")
-    registries: tuple[str, ...] = key(List(Kind(), "hosts", REGISTRY_COUNT_MAX), (),
+    registries: tuple[str, ...] = key(List(RegistryName(), "hosts", REGISTRY_COUNT_MAX), (),
                                       "The registries, as in image references, that are asked for that; empty: any but "
                                       "this machine's own.")
     preheat_auth: str = key(Choice(("off", "none", "basic", "oauth", "custom")), "off",

@@ -20,7 +20,7 @@ import trio
 
 import lazyfs
 from lazyfs.cache.ownership import prepare_directory
-from lazyfs.errors import TargetError
+from lazyfs.errors import CacheError, TargetError
 from lazyfs.mirror import web
 from lazyfs.mirror.access import Access
 from lazyfs.mirror.blobs import PullBlobs
@@ -94,8 +94,11 @@ async def opened(settings: Config, drop: Callable[[Digest], int] | None = None) 
 
     """
     own = settings.mirror
-    directory = await trio.to_thread.run_sync(prepare_directory, Path(own.dir))
-    pieces = await trio.to_thread.run_sync(PieceDirectory, directory / "pieces", own.quota_bytes)
+    try:
+        directory = await trio.to_thread.run_sync(prepare_directory, Path(own.dir))
+        pieces = await trio.to_thread.run_sync(PieceDirectory, directory / "pieces", own.quota_bytes)
+    except CacheError as error:      # its words are the worker's, whose option has another name
+        raise type(error)(str(error), hint=error.hint.replace("--cache-dir", "mirror.dir")) from error
     async with AsyncExitStack() as stack:
         stack.callback(pieces.close)
         records = Records(directory / "records.sqlite")

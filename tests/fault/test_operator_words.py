@@ -12,13 +12,16 @@ from click.testing import CliRunner
 from lazyfs import config
 from lazyfs.cli.main import group
 from lazyfs.doctor import Status, Subject, examine
+from lazyfs.doctor.mirror import check_mirror
 from lazyfs.doctor.peers import check_trackers
-from lazyfs.errors import ConfigError, PeerError, UsageError
+from lazyfs.errors import CacheError, ConfigError, PeerError, UsageError
+from lazyfs.mirror.serving import opened
 from lazyfs.peers.model import Member
 from lazyfs.peers.reaching import reach, why_not
 from lazyfs.tracker import redisstore
 from tests.ports import free_port
 from tests.trackerkit import redis_server, tracker
+from tests.urlkit import mirror_beside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +70,37 @@ def test_a_password_that_was_put_into_a_url_is_not_shown(tmp_path: Path) -> None
         config.load(str(file))
     assert "redis://***@host" in str(raised.value)
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('[tracker]\nregistries = ["https://registry.example"]', ("tracker.registries", "hosts", "https://registry")),
+    ('[peers]\ncluster = "a"\ntracker = ["x:9450"]', ("peers.tracker", "URLs", "found ['x:9450']")),
+    ('[peers]\ncluster = "a"\nstatic = ["10.0.0.1"]', ("peers.static", "host:port", "found ['10.0.0.1']")),
+])
+def test_what_is_wrong_in_a_list_is_shown(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        config.load(str(tmp_path / "config.toml"))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize(("host", "is_open"), [("0.0.0.0", True), ("[::]", True), ("192.0.2.1", True),
+                                               ("127.0.0.1", False), ("[::1]", False), ("localhost", False)])
+def test_the_doctor_tells_of_a_mirror_that_other_machines_reach(tmp_path: Path, host: str, *, is_open: bool) -> None:
+    mirror = replace(config.Config().mirror, address=f"{host}:{free_port()}", dir=str(tmp_path))
+    found = [one.text for one in examine(Subject(replace(config.Config(), mirror=mirror)), (check_mirror,))]
+    assert any("open to other machines" in text for text in found) == is_open
+
+
+@pytest.mark.trio
+async def test_a_mirror_that_cannot_have_its_directory_names_its_own_key(tmp_path: Path) -> None:
+    mirror = replace(config.Config().mirror, dir=str(tmp_path / "mirror"), containerd_root="")
+    async with mirror_beside(tmp_path):
+        with pytest.raises(CacheError) as raised:
+            async with opened(replace(config.Config(), mirror=mirror)):
+                pass
+    assert "mirror.dir" in raised.value.hint
+    assert "--cache-dir" not in raised.value.hint
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "a" * 129])
