@@ -136,6 +136,7 @@ class TrackedMembership:
             answer = _answer(reply.body)
             parts = {part.version: part for part in map(_part, answer.views)}
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            self._client.distrust(reply.tracker)
             raise PeerError(f"tracker {reply.tracker}: this is not an answer to a beat: {error!s:.200}") from None
         if self._lost_at is not None or self._why:
             _log.info("tracker answers", extra={"fields": {"tracker": reply.tracker, "cluster": self._cluster}})

@@ -122,7 +122,10 @@ class TrackerClient:
             try:
                 with trio.fail_after(max(0.0, share_s)):
                     reply = await self._ask(place, question)
-            except (PeerBusyError, PeerRefusedError):
+            except PeerBusyError:
+                raise
+            except (PeerRefusedError, NotFoundError, UsageError):    # all of them say so, or this one is none
+                self.distrust(place.url)
                 raise
             except (PeerError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError,
                     h11.ProtocolError) as error:
@@ -134,6 +137,12 @@ class TrackerClient:
             self.last = place.url
             return reply
         raise PeerError(f"no tracker answers: {'; '.join(problems):.{_LINE_CHARS_MAX}}")
+
+    def distrust(self, url: str) -> None:
+        """What it answered makes no sense, perhaps it is no tracker at all: the others are asked first for AWAY_S."""
+        for place in self._places:
+            if place.url == url:
+                place.away_until = trio.current_time() + AWAY_S
 
     async def aclose(self) -> None:
         """Close what is idle."""
