@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SIZE = 16 << 20
 RATE_BIT_S = 80_000_000          # a node needs 1.7 s for the image: a fault hits the middle of it
 WAIT_S = 120.0                   # for what needs seconds, on a machine with other work
+STALLED_BYTES = 400_000          # of all nodes together in a second: what a registry of 1 Mbit/s still gives
 IMAGE = "peers-test"
 
 
@@ -126,3 +127,18 @@ def spoil(node: Node) -> None:
             for at in range(0, path.stat().st_size, 64 << 10):
                 file.seek(at)
                 file.write(b"\xa5")
+
+
+def wait_stalled(cluster: Cluster) -> None:
+    """Until hardly anything comes to its nodes any more."""
+    deadline, begin, before = time.monotonic() + WAIT_S, 0.0, float("-inf")
+    while True:
+        now = time.monotonic()
+        assert now < deadline, "they go on"
+        seen = cluster.rack.counted()
+        received = sum(seen[node.name].received for node in cluster.nodes)
+        if received - before > STALLED_BYTES:
+            begin, before = now, received
+        elif now - begin > 1.0:
+            return
+        time.sleep(0.05)

@@ -115,16 +115,8 @@ class Rack:
     def part(self, one: str, other: str) -> None:
         """Nothing passes between these two any more, and nobody is told. Raises ToolError."""
         for near, far in ((one, other), (other, one)):
-            self._neighbour("replace", near, far, "lladdr", _NOBODY, "nud", "permanent")
-
-    def unite(self, one: str, other: str) -> None:
-        """Undo it. Raises ToolError."""
-        for near, far in ((one, other), (other, one)):
-            self._neighbour("delete", near, far)
-
-    def _neighbour(self, change: str, near: str, far: str, *words: str) -> None:
-        run(["ip", "-n", self[near].space, "neighbour", change, self[far].address, "dev", "eth0", *words],
-            timeout_s=_TIMEOUT_S)
+            run(["ip", "-n", self[near].space, "neighbour", "replace", self[far].address, "dev", "eth0", "lladdr",
+                 _NOBODY, "nud", "permanent"], timeout_s=_TIMEOUT_S)
 
     def counted(self) -> dict[str, Counted]:
         """Of each machine, as the bridge has seen it: headers included."""

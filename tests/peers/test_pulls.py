@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.containerdkit import VERSIONS
-from tests.peerskit import SIZE, wait_for, wait_received
+from tests.peerskit import SIZE, wait_for, wait_received, wait_stalled
 from tests.pullkit import pull_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from benchmarks.session import Session
-    from tests.pullkit import PullNode, Rig
-
-    Harm = Callable[[Rig, PullNode], None]
 
 pytestmark = pytest.mark.mount
 
@@ -48,36 +45,40 @@ def test_a_mirror_that_is_killed_in_mid_pull_does_not_end_the_pull(session: Sess
         assert node.has(image)
 
 
-def kill(_: Rig, node: PullNode) -> None:
-    node.mirror.stop(signal.SIGKILL)
-
-
-def freeze(_: Rig, node: PullNode) -> None:
-    node.freeze_mirror()
-
-
-def cut_off(rig: Rig, node: PullNode) -> None:
-    rig.cluster.rack.cut(node.name)
-
-
-def slow_down(rig: Rig, node: PullNode) -> None:
-    rig.cluster.rack.shape(node.name, 1_000_000)
-
-
-@pytest.mark.parametrize("harms", [(kill, freeze), (cut_off, slow_down)])
-def test_other_nodes_mirrors_that_fail_in_mid_pull_do_not_end_the_pull(session: Session, tmp_path: Path,
-                                                                       harms: tuple[Harm, Harm]) -> None:
+def test_other_nodes_mirrors_that_die_and_freeze_in_mid_pull_do_not_end_the_pull(session: Session,
+                                                                                 tmp_path: Path) -> None:
     with pull_nodes(session, tmp_path, ["2.x", "", ""]) as rig:
-        node, *victims = rig.nodes
-        name, image = rig.push(f"fail-{harms[0].__name__}", [SIZE])
-        for victim in victims:
-            victim.fetch(name, image)
+        node, dies, freezes = rig.nodes
+        name, image = rig.push("fail", [SIZE])
+        for other in (dies, freezes):
+            other.fetch(name, image)
         with node.pulling(name) as pull:
             wait_for(lambda: node.from_peers() > 1 << 20, "they give")
-            for harm, victim in zip(harms, victims, strict=True):
-                harm(rig, victim)
+            dies.mirror.stop(signal.SIGKILL)
+            freezes.freeze_mirror()
             assert pull.ended() == ""
         assert node.has(image)
+
+
+def test_a_registry_that_freezes_in_mid_pull_is_waited_for_and_not_missed_where_peers_have_it(
+        session: Session, tmp_path: Path) -> None:
+    with pull_nodes(session, tmp_path, ["2.x", ""]) as rig:
+        node, other = rig.nodes
+        registry = rig.cluster.registry.daemon.pid
+        shared, shared_image = rig.push("freezes-shared", [SIZE])
+        alone, alone_image = rig.push("freezes-alone", [SIZE])
+        other.fetch(shared, shared_image)
+        for name, image in ((shared, shared_image), (alone, alone_image)):
+            before = rig.cluster.rack.counted()[node.name].received
+            with node.pulling(name) as pull:
+                wait_received(rig.cluster, node, before + MIDDLE)
+                os.kill(registry, signal.SIGSTOP)
+                if name == alone:
+                    wait_stalled(rig.cluster)
+                    os.kill(registry, signal.SIGCONT)
+                assert pull.ended() == ""
+            os.kill(registry, signal.SIGCONT)
+            assert node.has(image)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
