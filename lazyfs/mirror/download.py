@@ -26,7 +26,7 @@ import trio
 from lazyfs.errors import BugError, DeadlineError, IntegrityError, LazyfsError, PeerLacksError
 from lazyfs.image.digest import CHUNK_DIGEST_BYTES, Digest, chunk_digest
 from lazyfs.limits import IO_TIMEOUT_S, KIB, MIB
-from lazyfs.mirror.fromorigin import Run, fetch_run, runs_of
+from lazyfs.mirror.fromorigin import OriginLimits, Run, fetch_run, runs_of
 from lazyfs.peers.model import Priority
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Fetching(Protocol):
 class Threads:
     """How many may wait for servers, and for the disk, of all downloads together."""
 
-    origin: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(32))
+    origin: OriginLimits = field(default_factory=OriginLimits)
     disk: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(8))
 
 
