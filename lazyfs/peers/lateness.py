@@ -1,9 +1,10 @@
 """
-When to look at a request that is under way: it is late, by what is usual, or nothing is heard of who was asked.
+When to look at a request that is under way, and what its lateness says of who was asked: slow, or gone.
 
-These are two things. Who waits for its own parent says so (model.BEAT_S), and is late because the origin is, or the
-network is full: asking others makes that worse, so it has a price (pace). Of whom not a byte has come over any
-connection, it is gone: frozen, or its machine is. It is then left like one that broke off, long before SILENCE_S.
+Late, by what is usual, and silent are two things. Who waits for its own parent says so (model.BEAT_S), and is late
+because the origin is, or the network is full: asking others makes that worse, so it has a price (pace). Of whom not a
+byte has come over any connection, it is gone: frozen, or its machine is. It is then left like one that broke off, long
+before SILENCE_S.
 
 Layer: peers. Who calls: swarmfetch. Pure; times are trio's clock.
 """
@@ -14,9 +15,12 @@ import enum
 import math
 from typing import TYPE_CHECKING, Final
 
+from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
 from lazyfs.peers.model import Priority
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lazyfs.peers.swarm import Swarm
     from lazyfs.peers.ways import Attempt
 
@@ -24,8 +28,8 @@ HERE_TIMES: Final = 4            # of the pace's delay: who has it needs no long
 ALIVE_TIMES: Final = 2           # of it: who brings other pieces may take so long for this one
 # Seconds without a byte. Two beats or more are missing by then (model.BEAT_READ_S, BEAT_S).
 SUSPECT_READ_S: Final = 0.4      # of who was asked for a read: another one is asked as well
-GONE_READ_S: Final = 0.75        # and it is left; its root's work is the next one's in the order
-GONE_S: Final = 1.0              # of who was asked for anything else
+GONE_READ_S: Final = 0.6         # and it is left; a root's work is the next one's in the order
+GONE_S: Final = 1.0              # of who was asked for anything else: a busy machine is no dead one
 SUSPECT_AGAIN_S: Final = 0.15    # of who was gone before and has brought nothing since
 DEAF_S: Final = 0.1              # this loop itself was late by so much: what came meanwhile has not been taken yet
 
@@ -45,6 +49,30 @@ def quiet(swarm: Swarm, attempt: Attempt, now: float) -> Quiet:
     silent_s = now - _heard_at(swarm, attempt)
     suspect_s, gone_s = _bounds(swarm, attempt)
     return Quiet.GONE if silent_s >= gone_s else Quiet.SUSPECT if silent_s >= suspect_s else Quiet.NO
+
+
+def root_gone_at(swarm: Swarm, attempts: Iterable[Attempt]) -> float:
+    """When a read no longer waits for those that were asked for it, none of whom is heard; inf: nobody was asked."""
+    return max((math.inf if one.ours else _heard_at(swarm, one) + GONE_READ_S for one in attempts), default=math.inf)
+
+
+def judge(swarm: Swarm, attempt: Attempt, seconds: float, now: float, *, came: bool) -> None:
+    """
+    Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet.
+
+    Who brings half of everything is what is usual: with one other node, a queue that grows is not its fault.
+    """
+    health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(attempt.priority)
+    if 2 * health.pieces > swarm.counters["pieces"]:
+        return
+    times = seconds / max(usual, SLOW_MIN_S)
+    if came:
+        health.times_usual.append(times)
+    elif usual and times > SLOW_TIMES and not attempt.late:
+        attempt.late = True
+        health.late += 1
+    if health.is_mostly_late():
+        swarm.health.was_slow(attempt.member.id, now, f"{seconds:.2f} s a piece, others {usual:.2f} s")
 
 
 def due_at(swarm: Swarm, attempt: Attempt) -> float:

@@ -25,7 +25,7 @@ TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
 HERE_ONLY = HOPS_MAX             # `hops` of a request that wants what is there already, see PieceRequest
 COMING = HOPS_MAX - 1            # likewise, of one that wants what is there or on its way there
-BEAT_S = 0.5                     # an answerer that has nothing to send yet says so that often,
+BEAT_S = 0.25                    # an answerer that has nothing to send yet says so that often,
 BEAT_READ_S = 0.15               # if it was asked for a read,
 SILENCE_S = 2.0                  # and one that says nothing for so long is gone: PeerError (Exchange.ask)
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
-from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
-from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, quiet
+from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, judge, quiet, root_gone_at
 from lazyfs.peers.model import PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
 from lazyfs.peers.ways import Attempt, Manner, Way, split, way_of
@@ -274,26 +273,7 @@ class SwarmFetch:
         self._swarm.health.delivered(attempt.member.id, size, now)
         self._swarm.pace.add(attempt.priority, seconds)
         health.latencies.add(seconds)
-        self._judge(attempt, seconds)
-
-    def _judge(self, attempt: Attempt, seconds: float, *, came: bool = True) -> None:
-        """
-        Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet.
-
-        Who brings half of everything is what is usual: with one other node, a queue that grows is not its fault.
-        """
-        swarm = self._swarm
-        if 2 * swarm.health.of(attempt.member.id).pieces > swarm.counters["pieces"]:
-            return
-        health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(attempt.priority)
-        times = seconds / max(usual, SLOW_MIN_S)
-        if came:
-            health.times_usual.append(times)
-        elif usual and times > SLOW_TIMES and not attempt.late:
-            attempt.late = True
-            health.late += 1
-        if health.is_mostly_late():
-            swarm.health.was_slow(attempt.member.id, self._now(), f"{seconds:.2f} s a piece, others {usual:.2f} s")
+        judge(self._swarm, attempt, seconds, now, came=True)
 
     def _delivered(self, attempt: Attempt, index: int, size: int) -> None:
         swarm = self._swarm
@@ -322,7 +302,7 @@ class SwarmFetch:
             way.running -= 1
         now = self._now()
         if attempt.scope.cancelled_caught and not attempt.got and health.away_until <= now:    # another one was faster
-            self._judge(attempt, now - attempt.moved_at)
+            judge(self._swarm, attempt, now - attempt.moved_at, now, came=True)
 
     # --- what went wrong ------------------------------------------------------------------------------------------
 
@@ -370,10 +350,21 @@ class SwarmFetch:
             self._hurry(index, nursery)
 
     def _hurry(self, index: int, nursery: trio.Nursery) -> None:
-        """A read still waits for that piece: the next one is asked for it alone, in the foreground; and again later."""
+        """
+        A read still waits for that piece: the next one is asked for it alone, in the foreground; and again later.
+
+        Where the root alone was before this node, and says nothing, the origin is.
+        """
         del self._urgent[index]
         way = self._ways[index]
-        if index not in self._missing or index in self._delivering or way.next >= len(way.stops):
+        if index not in self._missing or index in self._delivering:
+            return
+        if way.next >= len(way.stops):
+            gone_at = root_gone_at(self._swarm, [one for one in self._attempts if index in one.left])
+            if way.is_next and gone_at <= self._now():
+                self._to_origin([index])
+            elif way.is_next and gone_at < math.inf:
+                self._urgent[index] = gone_at
             return
         self.urge(index)
         if self._swarm.pace.may_hedge(Priority.FOREGROUND, self._now()) and (stop := self._next_stop(way)) is not None:
@@ -395,7 +386,7 @@ class SwarmFetch:
             self._swarm.health.quiet(attempt.member.id, now - self._swarm.exchange.heard_at(attempt.member), now)
         late_s, was_slow = now - attempt.moved_at, self._swarm.is_slow(attempt.member)
         if not (silent or attempt.here_only):
-            self._judge(attempt, late_s, came=False)
+            judge(self._swarm, attempt, late_s, now, came=False)
         if attempt.here_only or silent is Quiet.GONE or is_left(self._swarm, attempt):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
