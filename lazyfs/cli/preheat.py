@@ -61,7 +61,7 @@ def preheat_command(source: str, *, nodes: int | None, percent: float | None, zo
     elif not wait and found["count"]:
         note(f"job {found['id']}: {found['count']} nodes; lazyfs preheat ... --wait shows how it goes")
     if found["state"] == "FAILURE":
-        _tell_failed(found, quiet=as_json)
+        _tell_failed(found, quiet=as_json or wait)
         why = f"{found['failed']} of {found['count']} nodes have failed" if found["count"] else found["problem"]
         raise SourceError(f"{printable(source.partition('?')[0])}: {printable(why)}", transient=False,
                           hint="lazyfs peers shows who is in the cluster; docs/preheat.md")
@@ -78,6 +78,7 @@ async def _run(settings: Config, order: dict[str, Any], wait: bool, quiet: bool)
     try:
         made = msgspec.json.decode((await client.request("POST", path, msgspec.json.encode(order))).body)
         shown, deadline = "", time.monotonic() + _TRACKER_GONE_S
+        ended: set[str] = set()
         while True:
             try:
                 found: dict[str, Any] = msgspec.json.decode((await client.request("GET", f"{path}/{made['id']}")).body)
@@ -86,6 +87,8 @@ async def _run(settings: Config, order: dict[str, Any], wait: bool, quiet: bool)
                 if time.monotonic() > deadline:
                     raise
             else:
+                if wait and not quiet:
+                    _show_ended(found["nodes"], ended)
                 shown = _show(found, shown, quiet=quiet or not wait)
                 if not wait or found["state"] != "PENDING":
                     return found
@@ -102,6 +105,17 @@ def _show(found: dict[str, Any], shown: str, *, quiet: bool) -> str:
     if line != shown and not quiet:
         note(line)
     return line
+
+
+def _show_ended(nodes: list[dict[str, Any]], ended: set[str]) -> None:
+    """A line for each node that has it, or will not have it, since the last look. `ended`: of whom that was said."""
+    for one in nodes:
+        if one["state"] == "running" or one["node"] in ended:
+            continue
+        ended.add(one["node"])
+        if len(ended) <= _SHOWN_COUNT_MAX:
+            end = f"has it, {format_bytes(one['done'])}" if one["state"] == "done" else printable(one["error"])
+            note(f"{printable(one['node'])}: {end}")
 
 
 def _tell_failed(found: dict[str, Any], *, quiet: bool) -> None:
