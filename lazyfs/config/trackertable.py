@@ -60,8 +60,8 @@ class Tracker:
     redis_password_file: str = key(AbsolutePath(optional=True), "",
                                    "A file with Redis' password on its first line, readable for root only.")
     token_file: str = key(AbsolutePath(optional=True), "",
-                          "A file with the word on its first line that nodes must show (`peers.tracker_token_file`); "
-                          "empty: who reaches the tracker may join.")
+                          "A file with the word (16 characters or more) on its first line that nodes must show "
+                          "(`peers.tracker_token_file`); empty: who reaches the tracker may join.")
     cert_file: str = key(AbsolutePath(optional=True), "",
                          "Its certificate (PEM): it then speaks HTTPS. Read again when it changes.")
     key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM).")
@@ -78,8 +78,8 @@ class Tracker:
                             "Harbor's preheat interface (docs/preheat.md): not served; served to everybody; to who "
                             "shows what is in `preheat_secret_file`, as Harbor's authentication modes of these names.")
     preheat_secret_file: str = key(AbsolutePath(optional=True), "",
-                                   "A file with it on its first line, readable for root only: USER:PASSWORD (basic), a "
-                                   "token (oauth), HEADER:VALUE (custom).")
+                                   "A file with it on its first line (16 characters or more), readable for root only: "
+                                   "USER:PASSWORD (basic), a token (oauth), HEADER:VALUE (custom).")
     preheat_clusters: tuple[str, ...] = key(List(Name(), "names", CLUSTER_COUNT_MAX), (),
                                             "The clusters that Harbor preheats; it knows them as 1, 2 and so on. "
                                             "Empty: all that the tracker knows.")

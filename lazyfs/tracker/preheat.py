@@ -219,7 +219,7 @@ class Preheat:
             await self._hear(cluster, member, state)
             if state.state in LAST_WORDS:
                 heard.append(state.id)
-        tasks = []
+        tasks: list[Task] = []
         for job in list(self._open.values()):      # others come and go while the store is asked
             if len(tasks) >= TASK_COUNT_MAX:
                 break
