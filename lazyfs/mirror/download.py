@@ -104,6 +104,7 @@ class Download:
         began: on trio's clock.
         shared: peers may have it.
         origin_pieces: that the origin gave.
+        is_doubted: it was whole on the disk, which may have rotted: nobody reads it to its end before `decide`.
 
     """
 
@@ -125,6 +126,8 @@ class Download:
         self.counted = counted
         self.shared = False
         self.origin_pieces = 0
+        self.is_doubted = False
+        self._rotten: LazyfsError | None = None
         self._directory, self._threads = directory, threads
         self._swarm: Fetching | None = None
         self._sums, self._verify, self._blame, self._recall = sums, verify, blame, recall
@@ -174,7 +177,7 @@ class Download:
             while start < end:
                 reader.next = index = start // size
                 self._notify()
-                upto = count if self.file.is_whole else count - held_back
+                upto = count if self._is_sure() else count - held_back
                 await self.wait(index, whole=index >= upto)
                 if reader.is_misled:
                     raise IntegrityError(f"{self.resource.key}: a peer gave wrong bytes, and they were read",
@@ -190,10 +193,15 @@ class Download:
 
     async def wait(self, index: int, *, whole: bool = False) -> None:
         """Until a piece is there, or all of it is checked. Raises LazyfsError: it cannot be had."""
-        while not (self.file.is_whole if whole else self.file.present[index]):
+        while not (self._is_sure() if whole else self.file.present[index]):
+            if self._rotten is not None:
+                raise self._rotten
             if self.error is not None and index not in self._flying:
                 raise self.error
             await self._changed.wait()
+
+    def _is_sure(self) -> bool:
+        return self.file.is_whole and not self.is_doubted
 
     async def piece(self, index: int, *, priority: Priority, deadline: float, hops: int, request: str) -> None:
         """
@@ -346,9 +354,9 @@ class Download:
     async def _check_all(self, scope: trio.CancelScope) -> None:
         """Follows what is there with the digest; at the end it is whole, or each suspicious piece is replaced."""
         try:
-            if self._verify and await self._digest() != self.resource.digest:
+            if self._verify and await self.digest() != self.resource.digest:
                 await self._replace_lies()
-                is_right = await self._digest() == self.resource.digest
+                is_right = await self.digest() == self.resource.digest
                 if self._recall is not None:
                     await self._recall(self.resource)
                 if not is_right:
@@ -364,7 +372,15 @@ class Download:
         self._notify()
         scope.cancel()
 
-    async def _digest(self) -> Digest:
+    def decide(self, *, is_right: bool) -> None:
+        """End of doubt."""
+        if not is_right:
+            self._rotten = IntegrityError(f"{self.resource.key}: it has rotted on the disk", hint="ask again")
+        self.is_doubted = not is_right
+        self._notify()
+
+    async def digest(self) -> Digest:
+        """Of all pieces, as they come. Raises CacheError."""
         seen = hashlib.sha256()
 
         def add(index: int) -> None:
