@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PIECES_MAX = 16_384              # of which it is known who asked; a list of a few ids each
-ASKERS_MAX = 1024                # of a piece: those after them go to one of these, in turns
+ASKERS_MAX = 64                  # of a piece, 14 as a rule: those after them go to one of these, in turns
 EACH = 2                         # that are sent to one: as the children of topology
 
 

@@ -148,7 +148,8 @@ class Swarm:
         """Whom a peer is to ask instead, host:port; itself: the origin. "": it is this node that serves it."""
         key = request.resource.key
         known, coming = self._known.get(key), self.coming
-        if (known is None or coming is None or not known.member(request.asker) or request.asker == self.me.id
+        asker = known.member(request.asker) if known is not None else None    # one id, however often it asks
+        if (known is None or coming is None or asker is None or asker.id == self.me.id
                 or request.priority is not Priority.FOREGROUND or len(request.indexes) != 1):
             return ""
         index = request.indexes[0]
@@ -158,7 +159,7 @@ class Swarm:
             gets = place.parents or place.holders or (place.heirs and known.probe_pays(read=True))
             return self.me.id if gets or coming(key, index) else ""
 
-        source = self._referrals.source(key, index, request.asker, here=here, usable=self._usable(known, key))
+        source = self._referrals.source(key, index, asker.id, here=here, usable=self._usable(known, key))
         member = known.member(source) if source != self.me.id else None
         return member.address if member is not None else ""
 
