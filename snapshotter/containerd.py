@@ -48,6 +48,7 @@ _RESTART_PAUSE_S: Final = 0.2
 MESSAGE_BYTES_MAX: Final = 16 * limits.MIB     # containerd's own bound for what it takes
 PIECE_BYTES: Final = limits.MIB  # of content in one message
 WRITE_BYTES_PER_S: Final = 64 * limits.KIB     # slower than that, a write or an unpacking is given up
+_WRITTEN_AS: Final = ("layer", "config", "unknown")     # what comes in pieces; remotes.MakeRefKey
 _SERVICES: Final = "containerd.services."
 
 
@@ -261,6 +262,14 @@ class Containerd:
             return None
         return int(found.status.offset)
 
+    def drop_write(self, ref: str) -> bool:
+        """Have it forget a write, with all that has come; who is writing it fails. False: there is no such write."""
+        try:
+            self._ask("content.v1.Content/Abort", content.AbortRequest(ref=ref), Empty.FromString)
+        except NotFoundError:
+            return False
+        return True
+
     # --- leases -------------------------------------------------------------------------------------------------------
 
     def create_lease(self, lease: str, labels: Mapping[str, str]) -> None:
@@ -348,3 +357,14 @@ class Containerd:
         found = self._ask("diff.v1.Diff/Apply", diff_pb2.ApplyRequest(diff=to_api(layer), mounts=made),
                           diff_pb2.ApplyResponse.FromString, CALL_S * 2 + layer.size / WRITE_BYTES_PER_S)
         return Digest(found.applied.digest)
+
+
+def drop_writes(containerd: Containerd, digest: Digest) -> int:
+    """
+    Have it forget what any client has begun to write of a blob, in all namespaces. Returns how many there were.
+
+    Raises as Containerd does. The names are those that containerd's own clients give: by what a manifest calls it.
+
+    """
+    spaces = [containerd.in_namespace(name) for name in containerd.namespaces()]
+    return sum(space.drop_write(f"{kind}-{digest}") for space in spaces for kind in _WRITTEN_AS)

@@ -34,7 +34,7 @@ from lazyfs.fs import mountapi
 from tests.registrykit import _die_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 VERSIONS = ("1.6", "2.x")
 VERSION_2 = "v2.2.6"             # scripts/setup-go builds it
@@ -90,6 +90,7 @@ class Containerd:
     programs: Programs
     directory: Path
     config: dict[str, Any]
+    inside: Sequence[str] = ()                   # words before its commands, of another network
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -128,8 +129,8 @@ class Containerd:
         path.write_text("".join(_toml(self.config)))
         with (self.directory / "containerd.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self.programs.containerd, "--config", path], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=self._environment, preexec_fn=_die_with_parent)  # noqa: PLW1509 - nothing but one prctl
+                [*self.inside, self.programs.containerd, "--config", path], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, env=self._environment, preexec_fn=_die_with_parent)  # noqa: PLW1509 - nothing but one prctl
         deadline = time.monotonic() + START_S
         while not (self.address.exists() and self._ctr(["version"], 10).returncode == 0):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -163,8 +164,9 @@ class Containerd:
 
     def _ctr(self, words: list[str], timeout_s: float, namespace: str = "default") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.programs.ctr, "--address", self.address, "--namespace", namespace, *words], env=self._environment,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s)
+            [*self.inside, self.programs.ctr, "--address", self.address, "--namespace", namespace, *words],
+            env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=timeout_s)
 
     def ctr(self, *words: str | Path, namespace: str = "default", code: int = 0, timeout_s: float = 120) -> str:
         """Run ctr; returns what it wrote to stdout. `code`: the exit code it must have."""
@@ -176,8 +178,8 @@ class Containerd:
     def start_ctr(self, *words: str | Path, namespace: str = "default") -> subprocess.Popen[str]:
         """ctr in the background, its outputs as pipes; the caller waits for it."""
         return subprocess.Popen(
-            [self.programs.ctr, "--address", self.address, "--namespace", namespace, *map(str, words)], text=True,
-            env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            [*self.inside, self.programs.ctr, "--address", self.address, "--namespace", namespace, *map(str, words)],
+            text=True, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, image: str, *command: str, snapshotter: str = "lazyfs", namespace: str = "default",
             code: int = 0) -> str:
@@ -241,17 +243,18 @@ class Containerd:
 def running_containerd(
     directory: Path, version: str, *, snapshotter: Path | None = None, cri: bool = False,
     hosts_dir: Path | None = None, sandbox_image: str = "", more: dict[str, Any] | None = None,
+    inside: Sequence[str] = (),
 ) -> Iterator[Containerd]:
     """
     A containerd that serves; with all its containers taken away at the end.
 
-    `more`: tables for its configuration, merged over ours.
+    `more`: tables for its configuration, merged over ours. `inside`: words before its commands, of another network.
 
     """
     programs = require_containerd(version)
     home = directory / f"c{version[0]}"
     home.mkdir(parents=True)
-    containerd = Containerd(programs, home, {})
+    containerd = Containerd(programs, home, {}, inside)
     config = base_config(containerd, snapshotter)
     if cri:
         _merge(config["plugins"], cri_config(containerd, snapshotter, hosts_dir, sandbox_image))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from benchmarks.kit.nets import Machine
+
 START_SECONDS = 30.0
 END_SECONDS = 20.0
 
@@ -69,6 +71,7 @@ class RunningMirror:
     directory: Path
     host: str
     config: Path
+    machine: Machine | None = None               # of another network; None: this one
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> Self:
@@ -76,13 +79,13 @@ class RunningMirror:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LAZYFS_")}
         environment |= {"LAZYFS_CONFIG": str(self.config), "HOME": str(self.directory)}
         with (self.directory / "mirror.log").open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "lazyfs", "mirror"], stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log, env=environment,
+            words = [*(self.machine.inside() if self.machine else ()), sys.executable, "-m", "lazyfs", "mirror"]
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                                             preexec_fn=_die_with_parent)  # noqa: PLW1509 - nothing but one prctl
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if ask(self.host, "GET", "/readyz", timeout_s=5).status == 200:
+                if self._ask("GET", "/readyz", timeout_s=5).status == 200:
                     return self
             time.sleep(0.05)
         self.stop()
@@ -94,6 +97,7 @@ class RunningMirror:
         if process is None:
             return 0
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)          # who is frozen ends, too
         try:
             return process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -109,23 +113,31 @@ class RunningMirror:
             **query: str) -> Answer:
         """`ns`, `query`: of the URL."""
         fields = {**query, **({"ns": ns} if ns else {})}
-        return ask(self.host, method, path + (f"?{urlencode(fields)}" if fields else ""), headers)
+        return self._ask(method, path + (f"?{urlencode(fields)}" if fields else ""), headers)
 
     def head(self, path: str, *, ns: str = "", headers: Mapping[str, str] | None = None) -> Answer:
         return self.get(path, ns=ns, method="HEAD", headers=headers)
 
     def figure(self, name: str) -> float:
         """One of its metrics; 0: there is none yet."""
-        for line in ask(self.host, "GET", "/metrics").body.decode().splitlines():
+        for line in self._ask("GET", "/metrics").body.decode().splitlines():
             if line.startswith(name + " "):
                 return float(line.rpartition(" ")[2])
         return 0.0
 
+    def _ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, *,
+             timeout_s: float = 60.0) -> Answer:
+        def call() -> Answer:
+            return ask(self.host, method, path, headers, timeout_s=timeout_s)
+
+        return self.machine.reach(call) if self.machine else call()
+
 
 @contextlib.contextmanager
 def running_mirror(directory: Path, *, mirror: Mapping[str, Any] | None = None,
-                   sections: Mapping[str, Mapping[str, Any]] | None = None, port: int = 0) -> Iterator[RunningMirror]:
-    """`mirror`: keys of [mirror]; `sections`: of others."""
+                   sections: Mapping[str, Mapping[str, Any]] | None = None, port: int = 0,
+                   machine: Machine | None = None) -> Iterator[RunningMirror]:
+    """`mirror`: keys of [mirror]; `sections`: of others; `machine`: where it runs."""
     home = directory / f"mirror-{port or free_port()}"
     home.mkdir(parents=True)
     host = f"127.0.0.1:{port or free_port()}"
@@ -136,7 +148,7 @@ def running_mirror(directory: Path, *, mirror: Mapping[str, Any] | None = None,
     }
     config.write_text("".join(f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
                               for name, keys in tables.items()))
-    running = RunningMirror(home, host, config)
+    running = RunningMirror(home, host, config, machine)
     try:
         yield running.start()
     finally:

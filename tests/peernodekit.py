@@ -144,4 +144,6 @@ async def _run(path: Path, sample: Sample, bounds: FetchLimits, over: trio.Event
 
 async def _serve(node: PeerNode, listener: trio.SocketListener) -> None:
     with node.scope:
-        await serve([listener], node.store, OpenGate(), Uploads(UploadLimits()))
+        uploads = Uploads(UploadLimits())
+        node.store.room, node.swarm.coming = uploads.has_room, node.store.coming
+        await serve([listener], node.store, OpenGate(), uploads, refer=node.swarm.refer)

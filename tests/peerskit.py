@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
     from benchmarks.kit.cluster import Node
     from benchmarks.session import Session
+    from tests.pullkit import PullNode
 
 SIZE = 16 << 20
 RATE_BIT_S = 80_000_000          # a node needs 1.7 s for the image: a fault hits the middle of it
 WAIT_S = 120.0                   # for what needs seconds, on a machine with other work
+STALLED_BYTES = 400_000          # of all nodes together in a second: what a registry of 1 Mbit/s still gives
 IMAGE = "peers-test"
 
 
@@ -44,10 +46,16 @@ def require_cluster() -> None:
 
 
 @contextlib.contextmanager
-def small_cluster(session: Session, count: int, *, discovery: str = "tracker", **peers: str) -> Iterator[Cluster]:
-    """Running, all nodes know each other, the image is mounted on all, nothing of its data was read."""
+def small_cluster(session: Session, count: int, *, discovery: str = "tracker", hang_s: float = 0.0,
+                  **peers: str) -> Iterator[Cluster]:
+    """
+    Running, all nodes know each other, the image is mounted on all, nothing of its data was read. `hang_s`: of
+    [daemon], where another than the default.
+    """
     with Cluster(session, count, rate_bit_s=RATE_BIT_S, discovery=discovery) as cluster:
         image = cluster.image(IMAGE, SIZE)
+        for node in cluster.nodes if hang_s else ():
+            (node.place.top / "lazyfs.toml").write_text(f"[daemon]\nhang_s = {hang_s}\n")
         cluster.start(**peers)
         cluster.mount(image, prefetch=False)
         yield cluster
@@ -98,7 +106,7 @@ def reading(nodes: Sequence[Node]) -> Iterator[Digests]:
         digests.close(nodes)
 
 
-def wait_received(cluster: Cluster, node: Node, size: int) -> None:
+def wait_received(cluster: Cluster, node: Node | PullNode, size: int) -> None:
     """Until so many bytes have come over its link."""
     wait_for(lambda: cluster.rack.counted()[node.name].received >= size, f"{node.name} receives {size} bytes")
 
@@ -108,3 +116,29 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def spoil(node: Node) -> None:
+    """Other bytes in all that it has of the image in its cache."""
+    found = [path for path in (node.place.top / "cache").rglob("*") if path.is_file() and path.stat().st_size >= SIZE]
+    assert found
+    for path in found:
+        with path.open("r+b") as file:
+            for at in range(0, path.stat().st_size, 64 << 10):
+                file.seek(at)
+                file.write(b"\xa5")
+
+
+def wait_stalled(cluster: Cluster) -> None:
+    """Until hardly anything comes to its nodes any more."""
+    deadline, begin, before = time.monotonic() + WAIT_S, 0.0, float("-inf")
+    while True:
+        now = time.monotonic()
+        assert now < deadline, "they go on"
+        seen = cluster.rack.counted()
+        received = sum(seen[node.name].received for node in cluster.nodes)
+        if received - before > STALLED_BYTES:
+            begin, before = now, received
+        elif now - begin > 1.0:
+            return
+        time.sleep(0.05)

@@ -71,6 +71,7 @@ class Node:
     busy_until: float = 0.0
     better: tuple[str, ...] = ()
     sent: int = 0
+    frozen_at: float = 0.0
     flights: dict[int, trio.Event] = field(default_factory=dict)
     scopes: set[trio.CancelScope] = field(default_factory=set)
     changed: trio.Event = field(default_factory=trio.Event)
@@ -167,7 +168,7 @@ class Cluster:
 
     def _turn(self, name: str, state: str) -> None:
         node = self.nodes[name]
-        node.state = state
+        node.state, node.frozen_at = state, trio.current_time()
         for scope in node.scopes:
             scope.cancel()
         node.changed.set()
@@ -187,6 +188,11 @@ class _Net:
             yield pieces
         finally:
             await pieces.aclose()
+
+    def heard_at(self, member: Member) -> float:
+        """Who is not frozen sends beats."""
+        node = self._cluster.nodes[member.id]
+        return node.frozen_at if node.state == "frozen" else trio.current_time()
 
     async def _pieces(self, name: str, request: PieceRequest) -> AsyncIterator[Piece]:
         cluster, me = self._cluster, self._cluster.nodes[self._name]

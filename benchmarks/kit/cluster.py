@@ -158,6 +158,11 @@ class Cluster:
         """The registry behind its own link; the session's images are in it."""
         return start_registry(self.place, link=self.rack[_REGISTRY])
 
+    def restart_registry(self) -> None:
+        """Kill it, if it lives, and start it again: same address, same images."""
+        self.registry.close()
+        self.__dict__["registry"] = start_registry(self.place, link=self.rack[_REGISTRY])
+
     @property
     def control(self) -> Machine:
         """Where Redis and the trackers are."""

@@ -23,6 +23,7 @@ _BURST_BYTES = 128 * 1024            # more than one 64 KiB packet of TSO; 5 ms 
 _LATENCY_MS = 50                     # of queue before TBF drops: about a switch's buffer
 _TIMEOUT_S = 30.0
 _NETWORK = "198.18.0"                # RFC 2544; in these namespaces only
+_NOBODY = "02:00:00:00:00:01"        # an address that no machine has: what is sent there vanishes
 _CLONE_NEWNET = 0x40000000           # linux/sched.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
@@ -110,6 +111,12 @@ class Rack:
     def join(self, name: str) -> None:
         """Put it back."""
         run(["ip", "-n", self._hub, "link", "set", f"m{self._numbers[name]}", "up"], timeout_s=_TIMEOUT_S)
+
+    def part(self, one: str, other: str) -> None:
+        """Nothing passes between these two any more, and nobody is told. Raises ToolError."""
+        for near, far in ((one, other), (other, one)):
+            run(["ip", "-n", self[near].space, "neighbour", "replace", self[far].address, "dev", "eth0", "lladdr",
+                 _NOBODY, "nud", "permanent"], timeout_s=_TIMEOUT_S)
 
     def counted(self) -> dict[str, Counted]:
         """Of each machine, as the bridge has seen it: headers included."""

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import trio
 from trio.testing import MockClock
 
+from benchmarks.scale.loss import Loss
 from benchmarks.scale.network import Fabric
 from benchmarks.scale.node import Node, Origin
 from benchmarks.scale.result import Result
 from benchmarks.scale.setting import MBIT
 from lazyfs.image.digest import Digest
+from lazyfs.peers.announce import COMPLETE, PARTIAL
 from lazyfs.peers.model import Kind, Member, Resource, View
 from lazyfs.peers.ownrate import OwnRate
 from lazyfs.peers.swarm import Swarm
@@ -45,7 +47,8 @@ class _Cluster:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._draw = random.Random(setting.seed)
-        self._fabric = Fabric(setting.rtt_ms / 1e3, setting.zone_rtt_ms / 1e3)
+        self._fabric = Fabric(setting.rtt_ms / 1e3, setting.zone_rtt_ms / 1e3,
+                              Loss(setting.loss, random.Random(setting.seed)))
         self._origin = Origin(self._fabric, setting.origin_mbit * MBIT, setting.origin_ms / 1e3)
         self._resource = Resource(Kind.DEVICE, Digest.of(b"scale %d" % setting.seed), setting.image_mib << 20,
                                   setting.piece_kib << 10)
@@ -121,7 +124,8 @@ class _Cluster:
                 if node.own_rate.look(now):
                     node.swarm.me = node.own_rate.own
             found = View(tuple(node.own_rate.said for node in there),
-                         frozenset(node.member.id for node in there if node.complete))
+                         frozenset(node.member.id for node in there if node.complete),
+                         frozenset(node.member.id for node in there if node.share >= PARTIAL / COMPLETE))
             if found != self._view:
                 self._view = found
                 self._topology = Topology(self._view, _ORDERS_BYTES_MAX)

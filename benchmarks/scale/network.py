@@ -4,7 +4,8 @@ The network in memory: events in order of time, links as FIFO queues, questions 
 Called by benchmarks.scale.node and cluster; all on trio's clock, in one thread. One task fires the events: a task for
 each of a million transfers would be most of the work. The model: an answer leaves its node's up link piece by piece,
 foreground before all else, whole pieces (a real node's connections share the link); it then passes the asker's down
-link, and needs half a round trip. Links keep exact times; events are fired up to QUANTUM_S late, many at once.
+link, and needs half a round trip, or longer where packets are lost (benchmarks.scale.loss). Links keep exact times;
+events are fired up to QUANTUM_S late, many at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from benchmarks.scale.loss import Loss
     from lazyfs.peers.model import Member, Piece, PieceRequest
 
 QUANTUM_S = 50e-6
@@ -84,6 +86,7 @@ class Host(Protocol):
     down: Link
     work: Link | None                # its processor, where that is simulated
     alive: bool
+    died_s: float                    # when, of one that is not alive
     silent: bool                     # dead so that nobody says so: the machine is gone, not the process
 
     def asked(self, answer: Answer) -> None: ...
@@ -94,15 +97,16 @@ class Host(Protocol):
 class Fabric:
     """All hosts, and how far they are from each other."""
 
-    def __init__(self, rtt_s: float, zone_rtt_s: float | None = None) -> None:
+    def __init__(self, rtt_s: float, zone_rtt_s: float, loss: Loss) -> None:
         self.timeline = Timeline()
+        self.loss = loss
         self.hosts: dict[str, Host] = {}
         self.zones: dict[str, str] = {}
-        self._rtt_s, self._zone_rtt_s = rtt_s, rtt_s if zone_rtt_s is None else zone_rtt_s
+        self.rtt_s, self._zone_rtt_s = rtt_s, zone_rtt_s
         self.cross_zone_bytes = 0
 
     def half_rtt_s(self, one: str, other: str) -> float:
-        return (self._rtt_s if self.zones[one] == self.zones[other] else self._zone_rtt_s) / 2
+        return (self.rtt_s if self.zones[one] == self.zones[other] else self._zone_rtt_s) / 2
 
 
 @dataclass
@@ -115,6 +119,7 @@ class Answer:
     request: PieceRequest
     open: bool = True
     outstanding: int = 0             # pieces that the server still owes
+    _carried_at: float = 0.0         # when its connection has carried what was sent
     _inbox: deque[Piece] = field(default_factory=deque)
     _error: PeerError | None = None
     _waiting: trio.lowlevel.Task | None = None
@@ -122,6 +127,7 @@ class Answer:
     async def __aenter__(self) -> Self:
         way_s = self.fabric.half_rtt_s(self.asker, self.server)
         self.outstanding = len(self.request.indexes)
+        way_s += self.fabric.loss.timer_s(2 * way_s)
         self.fabric.timeline.at(trio.current_time() + way_s, self._arrived)
         return self
 
@@ -164,6 +170,13 @@ class Answer:
         else:
             self.fail(PeerError(f"{self.server} refuses the connection"))
 
+    def carry(self, began: float, arrived: float, size: int) -> float:
+        """When a piece is with the asker that was sent from `began` on, and has passed both links at `arrived`."""
+        rtt_s = 2 * self.fabric.half_rtt_s(self.asker, self.server)
+        loss = self.fabric.loss
+        self._carried_at = max(arrived, max(began, self._carried_at) + size / loss.rate(rtt_s)) + loss.timer_s(rtt_s)
+        return self._carried_at + rtt_s / 2
+
     def land(self, piece: Piece) -> None:
         """A piece is there."""
         if not self.open:
@@ -191,3 +204,8 @@ class Port:
 
     def ask(self, member: Member, request: PieceRequest) -> Answer:
         return Answer(self.fabric, self.name, member.id, request)
+
+    def heard_at(self, member: Member) -> float:
+        """Beats come between the pieces: of who lives, something has just come."""
+        host = self.fabric.hosts[member.id]
+        return trio.current_time() if host.alive else host.died_s + self.fabric.half_rtt_s(self.name, member.id)

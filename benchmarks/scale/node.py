@@ -56,8 +56,10 @@ class Origin:
         self._fabric.timeline.at(self.up.carry(trio.current_time(), size), self._sent, node, index, size)
 
     def _sent(self, node: Node, index: int, size: int) -> None:
-        """At the far end: who sends slowly keeps nobody else's bytes from it."""
-        self._fabric.timeline.at(node.down.deliver(trio.current_time(), size), node.landed, index, 1)
+        """At the far end: who sends slowly keeps nobody else's bytes from it. Each piece is a connection's."""
+        now, loss, rtt_s = trio.current_time(), self._fabric.loss, self._fabric.rtt_s
+        carried = now + size / loss.rate(rtt_s) + loss.timer_s(rtt_s)
+        self._fabric.timeline.at(max(node.down.deliver(now, size), carried), node.landed, index, 1)
 
 
 class Node:
@@ -91,6 +93,7 @@ class Node:
         self._batch = max(1, min(FETCH_BATCH, window // 4))
         self._flights: dict[int, list[Answer]] = {}
         self._own: set[int] = set()
+        self._at_origin: set[int] = set()
         self._queues: tuple[deque[tuple[Answer, int]], ...] = tuple(deque() for _ in Priority)
         self._sending = False
         self._open: dict[int, tuple[Answer, AbstractContextManager[None]]] = {}
@@ -105,6 +108,11 @@ class Node:
         """Say that it takes part. It reads as soon as it knows who else does."""
         self.has_begun = True
         self.began_s = trio.current_time()
+
+    @property
+    def share(self) -> float:
+        """Of it that is here."""
+        return self._held / self.resource.piece_count
 
     @property
     def complete(self) -> bool:
@@ -148,6 +156,7 @@ class Node:
 
     def _ask_origin(self, indexes: list[int]) -> None:
         for index in indexes:
+            self._at_origin.add(index)
             self._origin.ask(self, index)
 
     async def _deliver(self, piece: Piece, member: Member) -> bool:
@@ -200,10 +209,10 @@ class Node:
         for index in request.indexes:
             if self.depth[index]:
                 self._give(answer, index)
+            elif index in self._flights and (request.hops < HERE_ONLY or index in self._at_origin):
+                self._flights[index].append(answer)
             elif request.hops == HERE_ONLY:
                 answer.outstanding -= 1
-            elif index in self._flights:
-                self._flights[index].append(answer)
             else:
                 missing.append(index)
         if missing:
@@ -259,8 +268,8 @@ class Node:
         now = trio.current_time()
         arrived = self.fabric.hosts[answer.asker].down.deliver(now, size)
         piece = Piece(index, self._piece[:size] if size < len(self._piece) else self._piece)
-        self.fabric.timeline.at(arrived + self.fabric.half_rtt_s(answer.asker, self.member.id),
-                                self._received, answer, piece)
+        began = now - size / self.up.rate
+        self.fabric.timeline.at(answer.carry(began, arrived, size), self._received, answer, piece)
         before = self.giving.step
         self.giving.gave(size, size / self.up.rate + size / self._disk.rate)
         self.giving.end(answer.asker)

@@ -22,6 +22,7 @@ class Setting:
     origin_ms: float = 10.0              # from asking the registry to its first byte
     zones: int = 1
     zone_rtt_ms: float = 1.0             # between zones
+    loss: float = 0.0                    # share of packets that are lost, at random (benchmarks.scale.loss)
     window: int = 64                     # pieces that a node wants at once
     hot_mib: int = 50                    # the part that a start needs
     spread_s: float = 0.0                # nodes begin within this

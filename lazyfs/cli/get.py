@@ -59,11 +59,11 @@ def get_command(url: str, *, output: str | None, digest: str | None, headers: tu
     url, pipe = check_url(url), output == "-"
     if pipe and as_json:
         raise UsageError("--json and the file would both go to standard output")
-    path = None if pipe else Path(output or _name_of(url))
+    path = None if pipe else _path(output, url)
     wanted = Wanted(url, _headers(headers), _digest(digest), _rate(limit_rate))
     options = from_config(settings.registry)
     urls = Urls(replace(options, insecure=True) if insecure else options)
-    place = settings.mirror.address if mirror is None else "" if mirror == "off" else mirror
+    place = _mirror(mirror, settings.mirror.address)
     try:
         with make_progress(quiet=quiet or as_json) as progress:
             getter = Getter(urls, wanted, place, begun=lambda size, done: _begun(progress, url, size, done),
@@ -96,6 +96,29 @@ def _name_of(url: str) -> str:
     return name
 
 
+def _path(output: str | None, url: str) -> Path:
+    """Raises UsageError."""
+    if output is None:
+        return Path(_name_of(url))
+    if not output or (output.endswith("/") and not Path(output).is_dir()):
+        raise UsageError(f"-o {output!r:.200}: expected the name of a file", hint="or -, for standard output")
+    return Path(output)
+
+
+def _mirror(given: str | None, configured: str) -> str:
+    """host:port; empty: none is to be asked. Raises UsageError."""
+    from lazyfs.config.kinds import Address  # noqa: PLC0415
+
+    if given is None or given == "off":
+        return "" if given else configured
+    try:
+        if place := str(Address().accept(given)):
+            return place
+    except ValueError:
+        pass
+    raise UsageError(f"--mirror {given!r:.100}: expected host:port, or 'off'")
+
+
 def _digest(text: str | None) -> Digest | None:
     from lazyfs.image.digest import Digest  # noqa: PLC0415
 
@@ -117,10 +140,12 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
         else:
             lines.append(one)
     found: dict[str, str] = {}
-    for line in lines[:_HEADER_COUNT_MAX]:
+    if len(lines) > _HEADER_COUNT_MAX:
+        raise UsageError(f"{len(lines)} headers: expected at most {_HEADER_COUNT_MAX}")
+    for line in lines:
         name, colon, value = line.partition(":")
         is_token = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
-        if not colon or not is_token or not value.strip().isprintable():
+        if not colon or not is_token or not value.strip().isprintable() or not value.isascii():
             raise UsageError("a header: expected 'NAME: VALUE'")
         found[name.lower()] = value.strip()
     return found

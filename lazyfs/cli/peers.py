@@ -17,6 +17,8 @@ from lazyfs.errors import TargetError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_SWARMS_SHOWN = 10
+_DIGEST_CHARS = 19               # sha256: and 12 letters, as in other messages
 _SHOWN = 50                      # of 10,000 members those that were dealt with most
 _EPILOG = """\b
 Examples:
@@ -76,6 +78,7 @@ def lines_of(told: dict[str, Any], most: int | None) -> Iterator[str]:
     if membership.get("isolated"):
         yield f"isolated for all: {', '.join(membership['isolated'][:20])}"
     yield from _traffic(told)
+    yield from _shared(told["swarms"], None if most is None else _SWARMS_SHOWN)
     yield from _table(told["peers"], most)
 
 
@@ -92,6 +95,19 @@ def _traffic(told: dict[str, Any]) -> Iterator[str]:
     if tokens:
         yield (f"tokens: {tokens['held']} held, {tokens['failed']} times none to be had; "
                f"of others {tokens['refused']} refused")
+        for word, last in (("no token", tokens.get("last_failed")), ("refused", tokens.get("last_refused"))):
+            if last:
+                yield f"  {word}, {last['seconds_ago']:.0f} s ago: {last['why']}"
+
+
+def _shared(swarms: dict[str, dict[str, int]], most: int | None) -> Iterator[str]:
+    """What is shared, and by how many."""
+    shown = sorted(swarms.items(), key=lambda one: (-one[1]["members"], one[0]))[:most]
+    for key, swarm in shown:
+        kind, _, digest = key.partition("/")
+        yield f"  {kind} {digest[:_DIGEST_CHARS]}: {swarm['members']} members, {swarm['complete']} have all of it"
+    if len(shown) < len(swarms):
+        yield f"  and {len(swarms) - len(shown)} more: --all"
 
 
 def _table(peers: list[dict[str, Any]], most: int | None) -> Iterator[str]:

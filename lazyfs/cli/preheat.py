@@ -58,10 +58,10 @@ def preheat_command(source: str, *, nodes: int | None, percent: float | None, zo
     found = trio.run(_run, settings, order, wait, as_json)
     if as_json:
         print_json(found)
-    elif not wait:
+    elif not wait and found["count"]:
         note(f"job {found['id']}: {found['count']} nodes; lazyfs preheat ... --wait shows how it goes")
     if found["state"] == "FAILURE":
-        _tell_failed(found, quiet=as_json)
+        _tell_failed(found, quiet=as_json or wait)
         why = f"{found['failed']} of {found['count']} nodes have failed" if found["count"] else found["problem"]
         raise SourceError(f"{printable(source.partition('?')[0])}: {printable(why)}", transient=False,
                           hint="lazyfs peers shows who is in the cluster; docs/preheat.md")
@@ -78,6 +78,7 @@ async def _run(settings: Config, order: dict[str, Any], wait: bool, quiet: bool)
     try:
         made = msgspec.json.decode((await client.request("POST", path, msgspec.json.encode(order))).body)
         shown, deadline = "", time.monotonic() + _TRACKER_GONE_S
+        ended: set[str] = set()
         while True:
             try:
                 found: dict[str, Any] = msgspec.json.decode((await client.request("GET", f"{path}/{made['id']}")).body)
@@ -86,6 +87,8 @@ async def _run(settings: Config, order: dict[str, Any], wait: bool, quiet: bool)
                 if time.monotonic() > deadline:
                     raise
             else:
+                if wait and not quiet:
+                    _show_ended(found["nodes"], ended)
                 shown = _show(found, shown, quiet=quiet or not wait)
                 if not wait or found["state"] != "PENDING":
                     return found
@@ -104,6 +107,17 @@ def _show(found: dict[str, Any], shown: str, *, quiet: bool) -> str:
     return line
 
 
+def _show_ended(nodes: list[dict[str, Any]], ended: set[str]) -> None:
+    """A line for each node that has it, or will not have it, since the last look. `ended`: of whom that was said."""
+    for one in nodes:
+        if one["state"] == "running" or one["node"] in ended:
+            continue
+        ended.add(one["node"])
+        if len(ended) <= _SHOWN_COUNT_MAX:
+            end = f"has it, {format_bytes(one['done'])}" if one["state"] == "done" else printable(one["error"])
+            note(f"{printable(one['node'])}: {end}")
+
+
 def _tell_failed(found: dict[str, Any], *, quiet: bool) -> None:
     failed = [one for one in found["nodes"] if one["state"] == "failed"]
     for one in failed[:0 if quiet else _SHOWN_COUNT_MAX]:
@@ -114,8 +128,12 @@ def _with(settings: Config, cluster: str | None, trackers: tuple[str, ...]) -> C
     """Raises UsageError: nobody says which cluster, or whom to ask."""
     import dataclasses  # noqa: PLC0415
 
+    from lazyfs.peers.announce import CLUSTER  # noqa: PLC0415 - start-up time of --help
+
     peers = dataclasses.replace(settings.peers, cluster=cluster or settings.peers.cluster,
                                 tracker=trackers or settings.peers.tracker)
+    if cluster is not None and CLUSTER.fullmatch(cluster) is None:
+        raise UsageError(f"--cluster {cluster!r:.140}: expected letters, digits, dot, dash, underscore")
     if not peers.cluster or not peers.tracker:
         raise UsageError("which cluster, and which tracker?",
                          hint="[peers] cluster and tracker in the configuration, or --cluster and --tracker")

@@ -9,6 +9,7 @@ import sys
 import click
 
 from lazyfs import config, logs
+from lazyfs.errors import ConfigError, UsageError
 
 _EPILOG = """\b
 Examples:
@@ -54,12 +55,19 @@ def tracker_command(*, file: str | None, address: str | None, redis: str | None,
 
 
 def _with(found: config.Config, address: str | None, redis: str | None) -> config.Config:
-    """Raises ConfigError: an option is off; as its key would be."""
+    """Raises UsageError: an option is off; as its key would be."""
     given = {"LAZYFS_TRACKER_ADDRESS": address, "LAZYFS_TRACKER_REDIS": redis}
     values = {name: value for name, value in given.items() if value is not None}
     if not values:
         return found
-    return config.load(found.file or None, {**_environment(), **values})
+    try:
+        return config.load(found.file or None, {**_environment(), **values})
+    except ConfigError as error:
+        text = str(error)
+        for name in values:
+            text = text.replace(f"environment: {name}", f"--{name.rpartition('_')[2].lower()}")
+        raise UsageError(text, hint="a password does not belong there: tracker.redis_password_file" if (
+            redis and "--redis" in text) else error.hint) from None
 
 
 def _environment() -> dict[str, str]:

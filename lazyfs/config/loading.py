@@ -30,6 +30,7 @@ _HOST = r"[A-Za-z0-9.\-_]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,
 _REPOSITORY = rf"({_HOST})(/[a-z0-9._/\-]{{1,255}})?"
 # What kubelet puts into pods for a Service that happens to be called lazyfs-daemon, lazyfs-cache ...
 _OF_SERVICES = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+_USER_PART = re.compile(r"//[^/@\s]*@")
 _SECRET_NAMES = frozenset({"password", "token", "secret", "identity_token", "auth"})
 
 
@@ -282,10 +283,10 @@ def _check_relations(config: Config, problems: list[Problem]) -> None:
 
 
 def describe(value: object) -> str:
-    """A value in a message: short, on one line. What might be a secret does not come here: no key takes one."""
-    if isinstance(value, dict | list):
-        return "a table" if isinstance(value, dict) else "a list"
-    return f"{value!r:.60}"
+    """A value in a message: short, on one line. No key takes a secret; the user part of a URL may hold one."""
+    if isinstance(value, dict):
+        return "a table"
+    return f"{_USER_PART.sub('//***@', repr(value)):.60}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Name,
 CLUSTER_COUNT_MAX = 256          # of `preheat_clusters`
 REGISTRY_COUNT_MAX = 256         # of `registries`
 _REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
+_REGISTRY = r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"    # no URL: it would never match
 
 
 class RedisUrl(Kind):
@@ -32,6 +33,21 @@ class RedisUrl(Kind):
         return text
 
 
+class RegistryName(Kind):
+    """A registry as image references name it: host, or host:port."""
+
+    @property
+    def expected(self) -> str:
+        return "a host, or host:port"
+
+    def accept(self, value: object) -> object:
+        text = Kind.accept(self, value)
+        assert isinstance(text, str)
+        if re.fullmatch(_REGISTRY, text) is None:
+            raise ValueError(value)
+        return text
+
+
 @dataclass(frozen=True)
 class Tracker:
     """[tracker]"""
@@ -44,8 +60,8 @@ class Tracker:
     redis_password_file: str = key(AbsolutePath(optional=True), "",
                                    "A file with Redis' password on its first line, readable for root only.")
     token_file: str = key(AbsolutePath(optional=True), "",
-                          "A file with the word on its first line that nodes must show (`peers.tracker_token_file`); "
-                          "empty: who reaches the tracker may join.")
+                          "A file with the word (16 characters or more) on its first line that nodes must show "
+                          "(`peers.tracker_token_file`); empty: who reaches the tracker may join.")
     cert_file: str = key(AbsolutePath(optional=True), "",
                          "Its certificate (PEM): it then speaks HTTPS. Read again when it changes.")
     key_file: str = key(AbsolutePath(optional=True), "", "Its key (PEM).")
@@ -55,15 +71,15 @@ class Tracker:
                       "Tokens that nodes show to each other (docs/tokens.md): none; one for all of the cluster, for "
                       "whoever may use the tracker; or one for each image's data, for whoever has shown its registry a "
                       "credential that may pull it. The same as `peers.tokens`.")
-    registries: tuple[str, ...] = key(List(Kind(), "hosts", REGISTRY_COUNT_MAX), (),
+    registries: tuple[str, ...] = key(List(RegistryName(), "hosts", REGISTRY_COUNT_MAX), (),
                                       "The registries, as in image references, that are asked for that; empty: any but "
                                       "this machine's own.")
     preheat_auth: str = key(Choice(("off", "none", "basic", "oauth", "custom")), "off",
                             "Harbor's preheat interface (docs/preheat.md): not served; served to everybody; to who "
                             "shows what is in `preheat_secret_file`, as Harbor's authentication modes of these names.")
     preheat_secret_file: str = key(AbsolutePath(optional=True), "",
-                                   "A file with it on its first line, readable for root only: USER:PASSWORD (basic), a "
-                                   "token (oauth), HEADER:VALUE (custom).")
+                                   "A file with it on its first line (16 characters or more), readable for root only: "
+                                   "USER:PASSWORD (basic), a token (oauth), HEADER:VALUE (custom).")
     preheat_clusters: tuple[str, ...] = key(List(Name(), "names", CLUSTER_COUNT_MAX), (),
                                             "The clusters that Harbor preheats; it knows them as 1, 2 and so on. "
                                             "Empty: all that the tracker knows.")

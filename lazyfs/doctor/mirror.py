@@ -11,10 +11,12 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazyfs.config import split_address
 from lazyfs.doctor.results import failed, ok, warning
 from lazyfs.errors import LazyfsError
 from lazyfs.mirror.contentstore import blobs_directory
 from lazyfs.mirror.installing import Changed, Installation, check_answers, read_text
+from lazyfs.registry.addresses import Reach, reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +42,16 @@ def check_mirror(subject: Subject) -> Iterator[Result]:
         yield failed("mirror", str(error), error.hint)
     else:
         yield ok("mirror", f"answers at {own.address}")
+    if reach_of(split_address(own.address)[0]) is not Reach.MACHINE or _is_everywhere(own.address):
+        yield warning("mirror", f"{own.address} is open to other machines: whoever reaches it may pull what this node "
+                                "may", "mirror.address with a port alone, or keep others out by a firewall")
     yield from _runtimes(installed, own.address)
     yield from _containerd(subject, installed)
+
+
+def _is_everywhere(address: str) -> bool:
+    """All addresses of this machine, which `reach_of` counts as nobody's."""
+    return split_address(address)[0] in {"0.0.0.0", "::"}  # noqa: S104 - looked at
 
 
 def _runtimes(installed: list[Changed], address: str) -> Iterator[Result]:

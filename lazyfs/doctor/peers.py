@@ -14,9 +14,11 @@ import trio
 
 from lazyfs.config import split_address
 from lazyfs.doctor.results import failed, ok, warning
-from lazyfs.errors import LazyfsError, NotFoundError
+from lazyfs.errors import ConfigError, LazyfsError, NotFoundError, PeerRefusedError
 from lazyfs.node.protocol import STATUS, ControlClient, WorkerGoneError
 from lazyfs.node.rundir import WorkerDir
+from lazyfs.peers.announce import PREFIX
+from lazyfs.peers.reaching import why_not
 from lazyfs.peers.tlsfiles import TlsFiles
 from lazyfs.peers.tokenwire import KEYS_PATH
 from lazyfs.peers.trackerclient import TrackerClient
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S, _CONNECT_S = 5.0, 2.0
 _TRIED_MAX = 8                   # other members
+_STORE = "it runs, and its store does not: start Redis there, look at tracker.redis; nodes go on with what they know"
 _RULE = "let the other nodes reach that port (firewall, security group), or set peers.advertise"
 
 
@@ -37,30 +40,35 @@ def check_trackers(subject: Subject) -> Iterator[Result]:
     if not peers.enabled or not peers.tracker:
         return
     problems = trio.run(_ask_trackers, peers)
-    for url, problem in problems.items():
+    for url, (problem, hint) in problems.items():
         if not problem:
             yield ok("tracker", f"{url} is ready")
-        elif all(problems.values()):
-            yield failed("tracker", problem, "start lazyfs tracker there; nodes go on with the members they know")
+        elif (hint and hint != _STORE) or all(text for text, _ in problems.values()):
+            yield failed("tracker", problem, hint or "start lazyfs tracker there; nodes go on with the members they "
+                                                     "know")
         else:
             yield warning("tracker", problem, "another one answers, and is asked instead")
 
 
-async def _ask_trackers(peers: config.Peers) -> dict[str, str]:
-    """By URL: what is wrong with it, or nothing."""
-    found = dict.fromkeys(peers.tracker, "")
+async def _ask_trackers(peers: config.Peers) -> dict[str, tuple[str, str]]:
+    """By URL: what is wrong with it, or nothing; and what to do, where it is not the tracker that is away."""
+    found = dict.fromkeys(peers.tracker, ("", ""))
 
     async def ask(url: str) -> None:
         tls = TlsFiles("peers", peers.cert_file, peers.key_file, peers.ca_file) if peers.ca_file else None
         client = TrackerClient([url], tls, peers.tracker_token_file)
         try:
             await client.request("GET", "/readyz", seconds=_ANSWER_S)
+            await client.request("GET", PREFIX.rstrip("/"), seconds=_ANSWER_S)      # whether it takes our word
             if peers.tokens != "off":
                 await client.request("GET", KEYS_PATH, seconds=_ANSWER_S)
         except NotFoundError:
-            found[url] = f"{url} gives no tokens: tracker.tokens is off there, peers.tokens is {peers.tokens} here"
+            found[url] = (f"{url} gives no tokens: tracker.tokens is off there, peers.tokens is {peers.tokens} here",
+                          "set both alike; docs/tokens.md")
+        except (PeerRefusedError, ConfigError) as error:
+            found[url] = str(error), error.hint or "docs/tracker.md, Who may use it"
         except LazyfsError as error:
-            found[url] = str(error)
+            found[url] = str(error), _STORE if "(status 503)" in str(error) else ""
         finally:
             await client.aclose()
 
@@ -89,7 +97,15 @@ def check_peers(subject: Subject) -> Iterator[Result]:
                       "is peers.cluster the same on the other nodes?")
     else:
         yield ok("peers", f"cluster {told['cluster']}, {membership['members']} members")
+    yield from _tokens(told.get("tokens", {}))
     yield from _reachable(told)
+
+
+def _tokens(told: dict[str, Any]) -> Iterator[Result]:
+    last = told.get("last_failed")
+    if last and not told["held"]:
+        yield warning("tokens", f"none to be had {last['seconds_ago']:.0f} s ago: {last['why']}",
+                      "without them nothing comes from peers; docs/tokens.md")
 
 
 def _daemon_says(subject: Subject) -> dict[str, Any] | None:
@@ -134,7 +150,7 @@ async def _connect_all(places: Sequence[str]) -> dict[str, str]:
         except trio.TooSlowError:
             found[place] = f"no connection within {_CONNECT_S:g} s"
         except OSError as error:
-            found[place] = str(error.strerror or error)
+            found[place] = why_not(error)
 
     async with trio.open_nursery() as nursery:
         for place in found:

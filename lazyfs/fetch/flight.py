@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 class Flight:
     """
-    Written by the loop, but for `done`, `data` and `bad`, which the transfer's thread sets.
+    Written by the loop, but for `done`, `data`, `checked` and `bad`, which the transfer's thread sets.
 
     No lost wake-up: the thread sets `done` and then looks at `event`; a waiter makes the event and then looks at
-    `done`. Under the interpreter lock one of them sees the other.
+    `done`. Under the interpreter lock one of them sees the other. Who waits for `checked` is woken by `done` as well.
 
     :waiters: reads that want it, whether they sleep on it or on one of its neighbours.
     :wanted: a read has asked for it; without waiters it is abandoned then, and not tried again.
@@ -33,6 +33,8 @@ class Flight:
     :stored_start, stored_size: where in `blob`, bytes.
     :deadline: the latest of all its waiters', time.monotonic() seconds.
     :data: the chunk's bytes, when it is done but could not be stored.
+    :checked: its bytes while they are being stored, if somebody waits for no more than that their digest is good.
+    :early: made by the first who does.
     :last_error: of the last attempt that failed; the reason to give when the time runs out.
     :bad: what was wrong with the bytes of the last attempt.
     :window: the transfer of a prefetch window that it was made for; else None.
@@ -44,11 +46,10 @@ class Flight:
     """
 
     __slots__ = (
-        "answered_at", "attempt_count", "bad", "bad_count", "begun_at", "blob", "codec", "data", "deadline",
-        "decoded_at", "device", "digest", "done", "error", "event", "index", "last_error", "made_at", "overtaken",
-        "received_at", "request", "server", "settled_at", "size", "source", "stored_size", "stored_start", "waiters",
-        "wanted",
-        "window",
+        "answered_at", "attempt_count", "bad", "bad_count", "begun_at", "blob", "checked", "codec", "data", "deadline",
+        "decoded_at", "device", "digest", "done", "early", "error", "event", "index", "last_error", "made_at",
+        "overtaken", "received_at", "request", "server", "settled_at", "size", "source", "stored_size", "stored_start",
+        "waiters", "wanted", "window",
     )  # fmt: skip
 
     def __init__(self, device: FetchDevice, index: int, deadline: float) -> None:
@@ -75,6 +76,8 @@ class Flight:
         self.last_error: LazyfsError | None = None
         self.attempt_count = 0
         self.event: trio.Event | None = None
+        self.checked: bytes | memoryview | None = None
+        self.early: trio.Event | None = None
         self.window: Transfer | None = None
         self.overtaken = False
         self.request = ""
@@ -88,8 +91,15 @@ class Flight:
 
     def wake(self) -> None:
         """On the loop, once done."""
+        self.checked = None
         if self.event is not None:
             self.event.set()
+        self.tell()
+
+    def tell(self) -> None:
+        """On the loop, once its bytes are `checked`, or it is done."""
+        if self.early is not None:
+            self.early.set()
 
     def fail(self, error: LazyfsError) -> None:
         """On the loop."""
@@ -103,3 +113,10 @@ class Flight:
             self.event = trio.Event()
         if not self.done:
             await self.event.wait()
+
+    async def wait_checked(self) -> None:
+        """Until its bytes are good, which may be before they are stored, or until done. Otherwise as `wait`."""
+        if self.early is None:
+            self.early = trio.Event()
+        if not self.done and self.checked is None:
+            await self.early.wait()

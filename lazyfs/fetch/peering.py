@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lazyfs.fetch.flight import Flight
     from lazyfs.fetch.prefetch import PrefetchHandle
     from lazyfs.fetch.scheduler import Scheduler
+    from lazyfs.fetch.transfer import Wake
 
 # A read whose peers are all silent still has half of its time for the registry; who is asked by a peer keeps less
 # back, for each hop on the way takes its share, and the asker has a registry too.
@@ -112,7 +113,7 @@ class _Job:
         flight.received_at, flight.server = now, member.id
         self.landing.add(index)
         try:
-            await trio.to_thread.run_sync(keep, flight, piece.data, limiter=self._peering.threads)
+            await trio.to_thread.run_sync(keep, flight, piece.data, self._peering.wake, limiter=self._peering.threads)
         finally:
             flight.device.cached.release()
             self.landing.discard(index)
@@ -150,8 +151,9 @@ class Peering:
     :threads: that check and store.
     """
 
-    def __init__(self, scheduler: Scheduler, nursery: trio.Nursery) -> None:
+    def __init__(self, scheduler: Scheduler, nursery: trio.Nursery, wake: Wake) -> None:
         self.scheduler = scheduler
+        self.wake = wake
         self.swarm: Swarming
         self.in_use: dict[str, list[FetchDevice]] = {}
         self.peered: set[str] = set()
@@ -295,12 +297,18 @@ class Peering:
             self.scheduler.courtesy.end(job.priority)
             self.scheduler.dispatch()
 
+    def is_at_origin(self, device: FetchDevice, index: int) -> bool:
+        """Whether a chunk is on its way, and not from a peer: nobody else is waited for."""
+        flight = self.scheduler.flights.get((device.cached, index))
+        return flight is not None and not any(job.flights.get(index) is flight for job in self.jobs) and not any(
+            flight in flights for flights in self._pending.values())
+
     # --- for a peer ---------------------------------------------------------------------------------------------------
 
     async def pass_on(self, device: FetchDevice, index: int, *, deadline: float, hops: int, priority: Priority,
-                      request: str = "") -> bytes | memoryview | None:
+                      request: str = "", room: Callable[[int], bool] | None = None) -> bytes | memoryview | None:
         """
-        Have a chunk that a peer asks for: on its way already, or fetched now.
+        Have a chunk that a peer asks for: on its way already, or fetched now. For a read as soon as its digest is good.
 
         Args:
             device: retained by the caller.
@@ -309,9 +317,10 @@ class Peering:
             hops: that our own requests for it say.
             priority: the asker's; the registry is asked for it in the foreground only for a read.
             request: the id of the read that it is for.
+            room: whether so many bytes may be held for the asker; else it waits until the cache has them.
 
         Returns:
-            None: it is in the cache; else its bytes, for it could not be stored.
+            None: it is in the cache; else its bytes, for it is being stored, or could not be.
 
         Raises:
             PeerBusyError: too much is fetched for others. LazyfsError: it is not to be had in time.
@@ -333,19 +342,24 @@ class Peering:
         flight.request = flight.request or request
         self._passing_on += 1
         flight.waiters += is_read
+        early: bytes | memoryview | None = None
         self.scheduler.dispatch()
         try:
             with trio.move_on_after(max(0.0, deadline - time.monotonic())):
-                await flight.wait()
+                if is_read:
+                    await flight.wait_checked()
+                    early = flight.checked if room is not None and room(flight.size) else None
+                if early is None:
+                    await flight.wait()
         finally:
             self._passing_on -= 1
             flight.waiters -= is_read
-        if not flight.done:
+        if early is None and not flight.done:
             raise DeadlineError(f"{flight.source.name}: chunk {index} did not arrive within the asker's deadline")
-        if flight.error is not None:
+        if early is None and flight.error is not None:
             raise copy.copy(flight.error)
         self.scheduler.statistics.passed_on += 1
-        return flight.data
+        return flight.data if early is None else early
 
     # --- what becomes of flights ------------------------------------------------------------------------------------
 

@@ -9,8 +9,11 @@ does not read ahead at all (the engine asks only while no prefetch runs): the li
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from lazyfs.fetch.constants import READAHEAD_STREAM_COUNT_MAX
+
+_AT_ONCE = 2    # readers that are believed soon: of random reads one in twelve continues one of sixteen by chance
 
 
 @dataclass(slots=True)
@@ -43,9 +46,12 @@ class Readahead:
             index: of the chunk.
             missing: it was not in the cache. A reader that finds everything there needs no help.
             times: above 1: what is far away, for it passes other nodes. The window is so many times the usual one at
-                most and begins so much sooner, and is twice what was read in a row.
+                most and begins so much sooner, and is twice what was read in a row: where nothing else was touched
+                in between, but for one other reader in a row.
 
         """
+        if index not in islice(reversed(self._streams), _AT_ONCE):
+            times = 1
         stream = self._streams.pop(index, None)
         if stream is None:
             stream = _Stream()

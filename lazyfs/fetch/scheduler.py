@@ -65,7 +65,7 @@ class Scheduler:
         self._unstored_at = -math.inf      # the same; when a chunk had no room in the cache
         self._nursery = nursery
         self._workers = Workers(bounds.thread_count, self._finished, self.dispatch)
-        self.peering = Peering(self, nursery)
+        self.peering = Peering(self, nursery, self._workers.wake)
         self.closed = False
 
     async def drained(self) -> None:

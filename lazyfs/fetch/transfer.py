@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lazyfs.fetch.flight import Flight
     from lazyfs.registry.place import ByteStream
 
+    Wake = Callable[[Callable[[], None]], None]    # has a function called on the loop, from any thread
+
 _log = logging.getLogger(__name__)
 
 
@@ -135,7 +137,7 @@ class Transfer:
         left = max(flight.deadline for flight in self.flights) - now
         return now + min(left * ATTEMPT_SHARE if left > ATTEMPT_WHOLE_S else left, self.seconds_max or left)
 
-    def execute(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
+    def execute(self, wake: Wake, nearly_done: Callable[[], None]) -> None:
         """
         Fetch all flights; never raises. Those that did not land are not `done` afterwards; `error` says why.
 
@@ -164,7 +166,7 @@ class Transfer:
         for flight in self.flights:
             flight.device.cached.release()
 
-    def _receive(self, wake: Callable[[Callable[[], None]], None], nearly_done: Callable[[], None]) -> None:
+    def _receive(self, wake: Wake, nearly_done: Callable[[], None]) -> None:
         deadline = self.attempt_deadline()
         if deadline <= time.monotonic():
             raise DeadlineError(f"{self.source.name}: blob {self.blob.short}: no time left to fetch it")
@@ -186,10 +188,10 @@ class Transfer:
                     wake(nearly_done)
                 if flight.overtaken and flight.device.cached.present(flight.index, flight.index):
                     flight.done = True
-                elif settle(flight, stored):
+                elif settle(flight, stored, wake):
                     self.landed_count += 1
                 if flight.done:
-                    if flight.event is not None:
+                    if flight.event is not None or flight.early is not None:
                         wake(flight.wake)
                     if self._holds_too_much(flight):
                         break
@@ -228,7 +230,7 @@ class Transfer:
             self.remaining_bytes -= count
 
 
-def settle(flight: Flight, stored: memoryview) -> bool:
+def settle(flight: Flight, stored: memoryview, wake: Wake) -> bool:
     """
     Decode, check and store one chunk. False: the bytes are not the chunk's, and `flight.bad` says why.
 
@@ -239,7 +241,7 @@ def settle(flight: Flight, stored: memoryview) -> bool:
     except FormatError as error:
         flight.bad = error
         return False
-    if not keep(flight, data, lasting=flight.codec != Codec.NONE):    # not decoded: it lies in `stored` still
+    if not keep(flight, data, wake, lasting=flight.codec != Codec.NONE):    # not decoded: it lies in `stored` still
         where = f"blob {flight.blob.short} at {flight.stored_start}"
         flight.bad = IntegrityError(
             f"{flight.source.name}: {where}: chunk {flight.index} has another digest than promised",
@@ -249,16 +251,21 @@ def settle(flight: Flight, stored: memoryview) -> bool:
     return True
 
 
-def keep(flight: Flight, data: bytes | bytearray | memoryview, *, lasting: bool = False) -> bool:
+def keep(flight: Flight, data: bytes | bytearray | memoryview, wake: Wake, *, lasting: bool = True) -> bool:
     """
     Check a chunk's bytes and store them: the flight is done. False: they are not the chunk's.
 
-    `lasting`: the bytes stay as they are; else they are the caller's again afterwards. Blocking.
+    Who waits for good bytes only (Flight.early) has them before they are stored: `wake` has a function called on the
+    loop. `lasting`: the bytes stay as they are; else they are the caller's again afterwards. Blocking.
     """
     if len(data) != flight.size or chunk_digest(data) != flight.digest:
         return False
     flight.decoded_at = time.monotonic()
     view = memoryview(data) if isinstance(data, bytearray) else data
+    if flight.early is not None:
+        flight.checked = view = view if lasting else bytes(view)
+        lasting = True
+        wake(flight.tell)
     if not flight.device.cached.write(flight.index, view):
         flight.data = view if lasting else bytes(view)
     flight.settled_at = time.monotonic()

@@ -26,11 +26,11 @@ import trio
 from lazyfs.errors import BugError, DeadlineError, IntegrityError, LazyfsError, PeerLacksError
 from lazyfs.image.digest import CHUNK_DIGEST_BYTES, Digest, chunk_digest
 from lazyfs.limits import IO_TIMEOUT_S, KIB, MIB
-from lazyfs.mirror.fromorigin import Run, fetch_run, runs_of
+from lazyfs.mirror.fromorigin import OriginLimits, Run, fetch_run, runs_of
 from lazyfs.peers.model import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
     from lazyfs.mirror.fromorigin import Origin
     from lazyfs.mirror.piecedir import PieceDirectory
@@ -62,7 +62,7 @@ class Fetching(Protocol):
 class Threads:
     """How many may wait for servers, and for the disk, of all downloads together."""
 
-    origin: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(32))
+    origin: OriginLimits = field(default_factory=OriginLimits)
     disk: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(8))
 
 
@@ -104,15 +104,18 @@ class Download:
         began: on trio's clock.
         shared: peers may have it.
         origin_pieces: that the origin gave.
+        is_doubted: it was whole on the disk, which may have rotted: nobody reads it to its end before `decide`.
 
     """
 
     def __init__(self, file: PieceFile, directory: PieceDirectory, threads: Threads, counted: Counted, *,
                  sums: bytes = b"", verify: bool = True,
-                 blame: Callable[[str, Download], None] | None = None) -> None:
+                 blame: Callable[[str, Download], None] | None = None,
+                 recall: Callable[[Resource], Awaitable[None]] | None = None) -> None:
         """
         `counted`: is added to. `sums`: BLAKE3 of all pieces, where somebody vouches for them. `verify`: the resource's
         digest is that of its bytes (else: of what names it). `blame`: is told who gave wrong bytes (a member's id).
+        `recall`: is told that readers may have been given wrong bytes, before any gets more.
         """
         if sums and len(sums) != CHUNK_DIGEST_BYTES * file.resource.piece_count:
             raise BugError(f"{file.resource.key}: {len(sums)} bytes of digests")
@@ -123,9 +126,11 @@ class Download:
         self.counted = counted
         self.shared = False
         self.origin_pieces = 0
+        self.is_doubted = False
+        self._rotten: LazyfsError | None = None
         self._directory, self._threads = directory, threads
         self._swarm: Fetching | None = None
-        self._sums, self._verify, self._blame = sums, verify, blame
+        self._sums, self._verify, self._blame, self._recall = sums, verify, blame, recall
         self._flying: set[int] = set()
         self._given_by: dict[int, str] = {}       # by whom, of pieces that peers gave since the start
         self._readers: set[_Reader] = set()
@@ -172,7 +177,7 @@ class Download:
             while start < end:
                 reader.next = index = start // size
                 self._notify()
-                upto = count if self.file.is_whole else count - held_back
+                upto = count if self._is_sure() else count - held_back
                 await self.wait(index, whole=index >= upto)
                 if reader.is_misled:
                     raise IntegrityError(f"{self.resource.key}: a peer gave wrong bytes, and they were read",
@@ -188,10 +193,15 @@ class Download:
 
     async def wait(self, index: int, *, whole: bool = False) -> None:
         """Until a piece is there, or all of it is checked. Raises LazyfsError: it cannot be had."""
-        while not (self.file.is_whole if whole else self.file.present[index]):
+        while not (self._is_sure() if whole else self.file.present[index]):
+            if self._rotten is not None:
+                raise self._rotten
             if self.error is not None and index not in self._flying:
                 raise self.error
             await self._changed.wait()
+
+    def _is_sure(self) -> bool:
+        return self.file.is_whole and not self.is_doubted
 
     async def piece(self, index: int, *, priority: Priority, deadline: float, hops: int, request: str) -> None:
         """
@@ -344,9 +354,12 @@ class Download:
     async def _check_all(self, scope: trio.CancelScope) -> None:
         """Follows what is there with the digest; at the end it is whole, or each suspicious piece is replaced."""
         try:
-            if self._verify and await self._digest() != self.resource.digest:
+            if self._verify and await self.digest() != self.resource.digest:
                 await self._replace_lies()
-                if await self._digest() != self.resource.digest:
+                is_right = await self.digest() == self.resource.digest
+                if self._recall is not None:
+                    await self._recall(self.resource)
+                if not is_right:
                     await trio.to_thread.run_sync(self._directory.drop, self.resource)
                     self.file.present[:] = bytes(self.resource.piece_count)
                     raise IntegrityError(f"{self.resource.key}: what the origin gives has another digest",
@@ -359,7 +372,15 @@ class Download:
         self._notify()
         scope.cancel()
 
-    async def _digest(self) -> Digest:
+    def decide(self, *, is_right: bool) -> None:
+        """End of doubt."""
+        if not is_right:
+            self._rotten = IntegrityError(f"{self.resource.key}: it has rotted on the disk", hint="ask again")
+        self.is_doubted = not is_right
+        self._notify()
+
+    async def digest(self) -> Digest:
+        """Of all pieces, as they come. Raises CacheError."""
         seen = hashlib.sha256()
 
         def add(index: int) -> None:

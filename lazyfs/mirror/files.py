@@ -23,7 +23,7 @@ from lazyfs.errors import DiskFullError, FormatError, IntegrityError, LazyfsErro
 from lazyfs.image.digest import Digest
 from lazyfs.mirror.piecefile import resource_of
 from lazyfs.mirror.ranges import NotSatisfiable, parse_range
-from lazyfs.mirror.urls import UrlOrigin
+from lazyfs.mirror.urls import UrlOrigin, passable
 from lazyfs.peers.model import Kind, Resource
 
 if TYPE_CHECKING:
@@ -164,11 +164,14 @@ class Files:
         answer = await trio.to_thread.run_sync(
             lambda: self._urls.send(target, request.method, kept, deadline, request.body or None))
         try:
-            headers = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
-            if request.method == "HEAD" or answer.status in {204, 304}:
-                await reply.whole(answer.status, headers, size=answer.length or 0)
-                return "passed"
+            headers = {name: value for name, value in passable(answer.headers).items()
+                       if name.lower() not in _HOP_BY_HOP}
+            if answer.length is None:
+                headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
             await reply.begin(answer.status, headers)
+            if request.method == "HEAD" or answer.status in {204, 304}:
+                await reply.end()        # without a length, where the server has said none: not of 0 bytes
+                return "passed"
             while data := await trio.to_thread.run_sync(answer.read, _PASS_BYTES):
                 await reply.write(data)
             await reply.end()

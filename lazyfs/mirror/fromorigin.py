@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ import trio
 
 from lazyfs.errors import DeadlineError, SourceError
 from lazyfs.limits import RETRY_COUNT_MAX
+from lazyfs.registry.dial import POOL_CONNECTIONS
 from lazyfs.registry.retry import pause_s
 from lazyfs.registry.streams import read_exactly
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from lazyfs.registry.place import ByteStream, ImageSource
 
 T = TypeVar("T")
+STREAMS: Final = POOL_CONNECTIONS - 4    # some are left for what is small, and comes besides
 _RUN_S: Final = 600.0        # one request of 4 MiB; who drips is left much earlier (registry.streams)
 
 
@@ -82,17 +85,40 @@ def runs_of(indexes: Iterable[int]) -> Iterator[Run]:
         yield Run(found[begin], found[end - 1] + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class OriginLimits:
+    """Of all runs together. `streams`: open at once, a connection each; `threads`: that wait for them."""
+
+    streams: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(STREAMS))
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(POOL_CONNECTIONS))
+
+
 async def fetch_run(origin: Origin, resource: Resource, run: Run, deadline: float,
-                    threads: trio.CapacityLimiter) -> AsyncGenerator[tuple[int, bytes], None]:
+                    limits: OriginLimits) -> AsyncGenerator[tuple[int, bytes], None]:
     """
     The pieces of a run as they come, in order. What passes is tried again, from the piece where it was.
 
-    `deadline`: on trio's clock; nothing is waited for any longer. `threads`: for those that read.
+    `deadline`: on trio's clock; nothing is waited for any longer.
 
     Raises:
         LazyfsError: they cannot be had.
 
     """
+    holder = object()
+    with trio.move_on_at(deadline) as waiting:
+        await limits.streams.acquire_on_behalf_of(holder)
+    if waiting.cancelled_caught:
+        raise DeadlineError(f"{origin.name}: {resource.key}: too much else is being asked for")
+    try:
+        async with aclosing(_run(origin, resource, run, deadline, limits.threads)) as pieces:
+            async for piece in pieces:
+                yield piece
+    finally:
+        limits.streams.release_on_behalf_of(holder)
+
+
+async def _run(origin: Origin, resource: Resource, run: Run, deadline: float,
+               threads: trio.CapacityLimiter) -> AsyncGenerator[tuple[int, bytes], None]:
     index, failures = run.first, 0
     while index < run.stop:
         reading = _Reading()

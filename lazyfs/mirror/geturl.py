@@ -1,9 +1,9 @@
 """
 `lazyfs get`: a file behind a URL into a file or a pipe; by the mirror of this node if one answers, else directly.
 
-Layer: mirror; blocking. Who calls: cli.get. State: the partial file, named after what it is a part of (URL, size,
-validator, digest), so that a later run goes on with it only if that is still the same thing. What becomes FILE
-is complete, and has the digest that was asked for: it is renamed into place.
+Layer: mirror; blocking. Who calls: cli.get. State: the partial file (mirror.getfile), named after what it is a part of
+(URL, size, validator, digest), so that a later run goes on with it only if that is still the same thing. What becomes
+FILE is complete, and has the digest that was asked for: it is renamed into place.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from lazyfs.errors import IntegrityError, LazyfsError, SourceError, TargetError
+from lazyfs.errors import IntegrityError, LazyfsError, SourceError
 from lazyfs.image.digest import Digest
 from lazyfs.limits import KIB, RETRY_COUNT_MAX
 from lazyfs.mirror.files import DIGEST_HEADER
+from lazyfs.mirror.getfile import is_stream, part_of, real_output, stream_into
 from lazyfs.mirror.proxy import GET_HEADER, PATH
 from lazyfs.mirror.urls import Looked, Target, UrlOrigin, Urls
 from lazyfs.registry.addresses import Reach, printable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _BYTES: Final = 256 * KIB
 _WHOLE_S: Final = 24 * 3600.0        # of one request; who drips is left much earlier
+_NAME_BYTES: Final = 200             # of FILE's name in the partial one's: file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -80,34 +83,31 @@ class Getter:
 
         Raises:
             NotFoundError, AuthError, SourceError: it is not to be had. IntegrityError: it is something else.
-            TargetError: the file cannot be written.
+            TargetError, DiskFullError: the file cannot be written.
 
         """
+        if output is not None:
+            output = real_output(output)
         source = self._find()
         looked = source.looked
         self._began = time.monotonic()
-        if output is None:
-            assert pipe is not None
+        if output is None or is_stream(output):
             self._begun(looked.size, 0)
-            return self._receive(source, pipe, 0)
-        part = _part_name(output, self._wanted, looked)
-        try:
-            with part.open("a+b") as file:
-                done = file.tell() if looked.size is not None and looked.ranges else 0
-                if not done or looked.size is None or done > looked.size:
-                    file.truncate(0)
-                    done = 0
-                self._begun(looked.size, done)
-                got = self._receive(source, file, done)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(output)
-        except IntegrityError:
-            part.unlink(missing_ok=True)
-            raise
-        except OSError as error:
-            raise TargetError(f"{output}: {error.strerror or error}", hint="name another file with -o") from error
-        return got
+            with stream_into(output) if output is not None else nullcontext(pipe) as sink:
+                assert sink is not None
+                return self._receive(source, sink, 0)
+        with part_of(output, _part_name(output, self._wanted, looked)) as file:
+            done = file.tell() if self._can_go_on(looked) else 0
+            if not done or looked.size is None or done > looked.size:
+                file.truncate(0)
+                done = 0
+            self._begun(looked.size, done)
+            return self._receive(source, file, done)
+
+    def _can_go_on(self, looked: Looked) -> bool:
+        """Whether what an earlier run has left is of the same bytes: somebody can tell them from others."""
+        known = looked.validator or looked.digest or self._wanted.digest
+        return looked.size is not None and looked.ranges and bool(known)
 
     def _find(self) -> _Source:
         """By the mirror if it answers and can; whatever it says against that, the server is asked itself."""
@@ -179,6 +179,7 @@ def _hash_again(file: BinaryIO, size: int, add: Callable[[bytes], None]) -> None
         size -= len(data)
 
 
-def _part_name(output: Path, wanted: Wanted, looked: Looked) -> Path:
+def _part_name(output: Path, wanted: Wanted, looked: Looked) -> str:
     what = f"{wanted.url}\n{looked.size}\n{looked.validator}\n{wanted.digest}"
-    return output.with_name(f".{output.name[:200]}.{hashlib.sha256(what.encode()).hexdigest()[:16]}.part")
+    name = os.fsdecode(os.fsencode(output.name)[:_NAME_BYTES])
+    return f".{name}.{hashlib.sha256(what.encode()).hexdigest()[:16]}.part"

@@ -14,19 +14,20 @@ early and comes back (containerd fetches ranges so) finds it as it was.
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager
+import math
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from lazyfs.errors import BugError, PeerLacksError
+from lazyfs.errors import BugError, LazyfsError, PeerLacksError
 from lazyfs.mirror.download import Counted, Download, Threads
 from lazyfs.mirror.piecefile import file_name, resource_of
 from lazyfs.peers.model import HERE_ONLY, FileRange, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from lazyfs.mirror.contentstore import ContentStore
     from lazyfs.mirror.download import Fetching
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lazyfs.peers.model import PieceRequest, Resource
 
 LINGER_S: Final = 10.0
+TRUST_S: Final = 600.0           # a whole one that was right is not looked at again for so long: it is in memory mostly
 _log = logging.getLogger("lazyfs.mirror")
 
 
@@ -65,6 +67,7 @@ class Blobs:
         counted: bytes since the start, by source.
         on_open, on_close: told, on the loop, when this node begins and ends to take part in a resource.
         blame: told the id of a member that gave wrong bytes, and of what, once a piece.
+        recall: told of what readers may have been given wrong bytes, when those are gone from here.
 
     """
 
@@ -75,9 +78,11 @@ class Blobs:
         self.on_open: Callable[[Resource], None] | None = None
         self.on_close: Callable[[Resource], None] | None = None
         self.blame: Callable[[str, Download], None] | None = None
+        self.recall: Callable[[Resource], Awaitable[None]] | None = None
         self.counted = Counted()
         self._threads = Threads()
         self._entries: dict[str, _Entry] = {}
+        self._trusted: dict[str, float] = {}      # of what was whole on the disk and right: until when
         self._nursery: trio.Nursery | None = None
 
     @asynccontextmanager
@@ -141,7 +146,9 @@ class Blobs:
                     file = await self._find(resource, make=origin is not None)
                     if file is not None:
                         entry.download = Download(file, self.directory, self._threads, self.counted, sums=sums,
-                                                  verify=verify, blame=self._blame)
+                                                  verify=verify, blame=self._blame, recall=self.recall)
+                    if file is not None and file.is_whole and resource.kind is Kind.BLOB:
+                        self._doubt(resource.key, entry)
                 if entry.download is not None and origin is not None:
                     self._start(resource, entry, entry.download, origin, shared=shared)
             yield entry
@@ -149,6 +156,34 @@ class Blobs:
             entry.users -= 1
             if not entry.users and self._nursery is not None:
                 self._nursery.start_soon(self._linger, resource.key, entry)
+
+    def _doubt(self, key: str, entry: _Entry) -> None:
+        """What is whole on the disk is looked at again, once in TRUST_S, while it is being read."""
+        now, download = trio.current_time(), entry.download
+        if download is None or self._nursery is None or self._trusted.get(key, -math.inf) > now:
+            return
+        self._trusted = {one: until for one, until in self._trusted.items() if until > now}
+        download.is_doubted = True
+        entry.users += 1                 # it stays open for that
+        self._nursery.start_soon(self._recheck, key, entry, download)
+
+    async def _recheck(self, key: str, entry: _Entry, download: Download) -> None:
+        is_right = False
+        with suppress(LazyfsError):      # a disk that cannot even read it
+            is_right = await download.digest() == download.resource.digest
+        if is_right:
+            self._trusted[key] = trio.current_time() + TRUST_S
+        else:
+            _log.warning("%s: it has rotted on the disk, and is dropped", key)
+            await trio.to_thread.run_sync(self.directory.drop, download.resource)
+            if self.recall is not None:
+                await self.recall(download.resource)
+            if self._entries.get(key) is entry:
+                del self._entries[key]   # who asks next begins anew
+        download.decide(is_right=is_right)
+        entry.users -= 1
+        if not entry.users and self._nursery is not None:
+            self._nursery.start_soon(self._linger, key, entry)
 
     async def _find(self, resource: Resource, *, make: bool) -> PieceFile | None:
         busy = {file_name(one.resource) for one in self.under_way()}
@@ -180,7 +215,7 @@ class Blobs:
 
     async def _linger(self, key: str, entry: _Entry) -> None:
         await trio.sleep(LINGER_S)
-        if not entry.users and self._entries.get(key) is entry:
+        if not entry.users:
             await self._close(key, entry)
 
     async def _close(self, key: str, entry: _Entry) -> None:

@@ -6,7 +6,8 @@ The mirror as an HTTP proxy, and as the way of `lazyfs get` to the peers.
     GET /url/https://host/path  the same file for who shows X-Lazyfs-Get (no web page can: it would need our leave)
 
 Layer: mirror. Who calls: mirror.serving. State: none. A client may be led to public and private addresses, but to this
-machine and its link (where clouds give out credentials) only if `mirror.proxy_hosts` names the place.
+machine and its link (where clouds give out credentials) only if `mirror.proxy_hosts` names the place. A client on
+another machine, where `mirror.address` lets it in, gets only what rules name, and tunnels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lazyfs.image.digest import Digest
 from lazyfs.mirror.files import DIGEST_HEADER
 from lazyfs.mirror.upstream import USER_AGENT
 from lazyfs.mirror.urls import Target, check_url
-from lazyfs.registry.addresses import Reach, origin_of, printable
+from lazyfs.registry.addresses import Reach, origin_of, printable, reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -82,7 +83,11 @@ class Proxy:
                 raise UsageError("two mirrors ask each other")
             target = self._target(check_url(url), request.headers)
             digest = Digest(text) if (text := request.headers.get(DIGEST_HEADER)) else None
-            if request.method in {"GET", "HEAD"} and (is_covered or self._files.rules.covers(url)):
+            has_rule = self._files.rules.covers(url)
+            if not has_rule and not is_here(request.peer):
+                raise AuthError("a client on another machine is served only what a rule names",
+                                hint="mirror.proxy, proxy_immutable; else whoever reaches this port reaches what we do")
+            if request.method in {"GET", "HEAD"} and (is_covered or has_rule):
                 source = await self._files.answer(target, request, reply, digest)
             else:
                 source = await self._files.pass_on(target, request, reply)
@@ -90,10 +95,18 @@ class Proxy:
             _log.info("%s: %s: %s", printable(url), "torn" if reply.has_begun else "not served", error)
             if reply.has_begun:
                 raise trio.BrokenResourceError(str(error)) from error
-            await _refuse(reply, _status_of(error), str(error), error.hint)
+            await _refuse(reply, _status_of(error), str(error), error.hint or self._hint(url))
         if source:
             _log.info("served", extra={"fields": {"url": printable(url), "source": source, "bytes": reply.body_bytes,
                                                   "seconds": round(trio.current_time() - began, 3)}})
+
+    @staticmethod
+    def _hint(url: str) -> str:
+        try:
+            is_own = reach_of(origin_of(url).host) is Reach.MACHINE
+        except SourceError:
+            return ""
+        return "mirror.proxy_hosts names what it may reach on this machine" if is_own else ""
 
     def _target(self, url: str, headers: Mapping[str, str]) -> Target:
         origin = origin_of(url)
@@ -139,6 +152,11 @@ async def _pump(source: trio.SocketStream, sink: trio.SocketStream, both: trio.C
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
     both.cancel()
+
+
+def is_here(peer: str) -> bool:
+    """Whether a client is on this machine: it could go wherever it has us go."""
+    return reach_of(peer) is Reach.MACHINE
 
 
 def _status_of(error: LazyfsError) -> int:

@@ -20,7 +20,7 @@ import trio
 
 import lazyfs
 from lazyfs.cache.ownership import prepare_directory
-from lazyfs.errors import TargetError
+from lazyfs.errors import CacheError, TargetError
 from lazyfs.mirror import web
 from lazyfs.mirror.access import Access
 from lazyfs.mirror.blobs import PullBlobs
@@ -35,6 +35,7 @@ from lazyfs.mirror.pieces import Blobs
 from lazyfs.mirror.preheating import Preheating
 from lazyfs.mirror.proxy import Proxy
 from lazyfs.mirror.pulling import Pulling, refuse
+from lazyfs.mirror.recalling import Recalling
 from lazyfs.mirror.records import Records
 from lazyfs.mirror.route import Refusal
 from lazyfs.mirror.upstream import USER_AGENT, Upstream, anonymous
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from lazyfs.config import Config
+    from lazyfs.image.digest import Digest
     from lazyfs.mirror.web import Reply, Request
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:9453"
@@ -83,17 +85,20 @@ class Mirror:
 
 
 @asynccontextmanager
-async def opened(settings: Config) -> AsyncIterator[Mirror]:
+async def opened(settings: Config, drop: Callable[[Digest], int] | None = None) -> AsyncIterator[Mirror]:
     """
-    A mirror, ready for requests.
+    A mirror, ready for requests. `drop`: of mirror.recalling; None: there is no containerd to be told.
 
     Raises:
         CacheError: its directory cannot be used, or is used by another one.
 
     """
     own = settings.mirror
-    directory = await trio.to_thread.run_sync(prepare_directory, Path(own.dir))
-    pieces = await trio.to_thread.run_sync(PieceDirectory, directory / "pieces", own.quota_bytes)
+    try:
+        directory = await trio.to_thread.run_sync(prepare_directory, Path(own.dir))
+        pieces = await trio.to_thread.run_sync(PieceDirectory, directory / "pieces", own.quota_bytes)
+    except CacheError as error:      # its words are the worker's, whose option has another name
+        raise type(error)(str(error), hint=error.hint.replace("--cache-dir", "mirror.dir")) from error
     async with AsyncExitStack() as stack:
         stack.callback(pieces.close)
         records = Records(directory / "records.sqlite")
@@ -103,6 +108,8 @@ async def opened(settings: Config) -> AsyncIterator[Mirror]:
         stack.callback(upstream.close)
         content = ContentStore(own.containerd_root)
         blobs = await stack.enter_async_context(Blobs(pieces, content=content).serving())
+        if drop is not None:
+            blobs.recall = Recalling(drop).recall
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         terms = Terms(own.tag_fresh_s, own.proof_s, own.offline_s)
@@ -132,9 +139,11 @@ def _trust(settings: Config) -> Trust:
     return Trust(own.tags_from_peers_s, own.tags_from_peers_agree, own.offline_s)
 
 
-async def run(settings: Config, address: str, ready: Callable[[str], None]) -> None:
+async def run(settings: Config, address: str, ready: Callable[[str], None],
+              drop: Callable[[Digest], int] | None = None) -> None:
     """
-    Serve at `address` until SIGTERM or SIGINT; `ready` is told the address that is really listened at.
+    Serve at `address` until SIGTERM or SIGINT; `ready` is told the address that is really listened at. `drop`: of
+    opened().
 
     Raises:
         TargetError: the address cannot be used. CacheError: the directory cannot.
@@ -144,7 +153,7 @@ async def run(settings: Config, address: str, ready: Callable[[str], None]) -> N
         listeners = await web.listen(address)
         if not listeners:
             raise TargetError(f"cannot listen at {address}", hint="set mirror.address")
-        async with opened(settings) as mirror, trio.open_nursery() as nursery:
+        async with opened(settings, drop) as mirror, trio.open_nursery() as nursery:
             nursery.start_soon(web.serve, listeners, mirror.handle)
             host, port = listeners[0].socket.getsockname()[:2]
             ready(f"{host}:{port}")

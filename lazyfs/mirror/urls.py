@@ -45,6 +45,9 @@ CREDENTIALS: Final = frozenset({"authorization", "cookie", "proxy-authorization"
 _SIGNING: Final = re.compile(
     r"x-(amz|goog|oss|obs|cos)-|(awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|policy|key-pair-id|"
     r"security-token|se|sig|sv|sr|sp|st|spr|skoid|sktid|skt|ske|sks|skv|ns)\Z", re.IGNORECASE)
+# Of a header that is passed on; others would be refused by who writes it, or read as two by who gets it.
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}\Z")
+_VALUE: Final = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]{0,8190}[!-~\x80-\xff])?)?\Z")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
 
 
@@ -153,7 +156,7 @@ class Urls:
         One request, redirects of GET and HEAD followed; the answer has any status but a redirect's.
 
         Raises:
-            SourceError: no answer, or one that leads where it may not.
+            SourceError: no answer, one that leads where it may not, or whose length nobody can tell.
 
         """
         url, reach, sent = target.url, target.reach, {**target.headers, **headers}
@@ -165,7 +168,7 @@ class Urls:
             call = Call(method, url, sent, body, len(body or b""), reach=reach)
             answer = self._transport(origin.netloc).send(call, deadline)
             if answer.status not in _REDIRECTS or method not in {"GET", "HEAD"}:
-                return answer
+                return _checked(answer)
             location = answer.headers.get("Location", "")
             answer.finish()
             if not location:
@@ -231,6 +234,23 @@ class UrlOrigin:
                 raise SourceError(f"{self.name}: answered with another range than was asked for", transient=False)
 
 
+def passable(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of an answer that can be said again as they are."""
+    return {name: value.strip() for name, value in headers.items()
+            if _NAME.match(name) and _VALUE.match(value.strip())}
+
+
+def _checked(answer: HttpResponse) -> HttpResponse:
+    """Raises SourceError: it is none that has an end, or says a length that is none."""
+    says_length = "Content-Length" in answer.headers and "Transfer-Encoding" not in answer.headers
+    if answer.status >= 200 and (answer.length is not None or not says_length):
+        return answer
+    answer.close()
+    raise SourceError(f"{answer.where}: status {answer.status}, which ends nothing" if answer.status < 200 else
+                      f"{answer.where}: a Content-Length that is none", transient=False,
+                      hint="look at that server, or at what stands between")
+
+
 def _looked(answer: HttpResponse) -> Looked:
     headers = answer.headers
     size = answer.length
@@ -242,8 +262,9 @@ def _looked(answer: HttpResponse) -> Looked:
         size = None      # of what is behind the encoding nobody knows the size
     etag = headers.get("ETag", "").strip()
     validator = etag if re.fullmatch(r'"[\x21\x23-\x7e]{0,512}"', etag) else headers.get("Last-Modified", "")[:64]
-    kept = {name: headers[name] for name in ("Content-Type", "ETag", "Last-Modified", "Cache-Control",
-                                             "Content-Disposition", "Docker-Content-Digest") if name in headers}
+    kept = passable({name: headers[name] for name in (
+        "Content-Type", "ETag", "Last-Modified", "Cache-Control", "Content-Disposition", "Docker-Content-Digest",
+    ) if name in headers})
     return Looked(size, ranges, validator, _digest(headers), kept)
 
 

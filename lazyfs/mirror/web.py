@@ -136,7 +136,8 @@ class Reply:
         if self.has_begun:
             raise BugError("a second answer to one request")
         self.has_begun, self.status = True, status
-        return self._encode(h11.Response(status_code=status, headers=list(headers.items())))
+        encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+        return self._encode(h11.Response(status_code=status, headers=encoded))
 
     def _encode(self, event: h11.Event) -> bytes:
         return self._http.send(event) or b""
@@ -217,6 +218,7 @@ async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests:
                 elif isinstance(event, h11.Request):
                     head = event
                     guests.busy(scope)
+                    _check_length(head)
                 elif isinstance(event, h11.Data):
                     body += event.data
                     if len(body) > _BODY_BYTES_MAX:
@@ -235,6 +237,12 @@ async def _next_request(stream: trio.SocketStream, http: h11.Connection, guests:
         return None
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
     return Request(head.method.decode("ascii"), head.target.decode("ascii"), headers, bytes(body), peer)
+
+
+def _check_length(head: h11.Request) -> None:
+    """Raises h11.RemoteProtocolError: it is said in two ways, and who stands between may believe the other one."""
+    if {b"transfer-encoding", b"content-length"} <= {name for name, _ in head.headers}:
+        raise h11.RemoteProtocolError("two lengths")
 
 
 async def _refuse(stream: trio.SocketStream, http: h11.Connection, status: int) -> None:

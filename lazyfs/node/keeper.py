@@ -131,7 +131,7 @@ class Keeper:
         now = time.monotonic()
         current, coming = self._current, self._next
         self._watch.look(current, now)
-        self._mirror.look({} if self._stopping else self._settings["worker"], now)
+        self._mirror.look({} if self._stopping else self._settings["worker"], self._watch.hang_s, now)
         if coming is not None and not coming.imported and now - coming.began > self._settings["start_s"]:
             _say(f"worker {coming.pid} has not loaded in {self._settings['start_s']:g} s: killed")
             coming.kill()

@@ -70,6 +70,8 @@ class NodePeers:
             _log.error("this node goes on without peers: %s", error)
             return
         self.endpoint, self._why = endpoint, ""
+        self.store.room = endpoint.uploads.has_room
+        endpoint.swarm.coming = self.store.coming
         self._peering.begin(endpoint.swarm)
         self._peering.changed = self._changed
         self._changed()

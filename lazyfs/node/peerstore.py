@@ -18,9 +18,11 @@ import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError
 from lazyfs.fetch.transfer import Priority
-from lazyfs.peers.model import HERE_ONLY, FileRange, Kind
+from lazyfs.peers.model import COMING, HERE_ONLY, FileRange, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lazyfs.cache.store import CachedDevice, CacheDir
     from lazyfs.fetch.device import FetchDevice
     from lazyfs.fetch.peering import Peering
@@ -53,11 +55,12 @@ class StoreCounts:
 
 @dataclass(eq=False)
 class PeerStore:
-    """A model.Store. `run` must run beside it."""
+    """A model.Store. `run` must run beside it. `room`: whether so many bytes may wait in memory to be sent."""
 
     cache: CacheDir
     peering: Peering
     counts: StoreCounts = field(default_factory=StoreCounts)
+    room: Callable[[int], bool] = lambda _size: False
     _idle: dict[str, _Idle] = field(default_factory=dict)
     _opening: trio.Lock = field(default_factory=trio.Lock)
     _threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREAD_COUNT))
@@ -98,6 +101,11 @@ class PeerStore:
             raise PeerLacksError(f"{resource.key}: piece {index} is not here, and the image is not in use")
         return here
 
+    def coming(self, key: str, index: int) -> bool:
+        """Whether a chunk of a device in use (Resource.key) is here, or on its way."""
+        return any(device.cached.present(index, index) or (device.cached, index) in self.peering.scheduler.flights
+                   for device in self.peering.in_use.get(key, ())[:1])
+
     def _find(self, resource: Resource) -> FetchDevice | None:
         """A device in use, retained."""
         for device in self.peering.in_use.get(resource.key, ()):
@@ -114,13 +122,15 @@ class PeerStore:
             here = await self._here(device.cached, request.resource, index)
             if here is not None:
                 return here
-            if request.hops >= HERE_ONLY:
+            lacks = (not self.coming(request.resource.key, index) if request.hops == COMING else
+                     request.hops >= HERE_ONLY and not self.peering.is_at_origin(device, index))
+            if lacks:
                 self.counts.lacking += 1
                 raise PeerLacksError(f"{request.resource.key}: piece {index} is not here")
             try:
                 data = await self.peering.pass_on(
                     device, index, deadline=deadline, hops=request.hops + 1, priority=Priority(request.priority),
-                    request=request.request)
+                    request=request.request, room=self.room)
             except (PeerBusyError, PeerLacksError):
                 raise
             except LazyfsError as error:

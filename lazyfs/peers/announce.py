@@ -16,6 +16,7 @@ PREFIX: Final = "/v1/clusters/"
 SWARM_COUNT_MAX = 2048           # resources of one node: 20 images of 100 layers
 REPORT_COUNT_MAX = 32            # in one beat
 COMPLETE = 1000                  # of Standing.done
+PARTIAL = COMPLETE // 10         # so much, and others are told that it has some of it
 WHYS: Final = ("lied", "slow", "dead", "refused")
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,128}\Z")]
@@ -91,13 +92,14 @@ class Beat(msgspec.Struct, omit_defaults=True):
 
 
 class Seen(msgspec.Struct, array_like=True):
-    """A member in a view; shorter than an object: views have thousands."""
+    """A member in a view; shorter than an object: views have thousands. `partial`: it has PARTIAL, or all of it."""
 
     id: Name
     address: _Address
     zone: _Label
     up_rate: _Count
     complete: bool
+    partial: bool = False
 
 
 class ViewPart(msgspec.Struct, omit_defaults=True):

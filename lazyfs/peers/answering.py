@@ -19,7 +19,7 @@ from lazyfs import limits
 from lazyfs.errors import BugError, LazyfsError, PeerBusyError, PeerError
 from lazyfs.peers import wire
 from lazyfs.peers.channel import page_in
-from lazyfs.peers.model import BEAT_S, FileRange, Priority
+from lazyfs.peers.model import FileRange, Priority, beat_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,7 +175,7 @@ class Answer:
         with trio.CancelScope(deadline=self._deadline) as self._waiting:
             while not self._ready:
                 self._arrived = trio.Event()
-                with trio.move_on_after(BEAT_S) as silence:
+                with trio.move_on_after(beat_s(self._request.priority)) as silence:
                     await self._arrived.wait()
                 if silence.cancelled_caught:
                     await self._beat()

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 _CONNECT_S = 1.0                 # name, TCP, TLS and upgrade: a peer is near, or not worth the wait
 _IDLE_S = 30.0                   # then an idle connection is closed; the server's bound is larger
 _LOOK_S = 5.0
-_LOOKS = 4                       # in the time of a silence: what came, but was too little to wake up for, breaks it
+_LOOKS = 10                      # in the time of a silence: what came, but was too little to wake up for, breaks it
 _TAKE_BACK_S = 0.05              # 12 bytes fit, or the connection is not worth keeping
 _IDLE_PER_MEMBER_MAX = 8
 _IDLE_MAX = 512                  # descriptors: the longest idle ones are closed
+_HEARD_MAX = 4096                # addresses; then those that were heard of before _IDLE_S are forgotten
 _NUMBER_MAX = (1 << 32) - 1
 _log = logging.getLogger("lazyfs.peers.client")
 
@@ -57,7 +58,18 @@ class PeerClient:
         self._tls = tls
         self._connect_s = connect_s
         self._idle: dict[_Connection, None] = {}     # longest first
+        self._heard: dict[str, float] = {}           # by address
         self._closed = False
+
+    def heard_at(self, member: Member) -> float:
+        """As Exchange.heard_at."""
+        return self._heard.get(member.address, 0.0)
+
+    def heard(self, address: str) -> None:
+        """Of who is there, a byte has come."""
+        self._heard[address] = now = trio.current_time()
+        if len(self._heard) > _HEARD_MAX:
+            self._heard = {one: at for one, at in self._heard.items() if now - at < _IDLE_S}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -100,13 +112,15 @@ class PeerClient:
 
     async def _connect(self, member: Member) -> _Connection:
         channel = await reach(member, self._tls)
+        self.heard(member.address)
         try:
             await handshake.ask(channel, member.address)
         except BaseException:
             await channel.close()
             raise
         self.connections += 1
-        return _Connection(member.address, channel)
+        self.heard(member.address)
+        return _Connection(member.address, channel, self.heard)
 
     async def keep(self, connection: _Connection) -> None:
         """It is idle now."""
@@ -132,10 +146,12 @@ class PeerClient:
 class _Connection:
     """:left: bytes of the frame being read that have not come yet; None: its header has not."""
 
-    __slots__ = ("_have", "_head", "address", "channel", "idle_since", "left", "number", "rate", "silent", "used")
+    __slots__ = ("_have", "_head", "_heard", "address", "channel", "idle_since", "left", "number", "rate", "silent",
+                 "used")
 
-    def __init__(self, address: str, channel: Channel) -> None:
+    def __init__(self, address: str, channel: Channel, heard: Callable[[str], None]) -> None:
         self.address = address
+        self._heard = heard
         self.channel = channel
         self.idle_since = 0.0
         self.number = 0              # of the last request
@@ -181,6 +197,7 @@ class _Connection:
                     continue
             if not count:
                 raise PeerError(f"{self.address}: connection ended within an answer")
+            self._heard(self.address)
             return count
         self.silent = True
         raise PeerError(f"{self.address}: silent for {SILENCE_S:g} s")

@@ -111,7 +111,7 @@ class Endpoint:
         _log.info("peers: listening", extra={"fields": {"address": self._listen_at, "member": self.me.id,
                                                         "as": self.me.address}})
         await serve(listeners, self._store, self.gate, self.uploads, better=self._better, tls=self._tls,
-                    desk=self._desk)
+                    desk=self._desk, refer=self.swarm.refer)
 
     async def question(self, member: Member, words: str, key: str) -> bytes:
         """

@@ -45,6 +45,8 @@ TOKEN_COUNT_MAX = 8192           # resources of a node: images of 512 layers; th
 ADMITTED_COUNT_MAX = 16_384
 SHOWN_COUNT_MAX = 32             # members that one token is shown to: parents of the groups of a resource
 UNUSED_S = 3600.0                # a token that nobody used for so long is not renewed
+SAY_AGAIN_S = 60.0               # the log says no more often that there is no token, or another's is refused
+_REASON_CHARS_MAX = 500
 
 
 class Authority(Protocol):
@@ -105,6 +107,26 @@ class GateCounts:
     by_grace: int = 0
 
 
+class _Reason:
+    """Why something went wrong last: for the operator, and now and then for the log."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._text, self._at = "", 0.0
+        self._said_at = float("-inf")
+
+    def note(self, error: LazyfsError) -> None:
+        now = trio.current_time()
+        self._text, self._at = f"{error}{f' ({error.hint})' if error.hint else ''}"[:_REASON_CHARS_MAX], now
+        if now - self._said_at >= SAY_AGAIN_S:
+            self._said_at = now
+            _log.warning("peers: %s: %s", self._what, self._text)
+
+    def told(self) -> dict[str, str | float]:
+        """Empty: nothing went wrong."""
+        return {"why": self._text, "seconds_ago": round(trio.current_time() - self._at, 1)} if self._text else {}
+
+
 @dataclass(eq=False)
 class TokenGate:
     """
@@ -135,12 +157,14 @@ class TokenGate:
     _admitted: OrderedDict[bytes, tuple[str, float]] = field(default_factory=OrderedDict, repr=False)
     _heard_at: float | None = None
     _ahead_s: float = 0.0            # the tracker's clock minus ours
+    _own: _Reason = field(default_factory=lambda: _Reason("no token to be had, so nothing comes from peers"))
+    _others: _Reason = field(default_factory=lambda: _Reason("a token that was shown is refused"))
     _asked: trio.Event = field(default_factory=trio.Event, repr=False)
 
-    def describe(self) -> dict[str, int | bool]:
-        """For `lazyfs peers` and metrics: tokens held, and counters since the start."""
+    def describe(self) -> dict[str, object]:
+        """For `lazyfs peers` and metrics: tokens held, counters since the start, and why it went wrong last."""
         return {"held": len(self._held), "keys": len(self._public.by_id), "lost": self.is_lost,
-                **asdict(self.counts)}
+                **asdict(self.counts), "last_failed": self._own.told(), "last_refused": self._others.told()}
 
     # --- our own tokens -------------------------------------------------------------------------------------------
 
@@ -191,6 +215,7 @@ class TokenGate:
 
     def _failed(self, key: str, error: LazyfsError, pause_s: float) -> LazyfsError:
         self.counts.failed += 1
+        self._own.note(error)
         _put(self._refusals, key, _Refusal(error, trio.current_time() + pause_s), TOKEN_COUNT_MAX)
         return error
 
@@ -212,8 +237,9 @@ class TokenGate:
         if known is None or now >= known[1] + self._grace_s():
             try:
                 known = self._check(token, key, now)
-            except PeerRefusedError:
+            except PeerRefusedError as error:
                 self.counts.refused += 1
+                self._others.note(error)
                 raise
             _put(self._admitted, name, known, ADMITTED_COUNT_MAX)
         self.counts.admitted += 1
@@ -304,9 +330,13 @@ class TokenGate:
             with trio.fail_after(ASK_S):
                 found = await self.authority.issue(keys, self._key)
         except PeerRefusedError:
-            found = {}
-        except (LazyfsError, trio.TooSlowError):
+            found = {}       # perhaps it is used here no longer; whoever wants it yet asks, and is told
+        except trio.TooSlowError:
             self.counts.failed += 1
+            return
+        except LazyfsError as error:
+            self.counts.failed += 1
+            self._own.note(error)
             return
         self._keep(found)
         for key in keys:

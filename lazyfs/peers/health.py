@@ -13,6 +13,7 @@ import enum
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from lazyfs.peers.model import SILENCE_S
 from lazyfs.peers.rates import Rates
 
 LIED_S = 600.0          # a disk that rots does not mend by itself
@@ -27,6 +28,7 @@ SLOW_SAMPLES = 8        # of the last pieces and what is overdue; half of them a
 LATENCIES = 64          # kept, of one peer and of all
 HEALTH_MAX = 20_000
 REPORT_MAX = 256        # waiting for the tracker
+QUIET = "quiet"         # Health.away of who is silent, and not yet known to be gone
 
 
 class Fault(enum.StrEnum):
@@ -101,6 +103,10 @@ class Health:
     latencies: Latencies = field(default_factory=Latencies)
     times_usual: deque[float] = field(default_factory=lambda: deque(maxlen=SLOW_SAMPLES * 8))
 
+    def is_quiet(self, now: float) -> bool:
+        """Left alone because nothing is heard of it."""
+        return self.away == QUIET and self.away_until > now
+
     def is_mostly_late(self) -> bool:
         """Of its last pieces and of those under way that are overdue."""
         count = len(self.times_usual) + self.late
@@ -133,9 +139,9 @@ class HealthBook:
         return sorted(self._of.items())
 
     def is_away(self, member_id: str, key: str, now: float) -> bool:
-        """Whether it is left alone now, for this resource."""
+        """Whether it is left alone now, for this resource. Who was gone is asked one thing at first."""
         health = self._of.get(member_id)
-        if health is not None and health.away_until > now:
+        if health is not None and (health.away_until > now or (health.gone_in_a_row and health.running)):
             return True
         return self._lacking.get((member_id, key), 0.0) > now
 
@@ -150,6 +156,8 @@ class HealthBook:
         health.bytes_received += size
         health.moved_at = now
         health.gone_in_a_row = 0
+        if health.away == QUIET:
+            health.away_until = now
 
     def lied(self, member_id: str, why: str, now: float) -> None:
         health = self.of(member_id)
@@ -161,11 +169,11 @@ class HealthBook:
         """Several requests that break together are one failure."""
         health = self.of(member_id)
         health.failures += 1
-        if health.away_until > now:
+        if health.away_until > now and not health.is_quiet(now):
             return
-        pause = min(GONE_MAX_S, GONE_FIRST_S * 2**min(16, health.gone_in_a_row))
-        health.gone_in_a_row += 1
-        self._leave_alone(health, Fault.GONE, now + pause, why)
+        if not health.is_quiet(now):
+            self._leave_gone(health, Fault.GONE, why, now)
+        health.away, health.last_error = Fault.GONE, why
         self._report(member_id, Fault.GONE)
 
     def refused(self, member_id: str, key: str, why: str, now: float) -> None:
@@ -193,10 +201,27 @@ class HealthBook:
             health.times_usual.clear()    # judged anew by what it does then
             self._report(member_id, Fault.SLOW)
 
+    def quiet(self, member_id: str, seconds: float, now: float) -> None:
+        """
+        For so long nothing was heard of it: left alone like one that is gone, until a piece of it comes.
+
+        Others are told when it is SILENCE_S: it may have had other work.
+        """
+        health, why = self.of(member_id), "nothing is heard of it"
+        if seconds >= SILENCE_S:
+            self.gone(member_id, why, now)
+        elif health.away_until <= now:
+            self._leave_gone(health, QUIET, why, now)
+
     def take_reports(self) -> list[Report]:
         """What happened since the last call, for the tracker."""
         taken, self._reports = self._reports, {}
         return [Report(member, fault, count) for (member, fault), count in taken.items()]
+
+    def _leave_gone(self, health: Health, word: str, why: str, now: float) -> None:
+        pause = min(GONE_MAX_S, GONE_FIRST_S * 2**min(16, health.gone_in_a_row))
+        health.gone_in_a_row += 1
+        self._leave_alone(health, word, now + pause, why)
 
     def _leave_alone(self, health: Health, why: str, until: float, error: str) -> None:
         health.away, health.away_until, health.last_error = str(why), until, error

@@ -57,6 +57,9 @@ class Known:
             self._by_address = {member.address: member for member in self.topology.members}
         return self._by_address.get(address)
 
+    def member(self, member_id: str) -> Member | None:
+        return self.topology.member(member_id)
+
     def probe_pays(self, *, read: bool) -> bool:
         """Whether to ask an heir before the origin. `read`: one waits for it."""
         if self.probe_misses < (PROBE_MISSES_READ if read else PROBE_MISSES):
@@ -77,5 +80,5 @@ class Known:
             self._left_out = out
             self._places.clear()
             rest = tuple(member for member in self.topology.members if member.id not in out)
-            self._trees = Topology(View(rest, self.view.complete - out)) if out else self.topology
+            self._trees = Topology(View(rest, self.view.complete - out, self.view.partial)) if out else self.topology
         self._look_at = min((self._lacking[name][1] for name in out), default=math.inf)

@@ -24,7 +24,9 @@ PIECE_BYTES_MAX = 4 * limits.MIB
 TOKEN_CHARS_MAX = 2048           # a token has about 600
 HOPS_MAX = 32                    # a tree of 2 children over 10,000 nodes has 14 levels; fallbacks add some
 HERE_ONLY = HOPS_MAX             # `hops` of a request that wants what is there already, see PieceRequest
-BEAT_S = 0.5                     # an answerer that has nothing to send yet says so that often,
+COMING = HOPS_MAX - 1            # likewise, of one that wants what is there or on its way there
+BEAT_S = 0.25                    # an answerer that has nothing to send yet says so that often,
+BEAT_READ_S = 0.15               # if it was asked for a read,
 SILENCE_S = 2.0                  # and one that says nothing for so long is gone: PeerError (Exchange.ask)
 
 
@@ -48,6 +50,11 @@ class Priority(enum.IntEnum):
     PREFETCH = 1
     BACKGROUND = 2
     COPY = 3
+
+
+def beat_s(priority: Priority) -> float:
+    """How often an answerer says that it is there, while it has nothing to send. A read's asker looks sooner."""
+    return BEAT_READ_S if priority is Priority.FOREGROUND else BEAT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +103,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Who is in a resource's swarm, as this node knows it: in order of id, itself included. Views of nodes differ."""
+    """
+    Who is in a resource's swarm, as this node knows it: in order of id, itself included. Views of nodes differ.
+
+    :complete: ids of those that have all of it, as they said; partial: of those that have some of it, and no little.
+    """
 
     members: tuple[Member, ...] = ()
-    complete: frozenset[str] = field(default_factory=frozenset)    # ids of those that have all of it, as they said
+    complete: frozenset[str] = field(default_factory=frozenset)
+    partial: frozenset[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +121,11 @@ class PieceRequest:
 
     Attributes:
         seconds: that the asker will wait, from now; the answerer's own fetching ends before.
-        hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here, and PeerLacksError at once for
-            the rest; nothing is fetched for it, and no flight under way is waited for. More is refused.
+        hops: how many have passed it on. HOPS_MAX (HERE_ONLY): give what is here or just coming from the origin, and
+            PeerLacksError at once for the rest; nothing is fetched for it, and no flight is waited for that has gone
+            to a peer, who may be waiting for the asker. More is refused. COMING: likewise, but every flight under way
+            is waited for (referrals says why that ends).
+        asker: who asks, if another member may be named instead (referrals): of a read of one piece; else empty.
         request: the id of the read that it is for (lazyfs.requestid), or empty.
 
     """
@@ -121,6 +136,7 @@ class PieceRequest:
     hops: int
     priority: Priority
     request: str = ""
+    asker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +170,10 @@ class Exchange(Protocol):
             silent. All are lazyfs.errors.
 
         """
+        ...
+
+    def heard_at(self, member: Member) -> float:
+        """When the last byte of it came, over any connection, a beat too (trio's clock); 0.0: not lately."""
         ...
 
 

@@ -28,10 +28,18 @@ async def reach(member: Member, tls: TlsFiles | None) -> Channel:
         host, port = split_address(member.address)
         stream = await trio.open_tcp_stream(host, port)
     except (OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PeerError(f"{member.id} at {member.address}: {reason}") from error
+        raise PeerError(f"{member.id} at {member.address}: {why_not(error)}") from error
     try:
         return Channel(stream if tls is None else await secure(stream, tls, member, host))
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
+
+
+def why_not(error: BaseException) -> str:
+    """Why there is no connection, in the system's words; trio's own say only that all attempts failed."""
+    cause = error.__cause__
+    while isinstance(cause, BaseExceptionGroup):      # several addresses
+        cause = cause.exceptions[0]
+    found = cause if isinstance(cause, OSError) else error
+    return (found.strerror if isinstance(found, OSError) else "") or str(found) or type(found).__name__

@@ -41,7 +41,8 @@ _log = logging.getLogger("lazyfs.peers.server")
 
 async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Gate, uploads: Uploads, *,
                 tls: TlsFiles | None = None, hop: Hop | None = None,
-                better: Callable[[PieceRequest], tuple[str, ...]] | None = None, desk: Desk | None = None) -> None:
+                better: Callable[[PieceRequest], tuple[str, ...]] | None = None, desk: Desk | None = None,
+                refer: Callable[[PieceRequest], str] = lambda _request: "") -> None:
     """
     Answer peers until cancelled. The listeners are closed at the end.
 
@@ -54,9 +55,11 @@ async def serve(listeners: Sequence[trio.SocketListener], store: Store, gate: Ga
         hop: decides what is compressed; None: one with the usual bounds.
         better: for a request that finds no room here: host:port of members that are known to have it.
         desk: answers small questions; None: there are none.
+        refer: Swarm.refer.
 
     """
-    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better, desk=desk)
+    server = _Server(store, gate, uploads, tls=tls, hop=hop or Hop(), better=better, desk=desk,
+                     refer=refer)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(server.guests.accept, listener, server.serve, nursery)
@@ -70,12 +73,14 @@ class _Queued(NamedTuple):
 
 class _Server:
     def __init__(self, store: Store, gate: Gate, uploads: Uploads, *, tls: TlsFiles | None, hop: Hop,
-                 better: Callable[[PieceRequest], tuple[str, ...]] | None, desk: Desk | None) -> None:
+                 better: Callable[[PieceRequest], tuple[str, ...]] | None, desk: Desk | None,
+                 refer: Callable[[PieceRequest], str]) -> None:
         self.store = store
         self.uploads = uploads
         self.tls = tls
         self.hop = hop
         self.better = better
+        self._refer = refer
         self.desk = desk
         self.guests = Guests(uploads.limits.connections, _log, "a peer's connection", turn_away=True)   # to others
         self._gate = gate
@@ -95,6 +100,13 @@ class _Server:
             _log.exception("a peer's connection failed")
         finally:
             self.guests.busy(connection.scope)
+
+    def name_another(self, request: PieceRequest) -> None:
+        """Raises PeerBusyError: a read is to ask somebody else, at once."""
+        address = self._refer(request)
+        if address:
+            raise PeerBusyError(f"{request.resource.key}: {address} has piece {request.indexes[0]}, or gets it",
+                                better=(address,))
 
     def admit(self, token: str, key: str, where: str) -> str:
         """Who asks: a member's id, or where it comes from. Raises PeerRefusedError."""
@@ -182,6 +194,8 @@ class _Connection:
         with requestid.during(request.request):
             try:
                 member = server.admit(token, request.resource.key, link.channel.peer)
+                if request.asker and member in {request.asker, link.channel.peer}:    # a token's, or there are none
+                    server.name_another(request)
                 with server.uploads.request(member, request.priority, size, request.seconds):
                     self._answer = Answer(link, number, request, store=server.store, uploads=server.uploads,
                                           hop=server.hop)
@@ -192,7 +206,7 @@ class _Connection:
             except PeerError as error:
                 if not link.whole:
                     raise
-                if isinstance(error, PeerBusyError) and server.better is not None:
+                if isinstance(error, PeerBusyError) and not error.better and server.better is not None:
                     error.better = server.better(request)
                 await link.frame(wire.trouble_frame(number, wire.trouble_of(error)))
 

@@ -20,9 +20,10 @@ from lazyfs import limits
 from lazyfs.errors import PeerLacksError
 from lazyfs.peers.health import HealthBook
 from lazyfs.peers.known import Known
-from lazyfs.peers.model import HOPS_MAX, View
+from lazyfs.peers.model import HOPS_MAX, Priority, View
 from lazyfs.peers.pace import Pace
 from lazyfs.peers.rates import Rate
+from lazyfs.peers.referrals import Referrals
 from lazyfs.peers.swarmfetch import SwarmFetch
 from lazyfs.peers.topology import Place, Topology, group_pieces
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lazyfs.peers.health import Report
-    from lazyfs.peers.model import Deliver, Exchange, Member, Origin, Priority, Resource
+    from lazyfs.peers.model import Deliver, Exchange, Member, Origin, PieceRequest, Resource
 
 
 
@@ -50,7 +51,9 @@ class SwarmLimits:
 class Swarm:
     """
     :me: this node; it never asks itself.
-    :counters: fetches, requests, hedges, hurried, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
+    :deaf_at: when this loop was found to have been late: what peers said until then may not have been taken.
+    :counters: fetches, requests, referred, hedges, hurried, hedges_won, pieces, bytes, origin_pieces, duplicate_bytes.
+    :coming: whether this node has a piece, or is getting it; None: reads ask by the trees alone, nobody is referred.
 
     `make_topology`: of a view; a simulation of many nodes shares them.
     """
@@ -62,7 +65,10 @@ class Swarm:
         self.bounds = bounds or SwarmLimits()
         self.health = HealthBook()
         self.pace = Pace()
+        self.deaf_at = 0.0
         self.download = Rate(self.bounds.download_rate)
+        self.coming: Callable[[str, int], bool] | None = None
+        self._referrals = Referrals()
         self.random = rng or random.Random()    # noqa: S311 - spreads waits
         self.counters: Counter[str] = Counter()
         self._make_topology = make_topology
@@ -78,12 +84,13 @@ class Swarm:
         if not any(member.id == self.me.id for member in members):
             members = (*members, self.me)
         self._known[key] = Known(view, self._make_topology(
-            view if members is view.members else View(members, view.complete)),
+            view if members is view.members else View(members, view.complete, view.partial)),
             probe_misses=old.probe_misses if old is not None else 0)
 
     def forget(self, key: str) -> None:
         """The resource is no longer shared."""
         self._known.pop(key, None)
+        self._referrals.forget(key)
 
     def view(self, key: str) -> View | None:
         known = self._known.get(key)
@@ -128,6 +135,46 @@ class Swarm:
             return await one.run()
         finally:
             self._running.discard(one)
+
+    def is_slow(self, member: Member) -> bool:
+        """As it was found, or says."""
+        return self.health.is_slow(member.id, trio.current_time())
+
+    def says_slow(self, member: Member) -> bool:
+        """By its own word, beside the others'."""
+        return self.health.rates.is_slow(member.id, trio.current_time())
+
+    def refer(self, request: PieceRequest) -> str:
+        """Whom a peer is to ask instead, host:port; itself: the origin. "": it is this node that serves it."""
+        key = request.resource.key
+        known, coming = self._known.get(key), self.coming
+        asker = known.member(request.asker) if known is not None else None    # one id, however often it asks
+        if (known is None or coming is None or asker is None or asker.id == self.me.id
+                or request.priority is not Priority.FOREGROUND or len(request.indexes) != 1):
+            return ""
+        index = request.indexes[0]
+
+        def here() -> str:
+            place = self.place(request.resource, index) or Place()
+            gets = place.parents or place.holders or (place.heirs and known.probe_pays(read=True))
+            return self.me.id if gets or coming(key, index) else ""
+
+        source = self._referrals.source(key, index, asker.id, here=here, usable=self._usable(known, key))
+        member = known.member(source) if source != self.me.id else None
+        return member.address if member is not None else ""
+
+    def refer_own(self, key: str, index: int) -> Member | None:
+        """The same for a read of this node, of whose pieces it is the root. None: nobody."""
+        known = self._known.get(key)
+        if known is None or self.coming is None:
+            return None
+        source = self._referrals.source(key, index, self.me.id, here=str, usable=self._usable(known, key))
+        return None if source in {"", self.me.id} else known.member(source)
+
+    def _usable(self, known: Known, key: str) -> Callable[[str], bool]:
+        now = trio.current_time()
+        return lambda member: known.member(member) is not None and (member == self.me.id or not (
+            self.health.is_slow(member, now) or self.health.is_away(member, key, now)))
 
     def told_rate(self, member_id: str, step: int) -> None:
         """A member has said what it can give (rates): who is slow beside the others is not waited for from now on."""

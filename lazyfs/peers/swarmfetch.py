@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
-from lazyfs.peers.health import SLOW_MIN_S, SLOW_TIMES
-from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
+from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, judge, quiet, root_gone_at
+from lazyfs.peers.model import PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
-from lazyfs.peers.ways import Attempt, Way, split, way_of
+from lazyfs.peers.ways import Attempt, Manner, Way, split, way_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
     from lazyfs.peers.known import Known
     from lazyfs.peers.model import Deliver, Member, Origin, Piece, Resource
     from lazyfs.peers.swarm import Swarm
+    from lazyfs.peers.ways import Stop
 
 HOP_SHARE = 0.95        # of what is left goes on with a request,
 HOP_MAX_S = 0.2         # but no more than this is kept: what comes at the last moment must still come back
-HERE_TIMES = 4          # of the pace's delay: who has it needs no longer
-ALIVE_TIMES = 2         # of it: who brings other pieces may take so long for this one
 ROOT_LATE_S = 2.0       # a root that has been late for so long, the next in the order no longer waits for
 LOOK_S = 0.5            # so often what is late is worked out anew: the first requests began before anything was usual
 BUSY_MIN_S, BUSY_MAX_S = 0.05, 2.0
@@ -80,8 +79,11 @@ class SwarmFetch:
                 for attempt in self._attempts:
                     nursery.start_soon(self._ask, attempt, nursery)
                 while not self._ended.is_set():
-                    with trio.CancelScope(deadline=self._wake_at()) as self._sleep:
+                    wake_at = self._wake_at()
+                    with trio.CancelScope(deadline=wake_at) as self._sleep:
                         await self._ended.wait()
+                    if self._now() > wake_at + DEAF_S:
+                        self._swarm.deaf_at = self._now()
                     self._look(nursery)
                 nursery.cancel_scope.cancel()
 
@@ -103,39 +105,32 @@ class SwarmFetch:
                 way = by_group[group] = self._way(group)
             way.missing.add(index)
             self._ways[index] = way
+            if way.is_root and self._priority is Priority.FOREGROUND:
+                way.ask_first(self._swarm.refer_own(self.key, index))
         return list(by_group.values())
 
     def _way(self, group: int) -> Way:
         place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         read = self._priority is Priority.FOREGROUND
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
-        return way_of(place, self._is_slow, self._says_slow, place.heirs[:1 if read else None] if pays else ())
-
-    def _is_slow(self, member: Member) -> bool:
-        return self._swarm.health.is_slow(member.id, self._now())
-
-    def _says_slow(self, member: Member) -> bool:
-        return self._swarm.health.rates.is_slow(member.id, self._now())
-
-    def _is_left(self, attempt: Attempt) -> bool:
-        """Slow, and not waited for: it says so itself, or all that it was asked for can be had elsewhere."""
-        return self._is_slow(attempt.member) and (self._says_slow(attempt.member) or all(
-            way.next < len(way.stops) for way in self._open_ways(attempt)))
+        return way_of(place, self._swarm.is_slow, self._swarm.says_slow,
+                      place.heirs[:1 if read else None] if pays else (),
+                      refers=read and self._swarm.coming is not None)
 
     def _advance(self, ways: Iterable[Way], nursery: trio.Nursery | None) -> None:
         """Ask the next member of each way; those that have none, and nothing under way, wait or go to the origin."""
-        chosen: dict[tuple[str, bool], tuple[Member, list[Way]]] = {}
+        chosen: dict[tuple[str, Manner], tuple[Member, list[Way]]] = {}
         for way in ways:
             stop = self._next_stop(way)
             if stop is not None:
                 chosen.setdefault((stop[0].id, stop[1]), (stop[0], []))[1].append(way)
             elif not way.running and way.missing:
                 self._out_of_members(way)
-        for (_, here_only), (member, together) in chosen.items():
+        for (_, manner), (member, together) in chosen.items():
             for part in split(together, self._swarm.bounds.request_bytes // self._resource.piece_size):
-                self._start(member, here_only, part, nursery)
+                self._start(member, manner, part, nursery)
 
-    def _next_stop(self, way: Way) -> tuple[Member, bool] | None:
+    def _next_stop(self, way: Way) -> Stop | None:
         now, swarm = self._now(), self._swarm
         while way.missing and way.next < len(way.stops):
             stop = way.stops[way.next]
@@ -179,10 +174,10 @@ class SwarmFetch:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _start(self, member: Member, here_only: bool, pieces: dict[int, Way], nursery: trio.Nursery | None,
+    def _start(self, member: Member, manner: Manner, pieces: dict[int, Way], nursery: trio.Nursery | None,
                priority: Priority | None = None) -> None:
         now = self._now()
-        attempt = Attempt(member, here_only, pieces, now, jitter=self._swarm.random.uniform(0.9, 1.2),
+        attempt = Attempt(member, manner, pieces, now, jitter=self._swarm.random.uniform(0.9, 1.2),
                           priority=self._priority if priority is None else priority)
         health = self._swarm.health.of(member.id)
         health.running += 1
@@ -192,7 +187,7 @@ class SwarmFetch:
         self._attempts.add(attempt)
         for way in set(pieces.values()):
             way.running += 1
-        self._sleep.deadline = min(self._sleep.deadline, self._due_at(attempt))
+        self._sleep.deadline = min(self._sleep.deadline, due_at(self._swarm, attempt))
         if nursery is not None:
             nursery.start_soon(self._ask, attempt, nursery)
 
@@ -221,17 +216,18 @@ class SwarmFetch:
     async def _receive(self, attempt: Attempt) -> None:
         swarm, resource = self._swarm, self._resource
         size = sum(resource.piece_bytes(index) for index in attempt.left)
+        attempt.ours = True
         if attempt.priority is Priority.FOREGROUND:
             swarm.download.take_now(size)
         else:
-            attempt.ours = True
             await swarm.download.take(size)
-            attempt.ours = False
-            attempt.moved_at = self._now()
         left_s = self._deadline - self._now()
         request = PieceRequest(resource, tuple(sorted(attempt.left)), max(left_s * HOP_SHARE, left_s - HOP_MAX_S),
-                               HERE_ONLY if attempt.here_only else self._hops, attempt.priority, self._request)
-        async with swarm.exchange.ask(attempt.member, request) as pieces:
+                               attempt.hops(self._hops), attempt.priority, self._request,
+                               swarm.me.id if attempt.manner is Manner.WHO and len(attempt.left) == 1 else "")
+        async with swarm.exchange.ask(attempt.member, request) as pieces:    # with a token: that was waited for
+            attempt.ours = False
+            attempt.moved_at = self._now()
             async for piece in pieces:
                 if not await self._take(attempt, piece) or not attempt.left:
                     return
@@ -277,26 +273,7 @@ class SwarmFetch:
         self._swarm.health.delivered(attempt.member.id, size, now)
         self._swarm.pace.add(attempt.priority, seconds)
         health.latencies.add(seconds)
-        self._judge(attempt, seconds)
-
-    def _judge(self, attempt: Attempt, seconds: float, *, came: bool = True) -> None:
-        """
-        Is it slow, beside the others? `came`: a piece has, after so long; else nothing yet.
-
-        Who brings half of everything is what is usual: with one other node, a queue that grows is not its fault.
-        """
-        swarm = self._swarm
-        if 2 * swarm.health.of(attempt.member.id).pieces > swarm.counters["pieces"]:
-            return
-        health, usual = swarm.health.of(attempt.member.id), swarm.pace.median_s(attempt.priority)
-        times = seconds / max(usual, SLOW_MIN_S)
-        if came:
-            health.times_usual.append(times)
-        elif usual and times > SLOW_TIMES and not attempt.late:
-            attempt.late = True
-            health.late += 1
-        if health.is_mostly_late():
-            swarm.health.was_slow(attempt.member.id, self._now(), f"{seconds:.2f} s a piece, others {usual:.2f} s")
+        judge(self._swarm, attempt, seconds, now, came=True)
 
     def _delivered(self, attempt: Attempt, index: int, size: int) -> None:
         swarm = self._swarm
@@ -323,8 +300,9 @@ class SwarmFetch:
         self._attempts.discard(attempt)
         for way in set(attempt.ways.values()):
             way.running -= 1
-        if attempt.scope.cancelled_caught and not attempt.got:    # another one was faster
-            self._judge(attempt, self._now() - attempt.moved_at)
+        now = self._now()
+        if attempt.scope.cancelled_caught and not attempt.got and health.away_until <= now:    # another one was faster
+            judge(self._swarm, attempt, now - attempt.moved_at, now, came=True)
 
     # --- what went wrong ------------------------------------------------------------------------------------------
 
@@ -334,13 +312,18 @@ class SwarmFetch:
     def _lacked(self, attempt: Attempt) -> None:
         if attempt.here_only:
             self._known.probe_misses += not attempt.got
-        else:
+        elif attempt.manner is not Manner.COMING:
             self._swarm.health.lacks(attempt.member.id, self._resource.key, self._now())
             if not attempt.got:
                 self._known.lacks(attempt.member.id, self._now())
 
     def _was_busy(self, attempt: Attempt, error: PeerBusyError) -> None:
         """It is left alone for a while; members that it names, if we know them, may have it."""
+        if attempt.manner is Manner.WHO and error.better and not error.retry_after_s:
+            self._swarm.counters["referred"] += 1
+            for way in self._open_ways(attempt):
+                way.refer(self._known.at(error.better[0]), self._swarm.me)
+            return
         pause = min(BUSY_MAX_S, max(BUSY_MIN_S, error.retry_after_s))
         self._swarm.health.busy(attempt.member.id, self._now() + pause, str(error))
         named = [self._known.at(address) for address in error.better[:BETTER_MAX]]
@@ -349,43 +332,39 @@ class SwarmFetch:
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _due_at(self, attempt: Attempt) -> float:
-        """When to look at it. Of what nobody sleeps on: not while the same peer brings other pieces."""
-        if attempt.ours:
-            return math.inf
-        health = self._swarm.health.of(attempt.member.id)
-        if self._is_left(attempt):
-            return attempt.moved_at
-        since = max(attempt.moved_at, attempt.looked_at)
-        delay = self._swarm.pace.delay_s(attempt.priority) * attempt.patience
-        if attempt.here_only:
-            return since + HERE_TIMES * delay
-        if attempt.priority is Priority.FOREGROUND:
-            return since + delay
-        return max(since + delay, min(health.moved_at + delay, attempt.moved_at + ALIVE_TIMES * delay))
-
     def _wake_at(self) -> float:
         now = self._now()
-        return min(*(self._due_at(attempt) for attempt in self._attempts),
+        return min(*(due_at(self._swarm, attempt) for attempt in self._attempts),
                    *(way.again_at for way in self._all_ways), *self._urgent.values(), now + LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
         """Hedge what is late, ask busy ones again."""
         now = self._now()
-        for attempt in [one for one in self._attempts if self._due_at(one) <= now]:
+        for attempt in [one for one in self._attempts if due_at(self._swarm, one) <= now]:
             self._hedge(attempt, nursery)
         late = [way for way in self._all_ways if way.again_at <= now]
         for way in late:
             way.again_at = math.inf
         self._advance(late, nursery)
-        for index in [index for index, due_at in self._urgent.items() if due_at <= now]:
+        for index in [index for index, urgent_at in self._urgent.items() if urgent_at <= now]:
             self._hurry(index, nursery)
 
     def _hurry(self, index: int, nursery: trio.Nursery) -> None:
-        """A read still waits for that piece: the next one is asked for it alone, in the foreground; and again later."""
+        """
+        A read still waits for that piece: the next one is asked for it alone, in the foreground; and again later.
+
+        Where the root alone was before this node, and says nothing, the origin is.
+        """
         del self._urgent[index]
         way = self._ways[index]
-        if index not in self._missing or index in self._delivering or way.next >= len(way.stops):
+        if index not in self._missing or index in self._delivering:
+            return
+        if way.next >= len(way.stops):
+            gone_at = root_gone_at(self._swarm, [one for one in self._attempts if index in one.left])
+            if way.is_next and gone_at <= self._now():
+                self._to_origin([index])
+            elif way.is_next and gone_at < math.inf:
+                self._urgent[index] = gone_at
             return
         self.urge(index)
         if self._swarm.pace.may_hedge(Priority.FOREGROUND, self._now()) and (stop := self._next_stop(way)) is not None:
@@ -396,22 +375,26 @@ class SwarmFetch:
         """
         Ask the others as well; one that has been slow all the time is not waited for at all.
 
-        A root that is much later than others usually are is given up by the one that comes next, which asks the
-        origin: nobody else does, so two copies of a group are the most; a slow origin makes all roots late alike.
+        A root that is much later than others usually are, or was gone and is silent again, is given up by the one that
+        comes next, which asks the origin: nobody else does, so two copies of a group are the most; a slow origin makes
+        all roots late alike, and they say that they wait.
         That is rare, so it asks no leave of Pace; what is merely late does, or a full network would be asked twice.
         """
-        attempt.looked_at = self._now()
-        late_s, was_slow = self._now() - attempt.moved_at, self._is_slow(attempt.member)
-        if not attempt.here_only:
-            self._judge(attempt, late_s, came=False)
-        if attempt.here_only or self._is_left(attempt):
+        attempt.looked_at = now = self._now()
+        silent, before = quiet(self._swarm, attempt, now), self._swarm.health.of(attempt.member.id).gone_in_a_row
+        if silent:
+            self._swarm.health.quiet(attempt.member.id, now - self._swarm.exchange.heard_at(attempt.member), now)
+        late_s, was_slow = now - attempt.moved_at, self._swarm.is_slow(attempt.member)
+        if not (silent or attempt.here_only):
+            judge(self._swarm, attempt, late_s, now, came=False)
+        if attempt.here_only or silent is Quiet.GONE or is_left(self._swarm, attempt):
             attempt.scope.cancel()    # the next are asked when it has ended
             return
         alone = [way for way in self._open_ways(attempt) if way.running == 1]    # else another one is asked already
         ways = [way for way in alone if way.next < len(way.stops)]
-        given_up = attempt.late and (was_slow or late_s > ROOT_LATE_S)
+        given_up = (silent and before) or (attempt.late and (was_slow or late_s > ROOT_LATE_S))
         roots = [way for way in alone if given_up and way.is_next and way not in ways]
-        if not (ways or roots) or not self._swarm.pace.may_hedge(attempt.priority, self._now()):
+        if not (ways or roots) or not (silent or self._swarm.pace.may_hedge(attempt.priority, now)):
             return
         self._swarm.counters["hedges"] += 1
         self._swarm.health.of(attempt.member.id).hedges += 1

@@ -62,7 +62,8 @@ class Place:
     Attributes:
         parents: whom it asks, in order: its parent, those above it, those who stand in for a root. All of lower score.
         holders: complete members, asked for what they have (HERE_ONLY) before the origin is.
-        heirs: the next in the order, of who has no parents: they were the root before this one came, and may have it.
+        heirs: of who has no parents: the first in the order that are known to have something, then the next in it, who
+            were the root before this one came. They may have it, or be getting it.
         depth: how many members are between it and its zone's root, that included; of the root 0.
 
     """
@@ -91,6 +92,7 @@ class Topology:
         self._hashes = np.array([xxhash.xxh64_intdigest(member.id.encode()) for member in members], np.uint64)
         self._weights = _weights(self.members)
         self._complete = np.array([member.id in view.complete for member in members], np.bool_)
+        self._partial = np.array([member.id in view.partial for member in members], np.bool_)
         self._any_complete = bool(self._complete.any())
         self._zones: dict[str, slice] = {}
         first = 0
@@ -103,6 +105,10 @@ class Topology:
 
     def __contains__(self, member_id: object) -> bool:
         return member_id in self._index
+
+    def member(self, member_id: str) -> Member | None:
+        index = self._index.get(member_id)
+        return None if index is None else self.members[index]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -128,7 +134,7 @@ class Topology:
             above = [*above[:ANCESTORS_MAX], 0]
         above += [head for head in range(1, min(HEADS, rank)) if head not in above]
         chain = [zone.start + int(order[index]) for index in above]
-        heirs = [zone.start + int(index) for index in order[1:1 + HEIRS]] if rank == 0 else []
+        heirs = self._heirs(zone, order) if rank == 0 else []
         if rank < HEADS and len(self._zones) > 1:
             beyond = self._beyond(me, zone, seed, own)
             chain += [index for index in beyond.chain if index not in chain]
@@ -139,6 +145,12 @@ class Topology:
             tuple(self.members[index] for index in heirs) if not chain else (),
             depth,
         )
+
+    def _heirs(self, zone: slice, order: NDArray[np.int32]) -> list[int]:
+        """Of the first of the order."""
+        rest = zone.start + order[1:]
+        first = rest[np.flatnonzero(self._partial[rest])[:HEIRS]]
+        return list(dict.fromkeys(map(int, (*first, *rest[:HEIRS]))))[:HEIRS]
 
     def _scores(self, part: slice, seed: int, own: tuple[int, float] | None = None) -> NDArray[np.float64]:
         """

@@ -136,6 +136,7 @@ class TrackedMembership:
             answer = _answer(reply.body)
             parts = {part.version: part for part in map(_part, answer.views)}
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            self._client.distrust(reply.tracker)
             raise PeerError(f"tracker {reply.tracker}: this is not an answer to a beat: {error!s:.200}") from None
         if self._lost_at is not None or self._why:
             _log.info("tracker answers", extra={"fields": {"tracker": reply.tracker, "cluster": self._cluster}})
@@ -186,15 +187,17 @@ class TrackedMembership:
         if len(old.members) + len(part.add) > _ROW_COUNT_MAX:
             return None
         members = {member.id: member for member in old.members}
-        complete = set(old.complete)
+        complete, partial = set(old.complete), set(old.partial)
         for name in part.gone:
             members.pop(name, None)
             complete.discard(name)
+            partial.discard(name)
         for row in part.add:
             members[row.id] = _member(row)
             (complete.add if row.complete else complete.discard)(row.id)
+            (partial.add if row.partial else partial.discard)(row.id)
         members[self._me.id] = self._myself
-        return View(tuple(members[name] for name in sorted(members)), frozenset(complete))
+        return View(tuple(members[name] for name in sorted(members)), frozenset(complete), frozenset(partial))
 
     def _isolate(self, isolated: tuple[str, ...]) -> None:
         if (self._me.id in isolated) != (self._me.id in self._isolated):

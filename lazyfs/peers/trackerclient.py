@@ -30,6 +30,7 @@ from lazyfs.errors import (
 )
 from lazyfs.peers.model import Member
 from lazyfs.peers.packed import ENCODING, unpack
+from lazyfs.peers.reaching import why_not
 from lazyfs.peers.tlsfiles import check_server
 
 if TYPE_CHECKING:
@@ -121,18 +122,27 @@ class TrackerClient:
             try:
                 with trio.fail_after(max(0.0, share_s)):
                     reply = await self._ask(place, question)
-            except (PeerBusyError, PeerRefusedError):
+            except PeerBusyError:
+                raise
+            except (PeerRefusedError, NotFoundError, UsageError):    # all of them say so, or this one is none
+                self.distrust(place.url)
                 raise
             except (PeerError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError,
                     h11.ProtocolError) as error:
                 place.away_until = trio.current_time() + AWAY_S
-                said = f"no answer within {share_s:.1f} s" if isinstance(error, trio.TooSlowError) else str(error)
-                problems.append(f"{place.url}: {said or type(error).__name__}")
+                said = f"no answer within {share_s:.1f} s" if isinstance(error, trio.TooSlowError) else why_not(error)
+                problems.append(f"{place.url}: {said}")
                 continue
             place.away_until = 0.0
             self.last = place.url
             return reply
         raise PeerError(f"no tracker answers: {'; '.join(problems):.{_LINE_CHARS_MAX}}")
+
+    def distrust(self, url: str) -> None:
+        """What it answered makes no sense, perhaps it is no tracker at all: the others are asked first for AWAY_S."""
+        for place in self._places:
+            if place.url == url:
+                place.away_until = trio.current_time() + AWAY_S
 
     async def aclose(self) -> None:
         """Close what is idle."""

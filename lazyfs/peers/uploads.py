@@ -19,7 +19,7 @@ import trio
 
 from lazyfs.errors import PeerBusyError
 from lazyfs.limits import MIB
-from lazyfs.peers.model import BEAT_S, Priority
+from lazyfs.peers.model import Priority, beat_s
 from lazyfs.peers.rates import Giving, Rate
 
 if TYPE_CHECKING:
@@ -149,6 +149,10 @@ class Uploads:
         share = self.limits.rate / max(self._sending, 1)
         return min(link_rate, share) if link_rate else share
 
+    def has_room(self, size: int) -> bool:
+        """For a piece that would be in memory, and need not be: half of the room is for those that must be."""
+        return self._held + size <= _HELD_BYTES_MAX // 2
+
     def hold(self, size: int) -> bool:
         """Whether there is room for a piece that is in memory, not in a file; `drop` gives it back."""
         if self._held + size > _HELD_BYTES_MAX:
@@ -164,7 +168,7 @@ class Uploads:
         """
         Wait for the turn to send a piece of `size` bytes; `end` is called after it, whatever happened.
 
-        `meanwhile` is called every BEAT_S of waiting.
+        `meanwhile` is called every beat_s of waiting.
         """
         turn = Turn((priority, next(self._numbers)))
         heapq.heappush(self._turns, turn)
@@ -173,10 +177,11 @@ class Uploads:
                 delay = self._delay(turn)
                 if delay <= 0:
                     break
-                with trio.move_on_after(min(delay, BEAT_S)) as scope:
+                beat = beat_s(priority)
+                with trio.move_on_after(min(delay, beat)) as scope:
                     await turn.event.wait()
                     turn.event = trio.Event()
-                if scope.cancelled_caught and delay > BEAT_S:
+                if scope.cancelled_caught and delay > beat:
                     await meanwhile()
         except BaseException:
             turn.gone = True

@@ -113,6 +113,7 @@ class _Asked(msgspec.Struct, omit_defaults=True):
     hops: Annotated[int, Meta(ge=0, le=HOPS_MAX)]
     priority: Annotated[int, Meta(ge=0)]
     request: Annotated[str, Meta(max_length=64)] = ""
+    asker: Annotated[str, Meta(max_length=128)] = ""
     token: Annotated[str, Meta(max_length=TOKEN_CHARS_MAX)] = ""
 
 
@@ -207,7 +208,7 @@ def request_frame(number: int, request: PieceRequest, token: str) -> bytes:
     body = msgspec.msgpack.encode(_Asked(
         kind=resource.kind, digest=str(resource.digest), size=resource.size, piece_size=resource.piece_size,
         ranges=ranges, seconds=min(max(request.seconds, 0.0), SECONDS_MAX), hops=request.hops,
-        priority=request.priority, request=request.request, token=token))
+        priority=request.priority, request=request.request, asker=request.asker, token=token))
     return head(Frame.REQUEST, number, len(body)) + body
 
 
@@ -226,7 +227,7 @@ def parse_request(body: bytes | bytearray | memoryview) -> tuple[PieceRequest, s
         raise FormatError("peer: a request's id of other than letters, digits and ._-")
     priority = Priority(min(asked.priority, max(Priority)))    # a kind that a later version has is the least urgent
     indexes = _indexes(asked.ranges, resource)
-    return PieceRequest(resource, indexes, asked.seconds, asked.hops, priority, asked.request), asked.token
+    return PieceRequest(resource, indexes, asked.seconds, asked.hops, priority, asked.request, asked.asker), asked.token
 
 
 def _indexes(ranges: list[tuple[int, int]], resource: Resource) -> tuple[int, ...]:

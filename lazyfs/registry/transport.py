@@ -88,8 +88,8 @@ class HttpResponse:
 
     @property
     def length(self) -> int | None:
-        """Content-Length, if the answer has a believable one."""
-        text = self.headers.get("Content-Length", "")
+        """Content-Length, if the answer has a believable one: none beside a Transfer-Encoding (RFC 9112 §6.3)."""
+        text = "" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
     def set_deadline(self, deadline: float) -> None:

@@ -33,7 +33,15 @@ class Host(Protocol):
 
     async def respond(self, request: Request) -> Answer: ...
 
-    def body_bytes_max(self, method: str, path: str) -> int: ...
+    def refusal_of_body(self, request: Request, size: int) -> Answer | None:
+        """Why that many bytes that belong to this head are not read; None: they are."""
+        ...
+
+    def take(self, size: int) -> bool:
+        """Room for a body that has not come yet; False: there is none. `give` gives it back."""
+        ...
+
+    def give(self, size: int) -> None: ...
 
     def count(self, status: int) -> None:
         """Of an answer that `respond` has not given."""
@@ -75,13 +83,19 @@ class Conversation:
             self._scope.deadline = inf      # from here on each step has its own
             return False
         path, query = _split(head.target)
-        if head.size > self._host.body_bytes_max(head.method, path):
-            self._scope.deadline = inf
-            return False
-        body = head.rest if len(head.rest) >= head.size else await self._rest(head)
-        self._left = body[head.size :]
-        request = Request(head.method, path, query, head.headers, body[: head.size], self._caller.peer,
+        request = Request(head.method, path, query, head.headers, b"", self._caller.peer,
                           certified=self._caller.certified)
+        body = head.rest
+        if len(body) < head.size:
+            if self._host.refusal_of_body(request, head.size) is not None or not self._host.take(head.size):
+                self._scope.deadline = inf
+                return False
+            try:
+                body = await self._rest(head)
+            finally:
+                self._host.give(head.size)
+        self._left = body[head.size :]
+        request.body = body[: head.size]
         answer = await self._host.respond(request)
         first = format_head(answer.status, len(answer.body), answer.content_type, answer.headers)
         await _send(self._stream, first, answer.body)
@@ -130,8 +144,9 @@ class _General:
         self._host.idle(self._scope, idle=not has_begun)
         deadline = trio.current_time() + (REQUEST_S if has_begun else _IDLE_S)
         head: h11.Request | None = None
+        request: Request | None = None
         body: list[bytes] = []
-        size = size_max = 0
+        size = 0
         try:
             while True:
                 event = self._http.next_event()
@@ -145,35 +160,59 @@ class _General:
                         self._host.idle(self._scope, idle=False)
                 elif isinstance(event, h11.Request):
                     head, has_begun = event, True
-                    size_max = self._host.body_bytes_max(_text(event.method), _split(event.target)[0])
-                elif isinstance(event, h11.Data):
+                    request, announced = self._head(event)
+                    if announced and not await self._wants(request, head, announced):
+                        return False
+                elif isinstance(event, h11.Data) and request is not None:
+                    if not self._host.take(len(event.data)):
+                        await self._refuse(refusal(503, "too many requests come at once"), head)
+                        return False
                     size += len(event.data)
                     body.append(bytes(event.data))
-                    if size > size_max:
-                        await self._refuse(413, f"more than {size_max} bytes", head)
+                    if not await self._wants(request, head, size):
                         return False
-                elif isinstance(event, h11.EndOfMessage) and head is not None:
-                    return await self._respond(head, b"".join(body))
+                elif isinstance(event, h11.EndOfMessage) and head is not None and request is not None:
+                    request.body = b"".join(body)
+                    return await self._respond(head, request)
                 else:   # the client has closed it
                     return False
         except h11.RemoteProtocolError as error:
-            await self._refuse(error.error_status_hint, "this is not HTTP", head)
+            await self._refuse(refusal(error.error_status_hint, "this is not HTTP"), head)
             return False
         finally:
+            self._host.give(size)
             self._host.idle(self._scope, idle=False)
 
-    async def _respond(self, head: h11.Request, body: bytes) -> bool:
+    def _head(self, head: h11.Request) -> tuple[Request, int]:
+        """
+        The request without its body, and that body's length as it is announced; 0: it is not.
+
+        Raises h11.RemoteProtocolError: the length is said in two ways, and who stands between may believe the other.
+        """
         path, query = _split(head.target)
-        request = Request(_text(head.method), path, query, dict(head.headers), body, self._caller.peer,
+        headers = dict(head.headers)
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            raise h11.RemoteProtocolError("two lengths")
+        request = Request(_text(head.method), path, query, headers, b"", self._caller.peer,
                           certified=self._caller.certified)
+        return request, int(headers.get(b"content-length", b"0"))
+
+    async def _wants(self, request: Request, head: h11.Request | None, size: int) -> bool:
+        """Whether so much of a body is read; else the client has been told why not."""
+        answer = self._host.refusal_of_body(request, size)
+        if answer is not None:
+            await self._refuse(answer, head)
+        return answer is None
+
+    async def _respond(self, head: h11.Request, request: Request) -> bool:
         answer = await self._host.respond(request)
         await self._send(answer, head)
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
-    async def _refuse(self, status: int, text: str, head: h11.Request | None) -> None:
-        self._host.count(status)
+    async def _refuse(self, answer: Answer, head: h11.Request | None) -> None:
+        self._host.count(answer.status)
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            await self._send(refusal(status, text, headers=(("Connection", "close"),)), head)
+            await self._send(answer._replace(headers=(*answer.headers, ("Connection", "close"))), head)
             if isinstance(self._stream, trio.SocketStream):
                 await see_off(self._stream)
 

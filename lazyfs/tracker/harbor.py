@@ -106,13 +106,7 @@ class Harbor:
         self._add(service, "POST", "/proxy/v2/registry/prefetch", self._prefetch)
 
     def _add(self, service: Service, method: str, path: str, handler: Any) -> None:
-        async def guarded(request: Request) -> Answer:
-            self._admit(request)
-            await trio.lowlevel.checkpoint()
-            answer: Answer = await handler(request)
-            return answer
-
-        service.routes.add(method, path, guarded, guarded=False, body_bytes_max=_BODY_BYTES_MAX)
+        service.routes.add(method, path, handler, guard=self._admit, body_bytes_max=_BODY_BYTES_MAX)
 
     def _admit(self, request: Request) -> None:
         """Raises AuthError. The secret's file is read again when another one is shown: it may have been replaced."""
@@ -128,6 +122,7 @@ class Harbor:
                         hint="Harbor: Distributions, the instance's authentication; here: tracker.preheat_secret_file")
 
     async def _healthy(self, _request: Request) -> Answer:
+        await trio.lowlevel.checkpoint()
         problem = self._store.problem()
         return Answer(503, _encode({"error": problem})) if problem else Answer(200, b"OK", "text/plain")
 

@@ -92,7 +92,13 @@ class Order(msgspec.Struct, omit_defaults=True):
     zone: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,128}\Z")] = ""
     platform: Annotated[str, msgspec.Meta(max_length=100)] = ""
     seconds: Annotated[float, msgspec.Meta(ge=1, le=SECONDS_MAX)] = SECONDS_DEFAULT
-    authorization: Annotated[str, msgspec.Meta(max_length=AUTHORIZATION_CHARS_MAX)] = ""
+    authorization: Annotated[str, msgspec.Meta(max_length=AUTHORIZATION_CHARS_MAX, pattern=r"^[ -~]*\Z")] = ""
+
+    def __repr__(self) -> str:
+        """Without the credential."""
+        return f"Order({self.kind}, {self.nodes or self.percent})"
+
+    __str__ = __repr__
 
 
 class Job(msgspec.Struct, omit_defaults=True):
@@ -166,7 +172,8 @@ class Preheat:
                   now + order.seconds, order.platform)
         if not job.nodes:
             job.state, job.ended_at = FAILURE, now
-            job.problems = {"": f"no node of {', '.join(nodes) or 'any cluster'} takes preheat tasks"}
+            where = f"{', '.join(nodes) or 'any cluster'}{f' in zone {order.zone}' if order.zone else ''}"
+            job.problems = {"": f"no node of {where} takes preheat tasks"}
         elif order.authorization:
             await self._store.put(_KEYS, str(number), order.authorization.encode(), order.seconds)
         await self._keep(job)
@@ -212,15 +219,17 @@ class Preheat:
             await self._hear(cluster, member, state)
             if state.state in LAST_WORDS:
                 heard.append(state.id)
-        tasks = []
-        for job in self._open.values():
+        tasks: list[Task] = []
+        for job in list(self._open.values()):      # others come and go while the store is asked
+            if len(tasks) >= TASK_COUNT_MAX:
+                break
             known = self._heard.get((job.id, cluster, member))
             if node in job.nodes.get(cluster, ()) and (known is None or known.state not in LAST_WORDS):
                 tasks.append(Task(job.id, job.kind, job.source, job.platform, await self._authorization(job.id)))
         self.counters["tasks"] += len(tasks)
         if not tasks and not heard:
             return None
-        return msgspec.Raw(_encode(Told(tasks[:TASK_COUNT_MAX], heard)))
+        return msgspec.Raw(_encode(Told(tasks, heard)))
 
     async def _hear(self, cluster: str, member: str, state: TaskState) -> None:
         key = (state.id, cluster, member)
@@ -241,6 +250,11 @@ class Preheat:
     # --- jobs ---
 
     def _check(self, order: Order) -> None:
+        """Raises UsageError. Nodes check what they are told: a beat that holds anything else is none to them."""
+        try:
+            msgspec.convert(msgspec.to_builtins(order), Order)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"this is not an order: {error!s:.200}") from None
         if order.kind == "file":
             if not order.source.startswith(("http://", "https://")):
                 raise UsageError("a file is named by its http or https URL")

@@ -16,6 +16,7 @@ import h11
 import trio
 
 from lazyfs.guests import GONE, Guests
+from lazyfs.limits import MIB
 from lazyfs.tracker.conversation import REQUEST_S, Caller, Conversation
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lazyfs.tracker.web import Answer, Request, Routes
 
 CONNECTION_COUNT_MAX = 16_384    # 10,000 nodes, each with one; a connection holds some 10 KiB
+BODIES_BYTES_MAX = 256 * MIB     # that are still coming, of all: a beat has 150 KiB where it has many images
 _ENDING_S = 5.0                  # for answers under way when the tracker ends
 _log = logging.getLogger("lazyfs.tracker.web")
 
@@ -47,6 +49,7 @@ class Server:
         self._tls = tls
         self._guests = Guests(CONNECTION_COUNT_MAX, _log, "a connection")     # who is sent away connects again
         self._accepting = trio.CancelScope()
+        self._coming_bytes = 0
         self.ending = False
 
     async def serve(self, listeners: list[trio.SocketListener]) -> None:
@@ -95,8 +98,19 @@ class Server:
     def count(self, status: int) -> None:
         self.traffic.statuses[status] = self.traffic.statuses.get(status, 0) + 1
 
-    def body_bytes_max(self, method: str, path: str) -> int:
-        return self._routes.body_bytes_max(method, path)
+    def refusal_of_body(self, request: Request, size: int) -> Answer | None:
+        """For a conversation."""
+        return self._routes.refusal_of_body(request, size)
+
+    def take(self, size: int) -> bool:
+        """Room for a body that is still to come; False: too many come at once. `give` gives it back."""
+        if self._coming_bytes + size > BODIES_BYTES_MAX:
+            return False
+        self._coming_bytes += size
+        return True
+
+    def give(self, size: int) -> None:
+        self._coming_bytes -= size
 
     def idle(self, scope: trio.CancelScope, *, idle: bool) -> None:
         """A connection waits for its next request, or has it."""

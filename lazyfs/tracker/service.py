@@ -18,6 +18,8 @@ from lazyfs import shapes
 from lazyfs.errors import FormatError, NotFoundError
 from lazyfs.peers.announce import CLUSTER, REPORT_COUNT_MAX, Announced, Beat, BeatAnswer, Report
 from lazyfs.peers.packed import ENCODING, PACK_BYTES_MIN, pack
+from lazyfs.registry.addresses import Reach, reach_of
+from lazyfs.tracker.moved import Moved
 from lazyfs.tracker.release import release
 from lazyfs.tracker.state import MemberState, dump_state, interval_s
 from lazyfs.tracker.views import Views
@@ -72,6 +74,7 @@ class Service:
         self.counters: Counter[str] = Counter()
         self._views = Views()
         self._hooks: dict[str, Hook] = {}
+        self._moved = Moved()
         routes.add("POST", "/v1/clusters/{cluster}/beat", self._beat)
         routes.add("GET", "/v1/clusters", self._list)
         routes.add("GET", "/v1/clusters/{cluster}", self._show)
@@ -140,9 +143,12 @@ class Service:
         if said.member.address.startswith(":"):
             host = f"[{request.peer}]" if ":" in request.peer else request.peer
             said.member.address = host + said.member.address
+        _check_address(said.member, request.peer)
         cluster = await self.store.cluster(name)
         known = cluster.members.get(said.member.id)
         new = said.swarms.keys() - (known.state.swarms.keys() if known is not None else set())
+        if known is not None:
+            self._moved.note(name, known.state.member, said.member)
         state = MemberState(said.member, said.swarms)
         if known is None or known.state != state:    # else another tracker was told
             await self.store.update(name, said.member.id, dump_state(state))
@@ -238,6 +244,15 @@ class Service:
         await trio.lowlevel.checkpoint()
         problem = self.store.problem()
         return refusal(503, problem) if problem else Answer(200, b'{"ready":true}\n')
+
+
+def _check_address(member: Announced, peer: str) -> None:
+    """Raises FormatError: others who go there come to themselves, or to their cloud's metadata, or nowhere."""
+    host, _, port = member.address.rpartition(":")
+    is_here = reach_of(peer) is Reach.MACHINE       # all of them on one machine
+    if not 0 < int(port) < 65536 or (reach_of(host.strip("[]")) is Reach.MACHINE and not is_here):
+        raise FormatError(f"member {member.id} says that it is at {member.address}: no other node reaches it there",
+                          hint="peers.address and peers.advertise of that node: its address in the others' network")
 
 
 def _is_alone(cluster: Cluster, known: Entry | None) -> bool:

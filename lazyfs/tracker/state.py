@@ -15,7 +15,7 @@ import msgspec
 
 from lazyfs import shapes
 from lazyfs.errors import BugError, FormatError
-from lazyfs.peers.announce import COMPLETE, SWARM_COUNT_MAX, Announced, Key, Seen, Standing
+from lazyfs.peers.announce import COMPLETE, PARTIAL, SWARM_COUNT_MAX, Announced, Key, Seen, Standing
 
 TTL_S = 15.0                     # of a member that is silent, in a small cluster: three beats, and a network's hiccup
 BEATS_PER_S = 500.0              # that one tracker is to see of all: measured, benchmarks peers row 10
@@ -54,6 +54,11 @@ def dump_state(state: MemberState) -> bytes:
 def _hash(row: Seen) -> int:
     """64 bits; the sum over a view does not depend on an order, and a change costs no look at the others."""
     return int.from_bytes(hashlib.blake2b(_encoder.encode(row), digest_size=8).digest())
+
+
+def _shown(standing: Standing) -> tuple[bool, bool]:
+    """Seen.complete, Seen.partial."""
+    return standing.done == COMPLETE, standing.done >= PARTIAL
 
 
 def interval_s(members: int, *, young: bool = False) -> float:
@@ -201,14 +206,14 @@ class Cluster:
         swarm.members[member.id] = standing
         if before is None:
             swarm.joined_at = max(now, swarm.joined_at)
-        if before is None or moved or (before.done == COMPLETE) != (standing.done == COMPLETE):
+        if before is None or moved or _shown(before) != _shown(standing):
             self._show(swarm, member, standing)
 
     def _show(self, swarm: Swarm, member: Announced, standing: Standing) -> None:
         if member.id in self.isolated:
             swarm.hide(member.id)
         else:
-            swarm.show(Seen(member.id, member.address, member.zone, member.up_rate, standing.done == COMPLETE))
+            swarm.show(Seen(member.id, member.address, member.zone, member.up_rate, *_shown(standing)))
 
     def _leave(self, state: MemberState, keys: set[str]) -> None:
         for key in keys:

@@ -77,26 +77,31 @@ class Request:
 
 if TYPE_CHECKING:
     Handler = Callable[[Request], Awaitable[Answer]]
+    Guard = Callable[[Request], None]
 
 
 class _Route(NamedTuple):
     parts: tuple[str, ...]
     handler: Handler
-    guarded: bool
+    guard: Guard | None
     body_bytes_max: int
 
 
 class Routes:
-    """Who answers what. `guard` is asked before each route that is guarded; it raises PeerRefusedError or AuthError."""
+    """
+    Who answers what. `guard` is asked before each route that is guarded; it raises PeerRefusedError or AuthError.
 
-    def __init__(self, guard: Callable[[Request], None]) -> None:
+    A body that does not come with its head is read only for whom the guard has let in by the head.
+    """
+
+    def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._exact: dict[tuple[str, str], _Route] = {}
         self._patterns: dict[tuple[str, int], list[_Route]] = {}
         self.find = lru_cache(_FOUND_COUNT_MAX)(self._find)
 
     def add(self, method: str, pattern: str, handler: Handler, *, guarded: bool = True,
-            body_bytes_max: int = _BODY_BYTES_MAX) -> None:
+            guard: Guard | None = None, body_bytes_max: int = _BODY_BYTES_MAX) -> None:
         """
         Have `handler` answer a method at a path.
 
@@ -104,12 +109,13 @@ class Routes:
             method: in capitals; HEAD is answered wherever GET is.
             pattern: `/v1/clusters/{cluster}/beat`; a {name} stands for one part, a last {name...} for all the rest.
             handler: may raise any LazyfsError: it becomes a status and one line of text.
-            guarded: only for who may use the tracker; False: the handler looks itself, or it is for everybody.
+            guarded: only for who may use the tracker; False: it is for everybody, or `guard` says.
+            guard: another one, for this route. It looks at the head only.
             body_bytes_max: a longer body is refused with 413.
 
         """
         parts = tuple(pattern.split("/")[1:])
-        route = _Route(parts, handler, guarded, body_bytes_max)
+        route = _Route(parts, handler, guard or (self._guard if guarded else None), body_bytes_max)
         if "{" not in pattern:
             self._exact[method, pattern] = route
         else:
@@ -134,10 +140,18 @@ class Routes:
                     return route, names
         return None
 
-    def body_bytes_max(self, method: str, path: str) -> int:
-        """Nothing is read for a route that is not there."""
-        found = self.find(method, path)
-        return found[0].body_bytes_max if found else 0
+    def refusal_of_body(self, request: Request, size: int) -> Answer | None:
+        """Why a body of `size` bytes is not read for a request, of which only the head is here; None: it is."""
+        found = self.find(request.method, request.path)
+        if found is None:
+            return refusal(404, "there is nothing here")
+        try:
+            if found[0].guard is not None:
+                found[0].guard(request)
+        except LazyfsError as error:
+            return of_error(error)
+        most = found[0].body_bytes_max
+        return refusal(413, f"more than {most} bytes") if size > most else None
 
     async def answer(self, request: Request) -> Answer:
         """Never raises an Exception: what goes wrong is an answer too."""
@@ -146,8 +160,8 @@ class Routes:
             if found is None:
                 return refusal(404, "there is nothing here")
             route, request.names = found
-            if route.guarded:
-                self._guard(request)
+            if route.guard is not None:
+                route.guard(request)
             with trio.move_on_after(ANSWER_S):
                 return await route.handler(request)
             return refusal(503, f"this took longer than {ANSWER_S:g} s")

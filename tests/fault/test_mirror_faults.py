@@ -185,6 +185,23 @@ def test_a_mirror_that_is_killed_goes_on_where_it_was(registry: Registry, proxy:
         assert bytes_asked(proxy) < MIB
 
 
+def test_what_has_rotted_on_the_disk_is_not_read_to_its_end_and_fetched_again(registry: Registry, proxy: FaultProxy,
+                                                                              tmp_path: Path) -> None:
+    image = an_image(registry, os.urandom(6 * MIB), repository="rots")
+    with running_mirror(tmp_path) as mirror:
+        pull(mirror, proxy.host, image, "rots")
+        mirror.stop()
+        (rotten,) = (path for path in (mirror.directory / "data/pieces/whole").iterdir()
+                     if path.stat().st_size == len(image.blobs[1]))
+        with rotten.open("r+b") as file:
+            file.seek(3 * MIB)
+            file.write(b"rot")
+        mirror.start()
+        with pytest.raises(http.client.IncompleteRead):
+            mirror.get(f"/v2/rots/blobs/{Digest.of(image.blobs[1])}", ns=proxy.host)
+        pull(mirror, proxy.host, image, "rots")
+
+
 # --- many at once ---------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,9 @@ def test_what_is_no_request_is_refused_and_the_next_one_is_served() -> None:
             for data, status in ((b"\0\1\2garbage\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\n\r\n", b"400"),
                                  (b"GET /hello HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000, b"431"),
                                  (b"PUT /hello HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n" + b"z" * 70_000,
-                                  b"413")):
+                                  b"413"),
+                                 (b"PUT /hello HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
+                                  b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GOOD, b"400")):
                 assert (await say(port, data)).startswith(b"HTTP/1.1 " + status)
                 assert b"hello" in await say(port, GOOD)
 

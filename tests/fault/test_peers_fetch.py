@@ -10,10 +10,10 @@ import trio
 import trio.testing
 
 from lazyfs.cache.space import Limits
-from lazyfs.errors import SourceError
+from lazyfs.errors import PeerLacksError, SourceError
 from lazyfs.fetch.copying import CopyTerms
 from lazyfs.fetch.peering import FIRST_VIEW_S
-from lazyfs.peers.model import PieceRequest, Priority
+from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from tests.peernodekit import SAMPLE, peer_nodes
 
 if TYPE_CHECKING:
@@ -112,6 +112,48 @@ async def test_a_dead_peer_costs_a_read_less_than_a_second(tmp_path: Path) -> No
             one.scope.cancel()
         assert trio.current_time() - began < 1.0 + 2.0    # the promise, and what a busy machine may add
         assert len(took) == SAMPLE.table.chunk_count
+
+
+async def test_who_asks_for_what_is_here_waits_for_what_comes_from_the_registry_and_for_nothing_else(
+        tmp_path: Path) -> None:
+    """A root that has just come, and the one before it; what that one has asked a peer for may be waiting for us."""
+    async with peer_nodes(tmp_path, 3) as cluster:
+        one, other, third = cluster.nodes
+        cluster.set_view(0, 2)
+        for node in (one, third):
+            node.source.gate.clear()
+        count, size = SAMPLE.table.chunk_count, SAMPLE.table.chunk_size
+        mine = next(index for index in range(count) if not parents(one, index))
+        theirs = next(index for index in range(count) if parents(one, index))
+        assert one.device is not None
+
+        async def ask(index: int) -> list[int]:
+            assert one.device is not None
+            request = PieceRequest(one.device.resource, (index,), 20.0, HERE_ONLY, Priority.PREFETCH)
+            async with other.swarm.exchange.ask(one.member, request) as pieces:
+                return [piece.index async for piece in pieces]
+
+        got: list[int] = []
+
+        async def wait() -> None:
+            got.extend(await ask(mine))
+
+        async with trio.open_nursery() as nursery:
+            for index in (mine, theirs):
+                nursery.start_soon(one.read, index * size, 1, 60.0)
+            with trio.fail_after(20):
+                while not (one.source.requests and third.source.requests):    # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            for index in (theirs, next(index for index in range(count) if index not in {mine, theirs})):
+                with pytest.raises(PeerLacksError), trio.fail_after(20):
+                    await ask(index)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not got
+            for node in (one, third):
+                node.source.gate.set()
+        assert got == [mine]
+        assert len(one.source.requests) == 1
 
 
 async def test_peers_that_lie_are_found_out_and_left_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import trio
 import trustme
 
 from lazyfs.errors import PeerBusyError, PeerError
-from lazyfs.peers import answering, handshake, model, server, wire
+from lazyfs.peers import answering, handshake, lateness, model, server, wire
 from lazyfs.peers import client as peerclient
 from lazyfs.peers.channel import Channel
 from lazyfs.peers.client import PeerClient
@@ -261,6 +261,23 @@ async def test_silence_is_an_error_and_beats_are_not(monkeypatch: pytest.MonkeyP
             await anext(pieces)
 
 
+async def test_whatever_comes_of_a_member_is_heard_and_a_read_hears_of_it_soon() -> None:
+    """A connection, a beat, some bytes of a piece."""
+    async def beats(stream: trio.SocketStream) -> None:
+        await stream.send_all(wire.head(wire.Frame.ALIVE, 1, 0))
+        await trio.sleep(0.3)
+        await stream.send_all(GOOD[:20])
+        await trio.sleep_forever()
+
+    async with scripted(beats) as (client, member):
+        assert client.heard_at(member) == 0.0
+        async with client.ask(member, asking(RESOURCE, range(2))) as pieces, trio.open_nursery() as nursery:
+            nursery.start_soon(anext, pieces)
+            began = trio.current_time()
+            await until(lambda: client.heard_at(member) >= began + 0.3)
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_piece_that_trickles_is_no_silence_and_one_that_stops_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little comes at a time, and however seldom somebody wakes up for it."""
     monkeypatch.setattr(peerclient, "SILENCE_S", 0.6)
@@ -337,4 +354,6 @@ async def test_tls(store: FileStore, tmp_path: Path) -> None:
 
 async def test_the_bounds_fit() -> None:
     assert model.BEAT_S * 3 <= model.SILENCE_S, "two beats may be lost"
+    assert model.BEAT_S * 2 <= lateness.GONE_S, "one beat may be late"
+    assert model.BEAT_READ_S * 2 <= lateness.SUSPECT_READ_S
     assert peerclient._IDLE_S < server._IDLE_S, "the asker closes first"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +13,7 @@ import trio
 from lazyfs.errors import CacheOwnedError, DiskFullError, IntegrityError, PeerLacksError, SourceError
 from lazyfs.image.digest import chunk_digest
 from lazyfs.limits import KIB, MIB
+from lazyfs.mirror.fromorigin import STREAMS, OriginLimits, Run, fetch_run
 from lazyfs.mirror.piecedir import PieceDirectory
 from lazyfs.mirror.piecefile import file_name, resource_of
 from lazyfs.mirror.pieces import PieceStore
@@ -199,3 +202,26 @@ def test_sizes_of_pieces_are_a_function_of_the_size() -> None:
         assert sum(resource.piece_bytes(index) for index in (0, resource.piece_count - 1)) <= size + (
             resource.piece_size if resource.piece_count == 1 else 0)
         assert resource.piece_count <= 1 << 20
+
+
+@pytest.mark.trio
+async def test_no_more_is_asked_of_an_origin_at_once_than_connections_are_kept() -> None:
+    resource, origin, limits = blob_of(DATA), MemoryOrigin(DATA), OriginLimits()
+    all_begun, begun, done = trio.Event(), 0, 0
+
+    async def fetch(index: int) -> None:
+        nonlocal begun, done
+        async with aclosing(fetch_run(origin, resource, Run(index, index + 1), math.inf, limits)) as pieces:
+            async for _ in pieces:
+                begun += 1
+                if begun == STREAMS:
+                    all_begun.set()
+                await all_begun.wait()
+                assert len(origin.requests) - done <= STREAMS
+                done += 1
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for number in range(3 * STREAMS):
+                nursery.start_soon(fetch, number % resource.piece_count)
+    assert done == 3 * STREAMS

@@ -22,6 +22,7 @@ from lazyfs.peers.jobs import MIRROR, WORD, Agent
 from lazyfs.peers.model import Member
 from lazyfs.peers.tracked import TrackedMembership
 from lazyfs.peers.trackerclient import TrackerClient
+from lazyfs.tracker.web import Request
 from tests.trackerkit import Node, Running, redis_server, tracker, until
 
 if TYPE_CHECKING:
@@ -207,6 +208,46 @@ async def test_a_malformed_order_is_refused_in_a_line() -> None:
         status, job = await call(running, "POST", "/oapi/v1/jobs", NEW)    # nobody is there: said at once
         assert (status, job["state"]) == (200, "FAILURE")
         assert "no node" in job["result"]["job_states"][0]["error"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("change", [
+    {"type": "file", "url": "http://files.example/" + "x" * 9000},
+    {"headers": {"Authorization": "Bearer " + "x" * 9000}},
+    {"headers": {"Authorization": "Bearer x\r\nX-Other: y"}},
+    {"username": "u" * 9000, "password": "p"},
+], ids=["source", "credential", "two lines", "password"])
+async def test_an_order_that_no_node_would_understand_is_refused_and_beats_go_on(change: dict[str, Any]) -> None:
+    tasks: dict[str, list[Task]] = {}
+    async with tracker(preheat_auth="none") as running, members(running, ["a.mirror"], tasks):
+        args = {**NEW["args"], "headers": {}, **change}
+        status, answer = await call(running, "POST", "/oapi/v1/jobs", {**NEW, "args": args})
+        assert status == 400, answer
+        assert "xxx" not in answer["error"]
+        _, job = await call(running, "POST", "/oapi/v1/jobs", NEW)
+        assert (await finished(running, f"/oapi/v1/jobs/{job['id']}"))["state"] == "SUCCESS"
+    assert len(tasks["a.mirror"]) == 1
+
+
+@pytest.mark.trio
+async def test_beats_are_answered_while_jobs_come_and_go() -> None:
+    """They look through the jobs, and wait for the store in between."""
+    async with tracker() as running:
+        routes = running.tracker.service.routes
+        said = {"member": {"id": "a", "address": "10.0.0.1:9"}, "extra": {"preheat": {"states": []}}}
+        statuses: list[int] = []
+
+        async def ask(path: str, body: Any) -> None:
+            for _ in range(20):
+                answer = await routes.answer(Request("POST", f"/v1/clusters/prod/{path}", "", {}, body, "10.0.0.1"))
+                statuses.append(answer.status)
+
+        await ask("beat", json.dumps(said).encode())
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask, "preheat", b'{"source": "reg.example/app:1"}')
+                nursery.start_soon(ask, "beat", json.dumps(said).encode())
+    assert set(statuses) == {200}
 
 
 @pytest.mark.trio

@@ -72,7 +72,10 @@ async def test_two_trackers_on_one_redis_have_one_cluster(redis: Redis) -> None:
             await until(lambda node=node: node.sees() == ["a", "b", "c"])
         a[0].has = {KEY: Standing(done=1000)}
         a[1].news()
-        await until(lambda: c[0].views[KEY].complete == {"a"})
+        await until(lambda: c[0].views[KEY].complete == c[0].views[KEY].partial == {"a"})
+        a[0].has = {KEY: Standing(done=500)}
+        a[1].news()
+        await until(lambda: (c[0].views[KEY].complete, c[0].views[KEY].partial) == (set(), {"a"}))
 
 
 @pytest.mark.trio
@@ -264,7 +267,7 @@ async def talk(address: str, *pieces: bytes) -> bytes:
     (b"\x16\x03\x01\x00\xa5" + b"\0" * 100 + b"\r\n\r\n", b"400"),
     (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000, b"431"),
     (b"POST /v1/clusters/c/beat HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n" + b"[" * 1_000_000, b"413"),
-    (b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12345", b"413"),
+    (b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12345", b"404"),
     (b"GET /..%2f..%2fetc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"404"),
     (b"HEAD /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"200"),
     (b"BREW /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"404"),
@@ -332,13 +335,15 @@ def test_the_command_says_where_it_listens_and_ends_in_order(redis: Redis) -> No
 
 
 def test_the_command_refuses_what_cannot_be(tmp_path: Path) -> None:
-    for words, expected in ((["--redis", "redis://user:secret@host"], b"LAZYFS_TRACKER_REDIS"),
+    for words, expected in ((["--redis", "redis://user:secret@host"], b"--redis: expected"),
+                            (["--address", "nowhere:port"], b"--address: expected"),
                             (["--address", "nowhere.invalid:1"], b"tracker.address nowhere.invalid:1 cannot be used")):
         process = subprocess.run([sys.executable, "-m", "lazyfs", "tracker", *words], env=environment(), check=False,
                                  capture_output=True, timeout=60)
         assert process.returncode != 0
         assert expected in process.stderr
         assert b"Traceback" not in process.stderr
+        assert b"secret" not in process.stderr
 
 
 @pytest.mark.trio

@@ -6,6 +6,7 @@ import http.client
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,27 @@ def test_it_lives_and_ends_with_the_daemon(machine: Machine) -> None:
         assert daemon.process.wait(WAIT_S) == 0
         assert not Path(f"/proc/{second}").exists()
         assert not answers(host)
+    finally:
+        end_daemon(daemon)
+
+
+def test_one_that_hangs_is_killed_and_there_again(machine: Machine) -> None:
+    host = f"127.0.0.1:{free_port()}"
+    environment = {"LAZYFS_MIRROR_ADDRESS": host, "LAZYFS_MIRROR_DIR": str(machine.directory / "mirror"),
+                   "LAZYFS_MIRROR_CONTAINERD_ROOT": "", "LAZYFS_DAEMON_HANG_S": "6"}
+    daemon = start_daemon(machine, environment=environment)
+    try:
+        daemon.wait_ready()
+        wait_until_answers(host)
+        first = child_of(daemon.process.pid)
+        os.kill(first, signal.SIGSTOP)
+        with closing(http.client.HTTPConnection(host, timeout=WAIT_S)) as client:
+            client.request("GET", "/readyz")        # it is taken, and never answered
+            with pytest.raises(ConnectionError):
+                client.getresponse()
+        wait_until_answers(host)
+        assert child_of(daemon.process.pid) != first
+        assert "the mirror gave no sign of life for 6 s" in (machine.directory / "daemon.log").read_text()
     finally:
         end_daemon(daemon)
 

@@ -237,6 +237,28 @@ def test_without_a_token_all_comes_from_the_registry_and_nobody_is_blamed(
         assert two.status(1)["fetch"]["peer_bytes"] == two.peers(0)["uploads"]["bytes"] == 0
         assert two.peers(1)["tokens"]["failed"] > 0
         assert not any(one["away"] for one in two.peers(1)["peers"])
+        assert "this tracker does not ask" in two.peers(1)["tokens"]["last_failed"]["why"]
+        peers = config.Peers(cluster="test", tracker=(url,), address=two.places[1], tokens="resource")
+        assert peers_results(peers, two.machines[1].run_dir)["tokens"] is Status.WARNING
+
+
+@pytest.mark.parametrize(("shown", "status", "said"), [
+    ("right-word-of-this-tracker", Status.OK, "is ready"),
+    ("another-word-of-this-tracker", Status.FAILED, "this is not it"),
+    ("short", Status.FAILED, "at least 16"),
+    ("", Status.FAILED, "this is not it"),
+])
+def test_the_doctor_shows_the_tracker_the_word(tmp_path: Path, shown: str, status: Status, said: str) -> None:
+    for name, word in (("theirs", "right-word-of-this-tracker"), ("ours", shown)):
+        (tmp_path / name).write_text(word)
+        (tmp_path / name).chmod(0o600)
+    with running_tracker(token_file=str(tmp_path / "theirs")) as url:
+        ours = str(tmp_path / "ours") if shown else ""
+        peers = config.Peers(cluster="test", tracker=(url,), tracker_token_file=ours)
+        [found] = examine(Subject(replace(config.Config(), peers=peers)), (check_trackers,))
+    assert found.status is status
+    assert said in found.text
+    assert status is Status.OK or found.hint
 
 
 def test_peers_that_are_all_gone_cost_a_mount_nothing(

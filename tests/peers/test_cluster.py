@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.kit.cluster import TRACKER_PORTS
-from tests.peerskit import SIZE, reading, right, small_cluster, wait_for, wait_received
+from tests.peerskit import SIZE, reading, right, small_cluster, spoil, wait_for, wait_received
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,12 +66,7 @@ def test_a_peer_whose_disk_lies_gives_nobody_wrong_bytes(session: Session) -> No
         liar, *others = cluster.nodes
         with reading([liar]) as digests:
             assert digests.of([liar]) == {right(session)}
-        for path in (liar.place.top / "cache").rglob("*"):
-            if path.is_file() and path.stat().st_size >= SIZE:
-                with path.open("r+b") as file:
-                    for at in range(0, path.stat().st_size, 64 << 10):
-                        file.seek(at)
-                        file.write(b"\xa5")
+        spoil(liar)
         with reading(others) as digests:
             assert digests.of(others) == {right(session)}
         seen = [peer for node in others for peer in node.peers()["peers"] if peer["wrong_pieces"]]

@@ -455,6 +455,18 @@ def test_readahead_tells_streams_apart_and_leaves_found_chunks_alone():
     assert len(ahead._streams) == 16
 
 
+def test_random_reads_are_not_taken_for_sequential_ones_where_that_is_believed_soon():
+    chance = random.Random(1)
+    order = list(range(200))
+    chance.shuffle(order)
+    ahead = Readahead(4, 8)
+    assert sum(len(ahead.advance(index, missing=True, times=4)) for index in order[:120]) <= 4
+    side_by_side = Readahead(4, 8)
+    for step in range(2):
+        wanted = [side_by_side.advance(base + step, missing=True, times=4) for base in (1000, 2000)]
+    assert wanted == [range(1002, 1006), range(2002, 2006)]
+
+
 # --- pure parts -------------------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,14 @@ def test_every_fault_has_a_test() -> None:
             assert f"def {function}(" in (ROOT / file).read_text(), f"row {number}: no test {function} in {file}"
 
 
+def test_every_fault_in_mid_transfer_has_a_test() -> None:
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| [^|]+ \| ((?:`tests/[^`]+`(?: |(?= \|)))+) ?\|$",
+                      (ROOT / "docs/peers.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 20
+    for file, function in re.findall(r"`(tests/[^`:]+)::([^`]+)`", "".join(rows)):
+        assert f"def {function}(" in (ROOT / file).read_text(), f"no test {function} in {file}"
+
+
 def test_no_package_registry_is_named() -> None:
     hosts = (rb"(pypi|pythonhosted|crates|npmjs|maven)\.(org|io|com)|deb\.debian\.org|"
              rb"(proxy|sum|pkg)\.golang\.org|(?<!google\.)golang\.org(?!/x/)")   # those are modules' names

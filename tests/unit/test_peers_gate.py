@@ -120,6 +120,34 @@ async def test_a_node_whose_clock_is_wrong_takes_part_by_the_trackers(
             b.admit(await a.token(A, "b"), A)
 
 
+async def test_why_there_is_no_token_is_told_and_logged_but_not_again_and_again(
+        autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker()
+    async with running(tracker, "a", "b") as (a, b):
+        assert a.describe()["last_failed"] == a.describe()["last_refused"] == {}
+        tracker.refused = {A}
+        shown = await a.token(B, "b")
+        for _ in range(50):                                    # a stranger that tries, and a reader
+            for wrong in ("", "x" * 700, shown[:-3] + "AAA", "\u2028nonsense"):
+                with pytest.raises(PeerRefusedError):
+                    b.admit(wrong, A)
+            with pytest.raises(PeerRefusedError, match="not yours"):
+                await a.token(A, "b")
+            await trio.sleep(1.0)
+        found = a.describe()["last_failed"]
+        assert isinstance(found, dict)
+        assert found["why"] == "not yours"
+        assert found["seconds_ago"] <= gates.REFUSED_S
+        told = b.describe()["last_refused"]
+        assert isinstance(told, dict)
+        assert told["why"]
+        said = [record.getMessage() for record in caplog.records]
+        assert sum("no token to be had" in line and "not yours" in line for line in said) == 1
+        assert sum("a token that was shown is refused: no token was shown ([peers] tokens" in line
+                   for line in said) == 1
+        assert not any(shown[:40] in line for line in (*said, str(told)))
+
+
 async def test_many_readers_of_one_resource_ask_once(autojump_clock: MockClock) -> None:
     tracker = Tracker()
     tracker.delay_s = 1.0

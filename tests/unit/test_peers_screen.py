@@ -37,6 +37,22 @@ def test_a_tracker_that_is_lost_is_said() -> None:
     assert "lost for 30 s: no tracker answers" in "\n".join(peers.lines_of(told(membership=lost), None))
 
 
+def test_why_there_are_no_tokens_is_said() -> None:
+    tokens = {**SNAPSHOT["peers"]["tokens"], "last_failed": {"why": "the registry's password is not shown",
+                                                             "seconds_ago": 3.2}, "last_refused": {}}
+    lines = list(peers.lines_of(told(tokens=tokens), None))
+    assert "  no token, 3 s ago: the registry's password is not shown" in lines
+    assert not any("  refused, " in line for line in lines)
+
+
+def test_what_is_shared_is_said() -> None:
+    swarms = {f"device/sha256:{number:064x}": {"members": number, "complete": 1} for number in range(30)}
+    lines = [line for line in peers.lines_of(told(swarms=swarms), 50) if line.startswith("  ")]
+    assert lines[0] == "  device sha256:000000000000: 29 members, 1 have all of it"
+    assert (len(lines), lines[-1]) == (11, "  and 20 more: --all")
+    assert sum("have all of it" in line for line in peers.lines_of(told(swarms=swarms), None)) == 30
+
+
 def test_the_network_of_a_node_is_said() -> None:
     membership = {**SNAPSHOT["peers"]["membership"], "network": "east"}
     assert "members of network east" in "\n".join(peers.lines_of(told(membership=membership), None))

@@ -12,6 +12,7 @@ import trio.testing
 from lazyfs.errors import DiskFullError, PeerLacksError
 from lazyfs.peers.health import Fault
 from lazyfs.peers.known import LEFT_OUT_S, PROBE_MISSES, PROBE_MISSES_READ, PROBE_READ_EVERY
+from lazyfs.peers.lateness import DEAF_S, GONE_READ_S
 from lazyfs.peers.model import HOPS_MAX, Member, Piece, Priority, View
 from lazyfs.peers.pace import URGENT_S
 from lazyfs.peers.swarm import SwarmLimits
@@ -214,6 +215,118 @@ async def test_a_reader_whose_parent_is_frozen_waits_less_than_a_second(autojump
     assert await read(net, child) < 1.0
     assert child.swarm.counters["hedges"] == 1
     assert len(net.origin_pieces) == 1
+
+
+def next_of(net: Cluster, index: int) -> Node:
+    """Who has only the root before it."""
+    return next(node for name, node in net.nodes.items() if len(chain(net, name, index)) == 1)
+
+
+@pytest.mark.parametrize(("priority", "within"), [(Priority.FOREGROUND, 0.9), (Priority.PREFETCH, 1.2)])
+@pytest.mark.trio
+async def test_a_frozen_root_is_given_up_by_the_next_in_the_order_alone(
+        priority: Priority, within: float, autojump_clock: MockClock) -> None:
+    """It was two seconds, for each of its groups anew."""
+    net = cluster(12)
+    net.freeze(root_of(net, 0))
+    living = [node for node in net.nodes.values() if node.state == "up"]
+    took = {}
+
+    async def one(node: Node) -> None:
+        await net.want(node, [0], deadline=trio.current_time() + 30, priority=priority)
+        took[node.member.id] = trio.current_time()
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for node in living:
+            nursery.start_soon(one, node)
+    assert max(took.values()) - began < within + 0.3    # down the tree
+    assert net.origin_pieces == [(next_of(net, 0).member.id, 0)]
+    assert took[net.origin_pieces[0][0]] - began < within
+
+
+@pytest.mark.trio
+async def test_a_read_waits_less_for_a_frozen_root_of_which_it_was_asked_ahead(autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    net.freeze(root_of(net, 0))
+    node, took = next_of(net, 0), []
+
+    async def fetch_ahead(index: int) -> None:
+        began = trio.current_time()
+        await net.want(node, [index], deadline=began + 30, priority=Priority.BACKGROUND)
+        took.append(trio.current_time() - began)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch_ahead, 0)
+        await trio.sleep(0.1)
+        node.swarm.urge(net.what.key, 0)
+    assert took[0] < 0.8
+    assert net.origin_pieces == [(node.member.id, 0)]
+
+
+@pytest.mark.trio
+async def test_a_read_does_not_go_to_the_origin_while_the_root_says_that_it_waits(autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    net.origin_delay_s = 5.0
+    node = next_of(net, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(net.want, node, [0], deadline=30.0, priority=Priority.BACKGROUND))
+        await trio.sleep(0.1)
+        node.swarm.urge(net.what.key, 0)
+    assert [name for name, _ in net.origin_pieces] == [root_of(net, 0)]
+
+
+@pytest.mark.trio
+async def test_who_was_silent_is_asked_one_thing_at_first_and_hardly_waited_for(autojump_clock: MockClock) -> None:
+    """Frozen for long: after each pause all that it was to give waited for it again."""
+    net = cluster(6)
+    frozen = net.nodes["n0003"]
+    node = net.nodes["n0001"]
+    net.freeze(frozen.member.id)
+    waits = []
+    for index in range(PIECES):
+        waits.append(await read(net, node, index))
+        await trio.sleep(0.5)
+    assert max(waits) < 0.9
+    assert sum(wait > 0.3 for wait in waits) <= 8    # each of five finds it out for itself
+    assert net.asked["n0001", "n0003"] < PIECES / 4
+    assert [report.fault for report in node.swarm.take_reports()].count(Fault.GONE) <= 1
+
+
+@pytest.mark.trio
+async def test_who_is_heard_again_is_asked_again(autojump_clock: MockClock) -> None:
+    net = cluster(3, pieces=120)
+    node, other = net.nodes["n0001"], net.nodes["n0002"]
+    net.freeze(other.member.id)
+    for index in range(20):
+        await read(net, node, index)
+    other.state = "up"
+    await trio.sleep(1.0)
+    for index in range(20, 120):
+        await read(net, node, index)
+    assert node.swarm.health.of(other.member.id).gone_in_a_row == 0
+    assert node.swarm.health.of(other.member.id).pieces > 10
+
+
+@pytest.mark.trio
+async def test_a_loop_that_was_late_itself_takes_nobody_for_silent(mock_clock: MockClock) -> None:
+    """What came meanwhile lies in the sockets."""
+    net = cluster(4)
+    node = next_of(net, 0)
+    net.freeze(root_of(net, 0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, net, node)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(GONE_READ_S + 0.5)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not net.origin_pieces
+        waited = 0.0
+        while not net.origin_pieces:
+            mock_clock.jump(DEAF_S / 2)
+            waited += DEAF_S / 2
+            await trio.testing.wait_all_tasks_blocked()
+        assert GONE_READ_S - DEAF_S < waited < GONE_READ_S + DEAF_S
+        mock_clock.rate = 1000.0
 
 
 @pytest.mark.trio

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from lazyfs.peers.model import Member, View
-from lazyfs.peers.topology import ANCESTORS_MAX, HEADS, HOLDERS, Place, Topology, group_pieces, group_seed
+from lazyfs.peers.topology import ANCESTORS_MAX, HEADS, HEIRS, HOLDERS, Place, Topology, group_pieces, group_seed
 from tests.swarmkit import members, resource
 
 
@@ -47,6 +47,24 @@ def test_when_a_root_is_gone_its_heir_alone_has_nobody_left_to_ask() -> None:
     heir = found[root].heirs[0]
     alone = [name for name, place in found.items() if {member.id for member in place.parents} <= {root}]
     assert set(alone) == {root, heir.id}
+
+
+def test_a_root_that_has_just_come_asks_those_first_that_have_something() -> None:
+    """Of many that came with it nobody has."""
+    everyone = members(60)
+    partial = frozenset({"n0007", "n0021"})
+    for group in range(20):
+        before = places(Topology(View(everyone)), group)
+        found = places(Topology(View(everyone, partial=partial)), group)
+        for name, place in found.items():
+            assert place.parents == before[name].parents
+            heirs = [member.id for member in place.heirs]
+            assert len(heirs) == (HEIRS if place.is_root else 0)
+            if place.is_root:
+                some = partial - {name}
+                assert set(heirs[:len(some)]) == some
+                rest = [one.id for one in before[name].heirs if one.id not in some]
+                assert heirs[len(some):] == rest[:HEIRS - len(some)]
 
 
 def test_a_zone_is_entered_once_a_group() -> None:

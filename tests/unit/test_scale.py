@@ -5,9 +5,16 @@ decision of theirs costs a cluster. No figures are asserted here, but what is se
 
 from __future__ import annotations
 
+import math
+import random
+import sys
+import time
+
 import pytest
 
+from benchmarks.scale.__main__ import main
 from benchmarks.scale.cluster import simulate
+from benchmarks.scale.loss import TIMER_S, Loss
 from benchmarks.scale.setting import Setting, parse
 
 NODES, MIB = 40, 32
@@ -72,6 +79,36 @@ def test_who_comes_later_gets_it_from_who_has_it():
     result = simulate(setting(spread_s=5.0))
     assert result.unfinished == 0
     assert result.origin_images < 4
+
+
+def test_lost_packets_bound_a_connection_and_cost_a_timer_now_and_then():
+    loss = Loss(0.01, random.Random(1))
+    assert loss.rate(0.001) == pytest.approx(17.7e6, rel=0.01)       # Mathis: 1.22 segments a round trip, over 0.1
+    assert loss.rate(0.002) == pytest.approx(loss.rate(0.001) / 2)
+    waits = [loss.timer_s(0.001) for _ in range(20_000)]
+    assert 0.007 < sum(wait > 0 for wait in waits) / len(waits) < 0.013
+    assert min(wait for wait in waits if wait) == TIMER_S
+    none = Loss(0.0, random.Random(1))
+    assert none.rate(0.001) == math.inf
+    assert not any(none.timer_s(0.001) for _ in range(1000))
+
+
+def test_a_network_that_loses_packets_costs_the_origin_hardly_more():
+    alone, lossy = simulate(setting()), simulate(setting(loss=0.01))
+    assert lossy.unfinished == 0
+    assert max(alone.done_s) < max(lossy.done_s) < 6 * max(alone.done_s)
+    assert lossy.origin_images <= 1.3
+
+
+def test_five_hundred_nodes_in_less_than_two_minutes_and_what_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale", "--nodes", "500", "--image-mib", "32", "--hot-mib", "8"])
+    began = time.process_time()
+    assert main() == 0
+    assert time.process_time() - began < 120    # 8; 200 MiB: 80
+    told = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"all of it", "lazy start", "origin", "hops", "uploads"} <= told.keys()
+    assert float(told["origin"].split()[1]) <= 1.05
+    assert int(told["hops"].split()[-2]) <= 10    # a tree of two children over 500 nodes has nine levels
 
 
 def test_what_is_simulated_is_what_the_command_line_says():

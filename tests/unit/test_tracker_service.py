@@ -133,8 +133,13 @@ async def test_what_has_changed_is_sent_once(autojump_clock: MockClock) -> None:
     await rig.beat("e", {KEY: {"done": 1000}})
     await trio.sleep(1.0)
     part = whole(await rig.beat("a"))
-    assert part["add"] == [["e", "e.example:9451", "", 0, True]]
+    assert part["add"] == [["e", "e.example:9451", "", 0, True, True]]
     assert part["since"]
+    for done, rows in ((99, []), (100, [["b", "b.example:9451", "", 0, False, True]]), (300, [])):
+        await rig.beat("b", {KEY: {"done": done}})    # who has some of it is told once
+        await trio.sleep(1.0)
+        told = await rig.beat("a")
+        assert (whole(told)["add"] if "views" in told else []) == rows
     await rig.beat("b", leave=True)
     await trio.sleep(1.0)
     assert whole(await rig.beat("a"))["gone"] == ["b"]
@@ -196,6 +201,43 @@ async def test_an_address_without_a_host_is_that_of_the_connection(autojump_cloc
         said = {"member": {"id": "a", "address": ":99"}, "swarms": {KEY: {}}}
         await rig.ask("POST", "/v1/clusters/prod/beat", said, peer)
         assert rig.store.clusters["prod"].members["a"].state.member.address == expected
+
+
+@pytest.mark.parametrize(("address", "peer", "status"), [
+    ("127.0.0.1:6379", "10.0.0.9", 400), ("localhost:9451", "10.0.0.9", 400), ("[::1]:9451", "10.0.0.9", 400),
+    ("169.254.169.254:80", "10.0.0.9", 400), ("[::ffff:127.0.0.1]:80", "10.0.0.9", 400),
+    ("0.0.0.0:9451", "fd00::1", 400),
+    ("10.0.0.9:0", "10.0.0.9", 400), ("10.0.0.9:65536", "10.0.0.9", 400), ("10.0.0.9:9451", "10.0.0.9", 200),
+    ("node.example:9451", "10.0.0.9", 200), ("127.0.0.1:9451", "127.0.0.1", 200), (":9451", "127.0.0.1", 200),
+])
+async def test_an_address_where_others_come_to_themselves_or_nowhere_is_refused(
+        address: str, peer: str, status: int, autojump_clock: MockClock) -> None:
+    rig = Rig()
+    said = {"member": {"id": "a", "address": address}, "swarms": {KEY: {}}}
+    found, told = await rig.ask("POST", "/v1/clusters/prod/beat", said, peer)
+    assert found == status
+    assert status == 200 or "peers.advertise" in told["hint"]
+    assert ("a" in rig.store.clusters["prod"].members) == (status == 200)
+
+
+async def test_two_nodes_with_one_name_are_told_of_but_not_one_that_moves(
+        autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig()
+
+    async def beat(name: str, host: str) -> None:
+        said = {"member": {"id": name, "address": f"{host}:99"}, "swarms": {KEY: {}}}
+        assert (await rig.ask("POST", "/v1/clusters/prod/beat", said, host))[0] == 200
+        await trio.sleep(4)
+
+    for host in ("10.0.0.1", "10.0.0.2", "10.0.0.3"):
+        await beat("moves", host)
+    assert caplog.records == []
+    for _ in range(10):
+        await beat("twice", "10.0.0.1")
+        await beat("twice", "10.0.0.2")
+    said = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(said) <= 3
+    assert all("member twice of cluster prod is at 10.0.0" in line and "peers.node" in line for line in said)
 
 
 async def test_intervals_follow_size_and_youth(autojump_clock: MockClock) -> None:
