@@ -159,20 +159,25 @@ class Blobs:
 
     def _doubt(self, key: str, entry: _Entry) -> None:
         """What is whole on the disk is looked at again, once in TRUST_S, while it is being read."""
-        now, download = trio.current_time(), entry.download
-        if download is None or self._nursery is None or self._trusted.get(key, -math.inf) > now:
+        download = entry.download
+        if download is None or self._nursery is None or self._trusted.get(key, -math.inf) > trio.current_time():
             return
-        self._trusted = {one: until for one, until in self._trusted.items() if until > now}
         download.is_doubted = True
         entry.users += 1                 # it stays open for that
         self._nursery.start_soon(self._recheck, key, entry, download)
+
+    def _trust(self, key: str) -> None:
+        """Its digest was right just now."""
+        now = trio.current_time()
+        self._trusted = {one: until for one, until in self._trusted.items() if until > now}
+        self._trusted[key] = now + TRUST_S
 
     async def _recheck(self, key: str, entry: _Entry, download: Download) -> None:
         is_right = False
         with suppress(LazyfsError):      # a disk that cannot even read it
             is_right = await download.digest() == download.resource.digest
         if is_right:
-            self._trusted[key] = trio.current_time() + TRUST_S
+            self._trust(key)
         else:
             _log.warning("%s: it has rotted on the disk, and is dropped", key)
             await trio.to_thread.run_sync(self.directory.drop, download.resource)
@@ -208,6 +213,8 @@ class Blobs:
         with scope:
             await download.run()
         entry.scope = None
+        if download.file.is_whole:
+            self._trust(key)
         if not download.file.is_whole and not scope.cancelled_caught and self._entries.get(key) is entry:
             del self._entries[key]     # its bytes were wrong, and are gone: who asks next begins anew
             if not entry.users:

@@ -39,7 +39,8 @@ SNAPSHOT: dict[str, Any] = {
     "peers": {
         "cluster": "prod", "why": "", "id": "n1", "address": "10.0.0.1:9451", "zone": "a", "listens": True,
         "membership": {"kind": "tracker", "members": 8, "lost_s": 0.0, "why": "", "isolated": []},
-        "counters": {"requests": 12, "hedges": 2, "duplicate_bytes": 9}, "swarms": {"device/x": {"members": 8, "complete": 2}},
+        "counters": {"requests": 12, "hedges": 2, "duplicate_bytes": 9},
+        "swarms": {"device/x": {"members": 8, "complete": 2}},
         "uploads": {"requests": 5, "refused": 1, "pieces": 7, "bytes": 700, "wire_bytes": 300},
         "given": {"from_cache": 4, "fetched": 2, "lacking": 1},
         "tokens": {"held": 2, "keys": 1, "lost": False, "issued": 6, "failed": 1, "admitted": 3, "refused": 2},
