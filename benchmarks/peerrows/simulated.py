@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.scale.cluster import simulate
 from benchmarks.scale.setting import Setting
+from lazyfs.fetch.constants import READAHEAD_BYTES_MAX, READAHEAD_PEERED_TIMES
+from lazyfs.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +22,8 @@ AT_ONCE = 2
 HALF_A_THOUSAND = Setting(nodes=500, image_mib=200, piece_kib=1024)
 # 10,000: pieces of 4 MiB, so that a run takes minutes.
 TEN_THOUSAND = replace(HALF_A_THOUSAND, nodes=10_000, piece_kib=4096, window=32)
-READ_AHEAD = 16                      # chunks of 1 MiB that a reader of a real node has under way (fetch.readahead)
+# Chunks of 1 MiB that a reader of a real node has under way (fetch.readahead).
+READ_AHEAD = READAHEAD_PEERED_TIMES * READAHEAD_BYTES_MAX // MIB
 
 _known: dict[Setting, Result] = {}
 
@@ -38,7 +41,7 @@ def results(settings: Iterable[Setting]) -> list[Result]:
 def model(nodes: int, image_mib: int, link_mbit: float) -> float:
     """How long a real cluster's slowest node should need, by the model: seconds. For the model's error."""
     setting = Setting(nodes=nodes, image_mib=image_mib, node_mbit=link_mbit, origin_mbit=link_mbit, window=READ_AHEAD,
-                      hot_mib=0)
+                      in_order=1, hot_mib=0)
     return max(results([setting])[0].done_s)
 
 

@@ -17,7 +17,8 @@ from trio.testing import MockClock
 
 from benchmarks.scale.loss import Loss
 from benchmarks.scale.network import Fabric
-from benchmarks.scale.node import Node, Origin
+from benchmarks.scale.node import Node
+from benchmarks.scale.origin import Origin
 from benchmarks.scale.result import Result
 from benchmarks.scale.setting import MBIT
 from lazyfs.image.digest import Digest
@@ -81,7 +82,8 @@ class _Cluster:
         node = Node(member, self._resource, self._fabric, self._origin, up=rate, down=rate, window=setting.window,
                     hot=min(setting.hot_mib << 20, self._resource.size) // self._resource.piece_size,
                     disk=self._disk_rate(number),
-                    work=setting.work_mb * 1e6, lies=number in self._liars, ended=self._ended)
+                    work=setting.work_mb * 1e6, in_order=bool(setting.in_order), lies=number in self._liars,
+                    ended=self._ended)
         self._fabric.hosts[member.id], self._fabric.zones[member.id] = node, member.zone
         self._nodes.append(node)
         return node

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from benchmarks.scale.origin import Origin
     from lazyfs.peers.ownrate import OwnRate
     from lazyfs.peers.swarm import Swarm
 
@@ -39,29 +40,6 @@ def _bytes(one: bytes, count: int) -> bytes:
     return one * count
 
 
-class Origin:
-    """The registry: a link, and a delay before an answer begins. `count`: pieces that it was asked for."""
-
-    def __init__(self, fabric: Fabric, rate: float, delay_s: float) -> None:
-        self._fabric, self._delay_s = fabric, delay_s
-        self.up = Link(rate)
-        self.count = 0
-
-    def ask(self, node: Node, index: int) -> None:
-        self.count += 1
-        self._fabric.timeline.at(trio.current_time() + self._delay_s, self._send, node, index)
-
-    def _send(self, node: Node, index: int) -> None:
-        size = node.resource.piece_bytes(index)
-        self._fabric.timeline.at(self.up.carry(trio.current_time(), size), self._sent, node, index, size)
-
-    def _sent(self, node: Node, index: int, size: int) -> None:
-        """At the far end: who sends slowly keeps nobody else's bytes from it. Each piece is a connection's."""
-        now, loss, rtt_s = trio.current_time(), self._fabric.loss, self._fabric.rtt_s
-        carried = now + size / loss.rate(rtt_s) + loss.timer_s(rtt_s)
-        self._fabric.timeline.at(max(node.down.deliver(now, size), carried), node.landed, index, 1)
-
-
 class Node:
     """One of the cluster. `swarm` and `own_rate` are set by who makes it, before it starts."""
 
@@ -69,7 +47,7 @@ class Node:
     own_rate: OwnRate
 
     def __init__(self, member: Member, resource: Resource, fabric: Fabric, origin: Origin, *, up: float, down: float,
-                 window: int, hot: int, disk: float, work: float, lies: bool = False,
+                 window: int, hot: int, disk: float, work: float, in_order: bool = False, lies: bool = False,
                  ended: Callable[[], None]) -> None:
         """
         Not yet started.
@@ -89,7 +67,8 @@ class Node:
         self.nursery: trio.Nursery | None = None
         self._ended = ended
         self._origin, self._window, self._hot, self._disk = origin, window, hot, Link(disk)
-        self._held = self._hot_held = self._next = 0
+        self._held = self._hot_held = self._next = self._place = 0
+        self._in_order = in_order
         self._batch = max(1, min(FETCH_BATCH, window // 4))
         self._flights: dict[int, list[Answer]] = {}
         self._own: set[int] = set()
@@ -133,6 +112,9 @@ class Node:
     def read(self) -> None:
         """Keep the window full, of all of it in order; in batches, as a window of the fetcher is."""
         count = self.resource.piece_count
+        if self._in_order:
+            self._read_ahead(count)
+            return
         while self._next < count and len(self._own) <= self._window - self._batch:
             batch: list[int] = []
             while self._next < count and len(batch) < self._batch:
@@ -141,6 +123,17 @@ class Node:
                     if self._next not in self._flights:
                         batch.append(self._next)
                 self._next += 1
+            if batch:
+                self._fetch(batch, 0, trio.current_time() + OWN_DEADLINE_S, Priority.PREFETCH)
+
+    def _read_ahead(self, count: int) -> None:
+        """As fetch.readahead does for a reader that has got to the first piece that is missing."""
+        while self._place < count and self.depth[self._place]:
+            self._place += 1
+        if self._place < count and self._next - self._place <= self._window // 2:
+            begin, self._next = max(self._next, self._place), min(self._place + self._window, count)
+            batch = [index for index in range(begin, self._next)
+                     if not self.depth[index] and index not in self._flights]
             if batch:
                 self._fetch(batch, 0, trio.current_time() + OWN_DEADLINE_S, Priority.PREFETCH)
 

@@ -24,6 +24,7 @@ class Setting:
     zone_rtt_ms: float = 1.0             # between zones
     loss: float = 0.0                    # share of packets that are lost, at random (benchmarks.scale.loss)
     window: int = 64                     # pieces that a node wants at once
+    in_order: int = 0                    # 1: as a program reads, by the window from the first that is missing
     hot_mib: int = 50                    # the part that a start needs
     spread_s: float = 0.0                # nodes begin within this
     dying: float = 0.0                   # share that dies while it fetches

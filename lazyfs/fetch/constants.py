@@ -25,7 +25,7 @@ class FetchLimits:
     prefetch_streams: int = 4          # windows under way: of one image as few as keep the link full, the rest others'
     prefetch_rate: int = 0             # bytes/s of all windows together; 0: no bound
     prefetch_bytes_max: int = 0        # stored bytes fetched ahead of one image; 0: no bound
-    background_streams: int = 1        # read-ahead of sequential readers
+    background_streams: int = 2        # read-ahead of sequential readers; in a swarm one after another (courtesy)
     copy_streams: int = 2              # windows of background copies: one to receive, one that is about to answer
     merge_bytes_max: int = 4 * MIB     # one range request of queued chunks that are neighbours, stored bytes
     # One range request of the hot blob. The first one is small, for nothing is known of the link; each is twice as
@@ -58,6 +58,7 @@ ATTEMPT_WHOLE_S = 4.0            # ... but is not cut into slices too thin to be
 # The next window is asked for when less than this of the current one is to come: what its answer's delay takes at the
 # rate so far (twice, for the rate still grows), and at least so much.
 PREFETCH_OVERLAP_BYTES = 512 * KIB
+OVERLAP_PARTS = 8                # but of a small one no more than this part
 PREFETCH_OVERLAP_FACTOR = 2.0
 PREFETCH_RATE_MIN = 64 * KIB     # bytes/s: a window slower than that is cut off, and the rest asked for anew
 RATE_BYTES_MIN = 256 * KIB       # must have come before a rate is believed: the first bytes come with the header
@@ -83,8 +84,8 @@ READAHEAD_STREAM_COUNT_MAX = 16  # sequential readers told apart, a device
 # and 1.12 times what they touched; with 8 MiB 1.04 and 1.02, without read-ahead 1.01 and 1.02 (512 KiB chunks).
 READAHEAD_SEQUENCE_BYTES_MIN = 8 * MIB
 READAHEAD_BYTES_MAX = 4 * MIB    # uncompressed; never more than has been read in a row so far
-# Of what peers give: a chunk passes a tree's levels one after another, so more must be under way. 8 nodes, 200 Mbit/s,
-# simulated (benchmarks.scale --window): 4 MiB 1.32 times the ideal time, 8 MiB 1.17, 16 MiB 1.12, 32 MiB 1.18. And
+# Of what peers give: a chunk passes a tree's levels one after another, so more must be under way. 8 real nodes, 50
+# Mbit/s: 16 MiB 1.55 to 1.72 times the ideal time, 24 MiB 1.49 to 1.58; simulated, beyond that more comes twice. And
 # it begins so much sooner: chunk by chunk the first 8 MiB of 8 real nodes took 2.6 s, now 1.7.
 READAHEAD_PEERED_TIMES = 6
 READ_ROUND_COUNT_MAX = 4         # a chunk that vanishes from the cache between its arrival and its read, so often

@@ -39,6 +39,7 @@ class Courtesy:
         self.ahead_brake = Brake(self._reads)
         self.bulk_brake = Brake(self._first_reads)
         self.copies = Copies(read_count)
+        self._ahead: set[Transfer] = set()    # under way, of priority BACKGROUND
 
     def begin(self, priority: Priority) -> None:
         """Something of that priority is asked for."""
@@ -52,14 +53,27 @@ class Courtesy:
         if priority is Priority.FOREGROUND:
             self._reads.end()
 
+    def may_read_ahead(self, stream_count: int, *, in_turn: bool) -> bool:
+        """
+        Whether another transfer may begin that no read waits for.
+
+        `in_turn`: for a swarm. Its nodes share the registry's link, and what has come in part from each of several
+        bodies nobody can pass on; so a node asks for the next one when the one before has nearly come.
+        """
+        return len(self._ahead) < stream_count and not (
+            in_turn and any(not one.is_nearly_done() for one in self._ahead))
+
     def begin_transfer(self, transfer: Transfer) -> None:
         """The same of a transfer."""
         self.begin(transfer.priority)
+        if transfer.priority is Priority.BACKGROUND:
+            self._ahead.add(transfer)
         if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
             self._first_reads.begin()
 
     def end_transfer(self, transfer: Transfer) -> None:
         """And it is over."""
         self.end(transfer.priority)
+        self._ahead.discard(transfer)
         if transfer.priority is Priority.FOREGROUND and transfer.brake is None:
             self._first_reads.end()

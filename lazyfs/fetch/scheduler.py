@@ -242,7 +242,7 @@ class Scheduler:
         return (id(source), blob), start, size
 
     def _start_background(self) -> bool:
-        if self.running[Priority.BACKGROUND] >= self.bounds.background_streams:
+        if not self.courtesy.may_read_ahead(self.bounds.background_streams, in_turn=bool(self.peering.peered)):
             return False
         lane = self.lanes.next_background(trio.current_time())
         if lane is None:

@@ -21,6 +21,7 @@ from lazyfs.fetch.constants import (
     ATTEMPT_WHOLE_S,
     OVERTAKE_FACTOR,
     OVERTAKE_MARGIN_S,
+    OVERLAP_PARTS,
     PREFETCH_OVERLAP_BYTES,
     PREFETCH_OVERLAP_FACTOR,
     RATE_BYTES_MIN,
@@ -47,9 +48,6 @@ class Priority(enum.IntEnum):
     PREFETCH = 1      # a window of the hot blob
     BACKGROUND = 2    # read-ahead
     COPY = 3          # a window of a background copy
-
-
-_WINDOWS = {Priority.PREFETCH, Priority.COPY}
 
 
 class Transfer:
@@ -91,7 +89,7 @@ class Transfer:
     def is_nearly_done(self) -> bool:
         """Whether the next window is to be asked for: what is left takes no longer than an answer."""
         left = self.remaining_bytes
-        return (left <= PREFETCH_OVERLAP_BYTES
+        return (left <= min(PREFETCH_OVERLAP_BYTES, self.size // OVERLAP_PARTS)
                 or left <= PREFETCH_OVERLAP_FACTOR * self.delay_s * (self._rate() or 0.0))
 
     def is_wanted(self) -> bool:
@@ -183,7 +181,7 @@ class Transfer:
                 flight.begun_at, flight.answered_at, flight.server = began, self._answered_at, self.server
                 self._fill(stored, stream)
                 flight.received_at = time.monotonic()
-                if not told and self.priority in _WINDOWS and self.is_nearly_done():
+                if not told and self.priority is not Priority.FOREGROUND and self.is_nearly_done():
                     told = True
                     wake(nearly_done)
                 if flight.overtaken and flight.device.cached.present(flight.index, flight.index):
