@@ -285,6 +285,11 @@ async def test_a_read_whose_reader_left_is_given_up(tmp_path: Path) -> None:
             gate.set()
 
 
+def has_more_to_ask(node: PeerNode) -> bool:
+    """Of the registry, beside what it is asking for."""
+    return bool(node.source.requests) and sum(len(lane.background) for lane in node.fetcher._scheduler.lanes) > 2
+
+
 async def test_what_no_read_waits_for_is_asked_of_the_registry_one_after_another(tmp_path: Path) -> None:
     """The registry's link is shared by all roots, and what has come in part of several bodies nobody can pass on."""
     async with peer_nodes(tmp_path, 2) as cluster:
@@ -295,8 +300,7 @@ async def test_what_no_read_waits_for_is_asked_of_the_registry_one_after_another
             scheduler.read_ahead(node.device, range(0, SAMPLE.table.chunk_count, 2))    # no neighbours: one request each
             scheduler.dispatch()
         with trio.fail_after(20):
-            while not all(sum(len(lane.background) for lane in node.fetcher._scheduler.lanes) > 2
-                          and node.source.requests for node in cluster.nodes):
+            while not all(map(has_more_to_ask, cluster.nodes)):    # noqa: ASYNC110
                 await trio.sleep(0.005)
             assert [len(node.source.requests) for node in cluster.nodes] == [1, 1]
             for node in cluster.nodes:
