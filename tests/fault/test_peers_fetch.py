@@ -297,7 +297,7 @@ async def test_what_no_read_waits_for_is_asked_of_the_registry_one_after_another
             node.source.gate.clear()
             assert node.device is not None
             scheduler = node.fetcher._scheduler
-            scheduler.read_ahead(node.device, range(0, SAMPLE.table.chunk_count, 2))    # no neighbours: one request each
+            scheduler.read_ahead(node.device, range(0, SAMPLE.table.chunk_count, 2))    # no neighbours
             scheduler.dispatch()
         with trio.fail_after(20):
             while not all(map(has_more_to_ask, cluster.nodes)):    # noqa: ASYNC110
