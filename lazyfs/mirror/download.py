@@ -132,6 +132,7 @@ class Download:
         self._swarm: Fetching | None = None
         self._sums, self._verify, self._blame, self._recall = sums, verify, blame, recall
         self._flying: set[int] = set()
+        self._at_origin: set[int] = set()         # of these
         self._given_by: dict[int, str] = {}       # by whom, of pieces that peers gave since the start
         self._readers: set[_Reader] = set()
         self._wants_all = False
@@ -140,11 +141,6 @@ class Download:
         self._epoch = 0    # how often somebody asked: an earlier origin's failure is not the later one's
 
     # --- reading ---
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody waits for more of it."""
-        return bool(self._readers or self._flying) or (self._wants_all and not self.file.is_whole)
 
     def ask(self, origin: Origin, swarm: Fetching | None, *, shared: bool) -> None:
         """From now on ask these. Peers need an origin that can begin anywhere: what they lack comes in pieces."""
@@ -225,6 +221,10 @@ class Download:
         if scope.cancelled_caught and not self.file.present[index]:
             raise DeadlineError(f"{self.resource.key}: piece {index} did not come in time")
 
+    def is_at_origin(self, index: int) -> bool:
+        """Whether a piece is on its way, and not from a peer: nobody else is waited for."""
+        return index in self._at_origin
+
     # --- fetching ---
 
     async def run(self) -> None:
@@ -272,6 +272,7 @@ class Download:
         failures: list[LazyfsError] = []
 
         async def ask_origin(left: list[int]) -> None:
+            self._at_origin.update(left)
             try:
                 await self._from_origin([index for index in left if not self.file.present[index]], deadline)
             except LazyfsError as error:
@@ -294,6 +295,7 @@ class Download:
                 raise failures[0]
         finally:
             self._flying.difference_update(indexes)
+            self._at_origin.difference_update(indexes)
             self._notify()
 
     async def _deliver(self, piece: Piece, member: Member) -> bool:

@@ -268,7 +268,7 @@ class PieceStore:
             if download is None:
                 raise PeerLacksError(f"{resource.key}: not here")
             if not download.file.present[index]:
-                if request.hops >= HERE_ONLY:
+                if request.hops >= HERE_ONLY and not download.is_at_origin(index):
                     raise PeerLacksError(f"{resource.key}: piece {index} is not here")
                 await download.piece(index, priority=request.priority, deadline=deadline, hops=request.hops + 1,
                                      request=request.request)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from lazyfs.errors import CacheOwnedError, DiskFullError, IntegrityError, PeerLacksError, SourceError
 from lazyfs.image.digest import chunk_digest
@@ -18,7 +22,7 @@ from lazyfs.mirror.piecedir import PieceDirectory
 from lazyfs.mirror.piecefile import file_name, resource_of
 from lazyfs.mirror.pieces import PieceStore
 from lazyfs.peers.model import HERE_ONLY, Kind, PieceRequest, Priority
-from tests.piecekit import MemoryOrigin, Network, blob_of, nodes, read_spans
+from tests.piecekit import BytesStream, MemoryOrigin, Network, blob_of, nodes, read_spans
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,6 +190,46 @@ async def test_what_a_node_does_not_have_it_does_not_fetch_for_a_peer(tmp_path: 
                            Priority.FOREGROUND)
         with pytest.raises(PeerLacksError, match="pieces of"):
             await store.piece(odd, 0)
+
+
+@dataclass
+class GatedOrigin(MemoryOrigin):
+    """Gives nothing before `gate` is set."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def read_range(self, offset: int, size: int, deadline: float) -> BytesStream:
+        stream = super().read_range(offset, size, deadline)
+        assert self.gate.wait(20)
+        return stream
+
+
+@pytest.mark.trio
+async def test_who_asks_only_for_what_is_here_waits_for_what_comes_from_the_origin(tmp_path: Path) -> None:
+    """Who joins late is the root of some pieces at once: what another is having just then must not come twice."""
+    resource, got = blob_of(DATA), []
+    async with nodes(tmp_path, 1, resource) as [node]:
+        store, origin = PieceStore(node), GatedOrigin(DATA)
+
+        async def ask(index: int) -> None:
+            found = await store.piece(PieceRequest(resource, (index,), 20.0, HERE_ONLY, Priority.PREFETCH), index)
+            found.release()
+            got.append(index)
+
+        async with node.open(resource, origin) as download, trio.open_nursery() as nursery:
+            nursery.start_soon(partial(download.piece, 3, priority=Priority.PREFETCH, deadline=trio.current_time() + 20,
+                                       hops=1, request=""))
+            with trio.fail_after(20):
+                while not origin.requests:    # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            with pytest.raises(PeerLacksError, match="piece 4 is not here"):
+                await ask(4)
+            nursery.start_soon(ask, 3)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not got
+            origin.gate.set()
+        assert got == [3]
+        assert len(origin.requests) == 1
 
 
 def test_a_directory_has_one_owner(tmp_path: Path) -> None:
