@@ -30,6 +30,7 @@ from lazyfs.fetch.statistics import FetchStatistics
 from lazyfs.fetch.transfer import Priority, Transfer
 from lazyfs.fetch.workers import Workers
 from lazyfs.image.codec import Codec
+from lazyfs.peers.model import HERE_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -358,8 +359,7 @@ class Scheduler:
             return
         now = trio.current_time()
         state = self.lanes.sources.of(transfer.source)
-        attempt_count = max((flight.attempt_count for flight in flights), default=1)
-        until = now + retry.pause_s(error, max(1, attempt_count))
+        until = now + retry.pause_s(error, max([1, *(flight.attempt_count for flight in flights)]))
         if isinstance(error, RateLimitedError) and error.retry_after_s is not None:
             state.paused_until = until    # for all who want something of this source
         elif not flights:
@@ -368,7 +368,7 @@ class Scheduler:
         with requestid.during(transfer.request):
             _log.info("%s: trying %d chunks again: %s", transfer.source.name, len(flights), error)
         if state.down:
-            self.queue(flights)    # they go when a probe has been answered
+            self.queue(flights, again=True)    # they go when a probe has been answered
             return
         until = max(until, now + state.retry_wait_s(now))
         self._nursery.start_soon(self._later, until, flights)
@@ -376,17 +376,18 @@ class Scheduler:
     async def _later(self, until: float, flights: list[Flight]) -> None:
         """Checkpoint: yes; on cancel: the engine is closing and has failed the flights. `until`: trio's clock."""
         await trio.sleep_until(until)
-        self.queue(flights)
+        self.queue(flights, again=True)
         self.lanes.sweep(trio.current_time())
         self.dispatch()
 
-    def queue(self, flights: list[Flight]) -> None:
+    def queue(self, flights: list[Flight], *, again: bool = False) -> None:
+        """`again`: the origin has failed; what reads wait for is asked of peers first, who may have it by now."""
         for flight in flights:
             if flight.wanted and not flight.waiters:    # its reader left during the pause
                 self.fail(flight, DeadlineError(f"{flight.source.name}: chunk {flight.index}: nobody waits for it"))
-                continue
-            lane = self.lanes.of(flight.source)
-            (lane.foreground if flight.waiters else lane.background).push(flight)
+            elif not (again and flight.waiters and self.peering.took(flight, Priority.FOREGROUND, HERE_ONLY)):
+                lane = self.lanes.of(flight.source)
+                (lane.foreground if flight.waiters else lane.background).push(flight)
 
     def fail(self, flight: Flight, error: LazyfsError) -> None:
         self._remove(flight)

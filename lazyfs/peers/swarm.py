@@ -20,7 +20,7 @@ from lazyfs import limits
 from lazyfs.errors import PeerLacksError
 from lazyfs.peers.health import HealthBook
 from lazyfs.peers.known import Known
-from lazyfs.peers.model import HOPS_MAX, Priority, View
+from lazyfs.peers.model import HERE_ONLY, Priority, View
 from lazyfs.peers.pace import Pace
 from lazyfs.peers.rates import Rate
 from lazyfs.peers.referrals import Referrals
@@ -110,7 +110,7 @@ class Swarm:
         them, or no peer has delivered. Checkpoint: perhaps; on cancel: pieces that were delivered stay.
 
         :deadline: trio's clock; what is missing then is returned.
-        :hops: 0 for this node's own wants; of a peer's request its hops + 1.
+        :hops: 0 for this node's own wants; of a peer's request its hops + 1. HERE_ONLY: peers give what they have.
         :deliver: called for each piece once, or again after it said False. A LazyfsError of it comes out of here.
         :origin: is called with those for the origin, as soon as that is known; then [] is returned.
 
@@ -118,7 +118,7 @@ class Swarm:
             PeerLacksError: it has been passed on too often.
 
         """
-        if hops >= HOPS_MAX:
+        if hops > HERE_ONLY:
             raise PeerLacksError(f"{resource.key}: passed on {hops} times")
         known = self._known.get(resource.key)
         self.counters["fetches"] += 1

@@ -18,9 +18,9 @@ import trio
 
 from lazyfs.errors import LazyfsError, PeerBusyError, PeerError, PeerLacksError, PeerRefusedError
 from lazyfs.peers.lateness import DEAF_S, Quiet, due_at, is_left, judge, quiet, root_gone_at
-from lazyfs.peers.model import PieceRequest, Priority
+from lazyfs.peers.model import HERE_ONLY, PieceRequest, Priority
 from lazyfs.peers.topology import group_pieces
-from lazyfs.peers.ways import Attempt, Manner, Way, split, way_of
+from lazyfs.peers.ways import Attempt, Manner, Way, here_way, split, way_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -105,13 +105,15 @@ class SwarmFetch:
                 way = by_group[group] = self._way(group)
             way.missing.add(index)
             self._ways[index] = way
-            if way.is_root and self._priority is Priority.FOREGROUND:
+            if way.is_root and self._priority is Priority.FOREGROUND and self._hops < HERE_ONLY:
                 way.ask_first(self._swarm.refer_own(self.key, index))
         return list(by_group.values())
 
     def _way(self, group: int) -> Way:
         place = self._known.place(self._swarm.me, self._resource.key, group, self._now())
         read = self._priority is Priority.FOREGROUND
+        if self._hops == HERE_ONLY:
+            return here_way(place)
         pays = place.heirs and not place.holders and self._known.probe_pays(read=read)
         return way_of(place, self._swarm.is_slow, self._swarm.says_slow,
                       place.heirs[:1 if read else None] if pays else (),

@@ -114,6 +114,12 @@ def way_of(place: Place, is_slow: Callable[[Member], bool], says_so: Callable[[M
     return Way(stops, min(PATIENCE_MAX, 1 + PATIENCE_EACH * max(0, place.depth - 1)), len(place.parents))
 
 
+def here_way(place: Place) -> Way:
+    """Whom to ask for what they have, where the origin has failed: everybody who may."""
+    members = (*place.holders, *place.parents, *place.heirs)
+    return Way([(member, Manner.HERE) for member in members], 1.0, len(place.parents))
+
+
 def split(ways: list[Way], most: int) -> Iterator[dict[int, Way]]:
     """What is missing of them, into requests of `most` pieces, or one."""
     pieces = sorted((index, position) for position, way in enumerate(ways) for index in way.missing)

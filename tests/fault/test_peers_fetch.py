@@ -83,6 +83,27 @@ async def test_a_registry_that_is_gone_is_not_missed_when_a_peer_has_it(tmp_path
         assert other.fetcher.statistics.peer_bytes == len(SAMPLE.data)
 
 
+@pytest.mark.parametrize("failures", [0, 12], ids=["registry fails", "registry is known to be down"])
+async def test_a_peer_that_comes_back_is_asked_again_while_the_registry_is_gone(tmp_path: Path, failures: int) -> None:
+    """Its worker was being replaced when the read began: nobody but the registry was asked again, to the end."""
+    async with peer_nodes(tmp_path, 2) as cluster:
+        one, other = await one_has_all(cluster)
+
+        def refuse(request: Request) -> None:
+            raise SourceError("the registry is gone")
+
+        other.source.faults.append(refuse)
+        scheduler = other.fetcher._scheduler
+        for _ in range(failures):
+            probe_at = scheduler.lanes.sources.of(other.source).failed(SourceError("gone"), trio.current_time())
+            if probe_at is not None:
+                scheduler._nursery.start_soon(scheduler._later, probe_at, [])
+        other.swarm.health.gone(one.member.id, "test", trio.current_time())
+        with trio.fail_after(20):
+            await other.read(0, 1)
+        assert other.fetcher.statistics.peer_bytes
+
+
 async def test_an_image_that_is_only_cached_is_given_too(tmp_path: Path) -> None:
     async with peer_nodes(tmp_path, 2) as cluster:
         one, other = await one_has_all(cluster)

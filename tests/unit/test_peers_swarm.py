@@ -530,7 +530,7 @@ async def test_what_the_origin_must_give_is_said_at_once(autojump_clock: MockClo
 async def test_a_request_that_was_passed_on_too_often_ends(autojump_clock: MockClock) -> None:
     net = cluster(3)
     with pytest.raises(PeerLacksError):
-        await net.nodes["n0000"].swarm.fetch(net.what, [0], priority=Priority.COPY, deadline=10, hops=HOPS_MAX,
+        await net.nodes["n0000"].swarm.fetch(net.what, [0], priority=Priority.COPY, deadline=10, hops=HOPS_MAX + 1,
                                              deliver=_never)
 
 
