@@ -252,7 +252,7 @@ class Preheat:
     def _check(self, order: Order) -> None:
         """Raises UsageError. Nodes check what they are told: a beat that holds anything else is none to them."""
         try:
-            msgspec.convert(msgspec.to_builtins(order), Order)
+            shapes.from_plain(msgspec.to_builtins(order), Order)
         except msgspec.ValidationError as error:
             raise UsageError(f"this is not an order: {error!s:.200}") from None
         if order.kind == "file":
