@@ -15,7 +15,7 @@ from lazyfs.mirror.serving import opened
 from tests.served import served
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
 
@@ -100,8 +100,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server() -> Iterator[WebServer]:
+def web_server(files: Mapping[str, bytes] | None = None) -> Iterator[WebServer]:
+    """`files`: what it has from the beginning, by path."""
     server = WebServer()
+    server.files.update(files or {})
     with served(server):
         yield server
 

@@ -208,22 +208,30 @@ class Address(Kind):
         return f"{host}:{port}"
 
 
-class Url(Kind):
-    """An http or https URL without user name, query and fragment; or nothing, unless `required`."""
+class Shaped(Kind):
+    """Text of one shape; `optional`: or nothing."""
 
-    def __init__(self, *, required: bool = False) -> None:
-        self.required = required
+    def __init__(self, shape: str, named: str, *, optional: bool = False) -> None:
+        """`shape`: a regular expression for all of it; `named`: what is expected, in words."""
+        self.shape, self.named, self.optional = shape, named, optional
 
     @property
     def expected(self) -> str:
-        return '"https://host[:port][/path]"' + ("" if self.required else ', or ""')
+        return self.named + (', or ""' if self.optional else "")
 
     def accept(self, value: object) -> object:
         text = Kind.accept(self, value)
         assert isinstance(text, str)
-        if (text or self.required) and re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", text) is None:
+        if re.fullmatch(self.shape, text) is None and not (self.optional and not text):
             raise ValueError(value)
         return text
+
+
+class Url(Shaped):
+    """An http or https URL without user name, query and fragment; or nothing, unless `required`."""
+
+    def __init__(self, *, required: bool = False) -> None:
+        super().__init__(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", '"https://host[:port][/path]"', optional=not required)
 
 
 class Pattern(Kind):
@@ -263,22 +271,11 @@ class Place(Kind):
         return Address().accept(text)
 
 
-class Name(Kind):
+class Name(Shaped):
     """A short name of letters, digits, dots, dashes and underscores; `optional`: or nothing."""
 
     def __init__(self, *, optional: bool = False) -> None:
-        self.optional = optional
-
-    @property
-    def expected(self) -> str:
-        return "a name of A-Z a-z 0-9 . _ -, at most 128" + (', or ""' if self.optional else "")
-
-    def accept(self, value: object) -> object:
-        text = Kind.accept(self, value)
-        assert isinstance(text, str)
-        if re.fullmatch(_NAME, text) is None and not (self.optional and not text):
-            raise ValueError(value)
-        return text
+        super().__init__(_NAME, "a name of A-Z a-z 0-9 . _ -, at most 128", optional=optional)
 
 
 class List(Kind):

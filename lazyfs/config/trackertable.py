@@ -6,46 +6,18 @@ Layer: config. Who calls: config.table.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from lazyfs.config.key import key
-from lazyfs.config.kinds import AbsolutePath, Address, Choice, Kind, List, Name, Number
+from lazyfs.config.kinds import AbsolutePath, Address, Choice, List, Name, Number, Shaped
 
 CLUSTER_COUNT_MAX = 256          # of `preheat_clusters`
 REGISTRY_COUNT_MAX = 256         # of `registries`
-_REDIS_URL = r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)"
-_REGISTRY = r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"    # no URL: it would never match
-
-
-class RedisUrl(Kind):
-    """Where a Redis is; no user name, password or option in it: those would be in everybody's process list."""
-
-    @property
-    def expected(self) -> str:
-        return '"redis://host[:port][/number]", "rediss://...", "unix:///path", or ""'
-
-    def accept(self, value: object) -> object:
-        text = Kind.accept(self, value)
-        assert isinstance(text, str)
-        if text and re.fullmatch(_REDIS_URL, text) is None:
-            raise ValueError(value)
-        return text
-
-
-class RegistryName(Kind):
-    """A registry as image references name it: host, or host:port."""
-
-    @property
-    def expected(self) -> str:
-        return "a host, or host:port"
-
-    def accept(self, value: object) -> object:
-        text = Kind.accept(self, value)
-        assert isinstance(text, str)
-        if re.fullmatch(_REGISTRY, text) is None:
-            raise ValueError(value)
-        return text
+# No user name, password or option in it: those would be in everybody's process list.
+_REDIS = Shaped(r"(rediss?://[A-Za-z0-9\[][^/?#@\s]*(/[0-9]{1,4})?|unix:///[^?#@\s]+)",
+                '"redis://host[:port][/number]", "rediss://...", "unix:///path"', optional=True)
+# As image references name it; a URL would never match one.
+_REGISTRY = Shaped(r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", "a host, or host:port")
 
 
 @dataclass(frozen=True)
@@ -54,7 +26,7 @@ class Tracker:
 
     address: str = key(Address(), "127.0.0.1:9450",
                        "Where `lazyfs tracker` listens (docs/tracker.md). A port alone means loopback.")
-    redis: str = key(RedisUrl(), "",
+    redis: str = key(_REDIS, "",
                      "Where its state is, so that several trackers serve the same clusters, and a restart forgets "
                      "nothing; empty: in its memory.")
     redis_password_file: str = key(AbsolutePath(optional=True), "",
@@ -71,7 +43,7 @@ class Tracker:
                       "Tokens that nodes show to each other (docs/tokens.md): none; one for all of the cluster, for "
                       "whoever may use the tracker; or one for each image's data, for whoever has shown its registry a "
                       "credential that may pull it. The same as `peers.tokens`.")
-    registries: tuple[str, ...] = key(List(RegistryName(), "hosts", REGISTRY_COUNT_MAX), (),
+    registries: tuple[str, ...] = key(List(_REGISTRY, "hosts", REGISTRY_COUNT_MAX), (),
                                       "The registries, as in image references, that are asked for that; empty: any but "
                                       "this machine's own.")
     preheat_auth: str = key(Choice(("off", "none", "basic", "oauth", "custom")), "off",

@@ -28,8 +28,7 @@ PATH = "/one.bin"
 
 @pytest.fixture
 def server() -> Iterator[WebServer]:
-    with web_server() as running:
-        running.files[PATH] = DATA
+    with web_server({PATH: DATA}) as running:
         yield running
 
 
