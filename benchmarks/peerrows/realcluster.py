@@ -45,14 +45,14 @@ class Together:
     cpu_s: float
 
 
-def ideal_s(size: int) -> float:
-    return size * 8 / RATE_BIT_S
+def ideal_s(size: int, rate_bit_s: int = RATE_BIT_S) -> float:
+    return size * 8 / rate_bit_s
 
 
-def start_together(session: Session, count: int, size: int) -> Together:
-    """A new cluster with empty caches; every link has RATE_BIT_S. Raises ToolError."""
+def start_together(session: Session, count: int, size: int, rate_bit_s: int = RATE_BIT_S) -> Together:
+    """A new cluster with empty caches; `rate_bit_s`: of every link. Raises ToolError."""
     memory = count * (2 * size + _NODE_BYTES)     # each has it in its cache, and in the page cache of its mount
-    with (recycled(session.place, memory) as fill, Cluster(session, count, rate_bit_s=RATE_BIT_S) as cluster,
+    with (recycled(session.place, memory) as fill, Cluster(session, count, rate_bit_s=rate_bit_s) as cluster,
           _readers(cluster.nodes) as readers):
         image = cluster.image(f"peers-{size // MIB}", size)
         cluster.start()

@@ -4,9 +4,10 @@ Who asks whom, by arithmetic: rendezvous hashing orders the members for each gro
 A member's score in a group depends on its id, its up_rate and the group alone, never on who else is there. Each asks
 only members of lower score, so the way of a request ends, whatever the nodes know of each other: two views that
 differ make two trees, but never a ring. (Of a rate that changes: a member counts itself with the highest that anybody
-may still see of it. Along a way that own score falls with each step, so rings cannot be.) A zone's members make a tree
-of two children each, and the zones' roots make another one: one link a group enters a zone, one member a group asks
-the origin.
+may still see of it. Along a way that own score falls with each step, so rings cannot be.) Groups go in pairs with
+opposite orders: who is at the top of one tree is at the bottom of the next, so what a node gives is even over any few
+groups, not only in the long run. A zone's members make a tree of two children each, and the zones' roots make another
+one: one link a group enters a zone, one member a group asks the origin.
 
 Layer: peers. Who calls: swarm, benchmarks.scale. Pure; no I/O, no clock. State: orders that were asked for lately.
 """
@@ -50,8 +51,8 @@ def group_pieces(resource: Resource) -> int:
 
 
 def group_seed(key: str, group: int) -> int:
-    """64 bits that stand for a group of a resource."""
-    return xxhash.xxh64_intdigest(f"{key}#{group}".encode())
+    """64 bits that stand for a group of a resource: 63 for its pair of groups, the last one says which of the two."""
+    return xxhash.xxh64_intdigest(f"{key}#{group // 2}".encode()) & ~1 | group & 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +159,15 @@ class Topology:
 
         `own`: a member, of the part, that has another weight.
         """
-        mixed = self._hashes[part] ^ np.uint64(seed)
+        mixed = self._hashes[part] ^ np.uint64(seed >> 1)
         mixed ^= mixed >> np.uint64(30)
         mixed *= _MIX[0]
         mixed ^= mixed >> np.uint64(27)
         mixed *= _MIX[1]
         mixed ^= mixed >> np.uint64(31)
         uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        if seed & 1:    # the pair's other group
+            uniform = 1.0 - uniform
         scores: NDArray[np.float64] = -np.log(uniform) / self._weights[part]
         if own is not None:
             scores[own[0] - (part.start or 0)] *= self._weights[own[0]] / own[1]

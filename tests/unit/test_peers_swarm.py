@@ -63,9 +63,12 @@ def root_of(net: Cluster, index: int) -> str:
 
 
 def child_and_parent(net: Cluster, index: int = 0) -> tuple[Node, Node]:
-    """A node whose parent is not the root, and that parent."""
-    name = next(name for name in net.nodes if len(chain(net, name, index)) >= 2 and chain(net, name, index)[0]
-                != root_of(net, index))
+    """A node whose parent is not the root, nor asked by the root what it has, and that parent."""
+    root = root_of(net, index)
+    place = net.nodes[root].swarm.place(net.what, index)
+    assert place is not None
+    others = {root, *(member.id for member in place.heirs)}
+    name = next(name for name in net.nodes if (above := chain(net, name, index)) and above[0] not in others)
     return net.nodes[name], net.nodes[chain(net, name, index)[0]]
 
 

@@ -54,7 +54,8 @@ def test_liars_are_found_and_the_rest_goes_on():
 
 
 def test_slow_nodes_that_say_so_slow_nobody():
-    alone, mixed = simulate(setting()), simulate(setting(slow=0.1, declared=1))
+    """Seed 2: with 1 one of them is drawn into the middle of a tree, as once in some 50 such clusters."""
+    alone, mixed = simulate(setting(seed=2)), simulate(setting(seed=2, slow=0.1, declared=1))
     assert mixed.unfinished == 0
     assert max(mixed.done_s) < 2 * max(alone.done_s)
 
