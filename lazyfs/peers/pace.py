@@ -20,7 +20,9 @@ SAMPLES_MIN = 16             # fewer say nothing: the longest delay counts
 FOREGROUND_S = (0.03, 0.5)   # least and most; a read's stall is to be less than 1 s
 BULK_S = (0.5, 4.0)          # a window of 64 MiB at 200 Mbit/s takes 2.7 s
 URGENT_S = (0.15, 2.0)       # a read that comes to want what is under way for something less urgent waits so long,
-URGENT_TIMES = 1.5           # by what is usual for that: on a slow link all wait, and each hurry brings a piece twice
+URGENT_TIMES = 1.5           # by what is usual for that: on a slow link all wait, and each hurry brings a piece twice;
+URGENT_PIECES = 3            # but no longer than so many pieces take a usual member's link,
+URGENT_PIECES_S = 0.5        # or this: of links of 200 Mbit/s, full with what is fetched ahead, 1.5 times was 1.1 s
 CREDIT_EACH = 0.2            # hedges by requests: one in five,
 CREDIT_MAX = 16.0            # and some at once;
 CREDIT_EACH_S = 2.0          # a second: the last requests of a window have no more after them
@@ -64,10 +66,15 @@ class Pace:
         """Half of the pieces take less; 0.0 until some have come."""
         return self._of(priority).median_s
 
-    def urgent_s(self, priority: Priority) -> float:
-        """How long a read waits for what is under way with that priority before it asks for it itself."""
+    def urgent_s(self, priority: Priority, piece_s: float = 0.0) -> float:
+        """
+        How long a read waits for what is under way with that priority before it asks for it itself.
+
+        `piece_s`: that a piece takes a usual member's link; 0.0: nobody knows.
+        """
         usual_s = URGENT_TIMES * self.median_s(priority) or self.delay_s(Priority.FOREGROUND)
-        return min(URGENT_S[1], max(URGENT_S[0], usual_s))
+        most_s = max(URGENT_PIECES_S, URGENT_PIECES * piece_s) if piece_s else URGENT_S[1]
+        return max(URGENT_S[0], min(usual_s, most_s, URGENT_S[1]))
 
     def asked(self, priority: Priority) -> None:
         """A request was made: some of a hedge is allowed by it."""

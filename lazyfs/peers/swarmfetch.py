@@ -90,7 +90,9 @@ class SwarmFetch:
     def urge(self, index: int) -> None:
         """A read has come to wait for a piece, perhaps one of these."""
         if index in self._missing and self._priority is not Priority.FOREGROUND and index not in self._urgent:
-            self._urgent[index] = self._now() + self._swarm.pace.urgent_s(self._priority)
+            usual = self._swarm.health.rates.usual
+            piece_s = self._resource.piece_size / 2.0 ** usual if usual else 0.0
+            self._urgent[index] = self._now() + self._swarm.pace.urgent_s(self._priority, piece_s)
             self._sleep.deadline = min(self._sleep.deadline, self._urgent[index])
 
     # --- ways -----------------------------------------------------------------------------------------------------
