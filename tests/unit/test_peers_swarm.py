@@ -160,6 +160,27 @@ async def test_a_reader_whose_parent_is_killed_goes_on_at_once(autojump_clock: M
 
 
 @pytest.mark.trio
+async def test_where_pieces_usually_take_long_a_read_waits_no_longer_than_links_explain(
+        autojump_clock: MockClock) -> None:
+    net = cluster(12)
+    child, parent = child_and_parent(net)
+    for _ in range(16):
+        child.swarm.pace.add(Priority.BACKGROUND, 0.8)      # 1.5 times that is longer than the silence of a dead parent
+    child.swarm.health.rates.usual = 25                     # 32 MiB/s
+
+    async def fetch_ahead() -> None:
+        await net.want(child, [0], deadline=trio.current_time() + 30, priority=Priority.BACKGROUND)
+
+    net.freeze(parent.member.id)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch_ahead)
+        await trio.sleep(0.1)
+        child.swarm.urge(net.what.key, 0)
+        await trio.sleep(0.55)
+        assert child.swarm.counters["hurried"] == 1
+
+
+@pytest.mark.trio
 async def test_a_read_that_comes_to_wait_for_what_is_fetched_ahead_waits_less_than_a_second(
         autojump_clock: MockClock) -> None:
     net = cluster(12)
